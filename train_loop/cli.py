@@ -1,0 +1,200 @@
+"""The commands: `train-loop X` and `python -m train_loop X` are the same.
+
+Results go to stdout, progress and logs to stderr. Exit codes: 0 done, 2 a mistake in the input (one line), 3 stopped
+early by a signal with a checkpoint written, 1 anything else. torch is imported by the commands that need it, so help
+and mistakes in a configuration take no time.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from train_loop import __version__
+from train_loop.config import help_text, load
+from train_loop.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, InputError, TrainingError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not given or given[0] in ("-h", "--help"):
+            print(_overview())
+            return EXIT_DONE if given else EXIT_BAD_INPUT
+        if given[0] == "--version":
+            print(f"train-loop {__version__}")
+            return EXIT_DONE
+        if given[0] not in COMMANDS:
+            raise InputError(f"no command {given[0]}; commands: {', '.join(COMMANDS)}")
+        return COMMANDS[given[0]](given[1:])
+    except InputError as error:
+        _complain(error)
+        return EXIT_BAD_INPUT
+    except TrainingError as error:
+        _complain(error)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return EXIT_FAILED
+
+
+def _complain(error: object) -> None:
+    # Launchers start the command once per process: one line is enough.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"train-loop: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _overview() -> str:
+    lines = ["usage: train-loop COMMAND [options]", "", "commands:"]
+    lines += [f"  {name:9} {command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items() if command.__doc__]
+    lines += ["", "train-loop COMMAND --help tells more; every setting can be given as --section.key value."]
+    return "\n".join(lines)
+
+
+def _wants_help(arguments: list[str], command: str, usage: str) -> bool:
+    if not {"-h", "--help"} & set(arguments):
+        return False
+    print(f"usage: train-loop {command} {usage}\n\n{COMMANDS[command].__doc__}\n\nsettings:\n{help_text()}")
+    return True
+
+
+def _quiet_libraries() -> None:
+    """Let the libraries speak up only when something is wrong: their notes would drown ours."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity_error()
+
+
+def prepare(arguments: list[str]) -> int:
+    """Turn documents into a token store, once; prints the ledger."""
+    if _wants_help(arguments, "prepare", "--config FILE [--section.key value ...]"):
+        return EXIT_DONE
+    config = load(arguments)
+    _quiet_libraries()
+    from train_loop.data import store
+
+    prepared = store.prepare(config)
+    print(json.dumps({"folder": str(prepared.folder)} | prepared.ledger(), indent=2))
+    return EXIT_DONE
+
+
+def train(arguments: list[str]) -> int:
+    """Do the whole job: prepare, train (resuming by itself), evaluate, sample, export; prints a summary."""
+    if _wants_help(arguments, "train", "--config FILE [--section.key value ...]"):
+        return EXIT_DONE
+    config = load(arguments)
+    _quiet_libraries()
+    from train_loop import loop
+
+    summary = loop.train(config)
+    run, last = summary.run, summary.evaluation
+    if run.accelerator.is_main_process:
+        if summary.stopped:
+            print(f"stopped by {summary.stopped} at step {summary.step} of {run.total_steps}; the same command resumes")
+        if last:
+            books = run.data.validation.ledger
+            print(f"validation loss  {last['loss']:.4f} nats per token, over {last['tokens']:,} tokens")
+            print(f"perplexity       {last['perplexity']:.3f}")
+            print(f"bits per byte    {last['bits_per_byte']:.4f} (gzip -9: {8 * books.gzip_bytes / books.bytes:.4f})")
+            print(f"accuracy         {last['accuracy']:.4f}")
+        if not summary.stopped:
+            print(f"model            {run.folder.model}" + (f" and {summary.hub}" if summary.hub else ""))
+    return EXIT_STOPPED if summary.stopped else EXIT_DONE
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Evaluate a model exactly on the configured validation data; prints one JSON object."""
+    if _wants_help(arguments, "evaluate", "--model FOLDER_OR_ID --config FILE [--section.key value ...]"):
+        return EXIT_DONE
+    name, rest = _take_model(arguments)
+    # The model to evaluate stands in for the one to train, so the file's own may be anything.
+    config = load(rest)
+    _quiet_libraries()
+    from accelerate import Accelerator
+
+    from train_loop import evaluation, model
+    from train_loop.data import store, tokenizer
+    from train_loop.data.loader import Windows
+    from train_loop.objective import Objective
+
+    accelerator = Accelerator(mixed_precision=config.run.mixed_precision)
+    language_model, its_tokenizer = model.load(name, config.model.attention), tokenizer.load(name)
+    model.check_fits(language_model, its_tokenizer, config.data.block_size, f"model {name}")
+    data = store.prepare(config, its_tokenizer, shown=accelerator.is_local_main_process)
+    eos = its_tokenizer.eos_token_id
+    assert isinstance(eos, int)
+    windows = Windows(data.validation, config.data.block_size, eos)
+    objective = accelerator.prepare(Objective(language_model.to(accelerator.device)))
+    metrics = evaluation.evaluate(accelerator, objective, windows, config.evaluation_batch_size)
+    if accelerator.is_main_process:
+        print(json.dumps(metrics))
+    accelerator.end_training()
+    return EXIT_DONE
+
+
+def _take_model(arguments: list[str]) -> tuple[str, list[str]]:
+    parser = _Parser("evaluate", add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", metavar="FOLDER_OR_ID", required=True)
+    known, rest = parser.parse_known_args(arguments)
+    return known.model, rest
+
+
+def sample(arguments: list[str]) -> int:
+    """Continue prompts with temperature, top-k and top-p; prints the text, streamed for one prompt."""
+    parser = _Parser("sample", description=sample.__doc__, allow_abbrev=False)
+    parser.add_argument("--model", metavar="FOLDER_OR_ID", required=True, help="model with its tokenizer")
+    parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
+    parser.add_argument("--max_new_tokens", type=int, default=100, help="tokens to add at most (100)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest token (1.0)")
+    parser.add_argument("--top_k", type=int, default=50, help="keep the k likeliest tokens; 0 keeps all (50)")
+    parser.add_argument("--top_p", type=float, default=0.95, help="keep the nucleus of probability p; 1 is all (0.95)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    given = parser.parse_args(arguments)
+    _quiet_libraries()
+    import accelerate
+
+    from train_loop import model, sampler
+    from train_loop.data import tokenizer
+
+    sampling = sampler.Sampling(given.max_new_tokens, given.temperature, given.top_k, given.top_p, given.seed)
+    device = accelerate.PartialState().device
+    language_model, its_tokenizer = model.load(given.model).to(device), tokenizer.load(given.model)
+    for number, prompt in enumerate(given.prompt):
+        if given.json:
+            print(sampler.as_json(prompt, sampler.sample(language_model, its_tokenizer, prompt, sampling)), flush=True)
+            continue
+        if number:
+            print("\n")
+        print(prompt, end="", flush=True)
+        sampler.sample(
+            language_model, its_tokenizer, prompt, sampling, on_text=lambda text: print(text, end="", flush=True)
+        )
+    if not given.json:
+        print()
+    return EXIT_DONE
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are `InputError`s: one line, no usage text before it."""
+
+    def __init__(self, command: str, **options: Any) -> None:
+        super().__init__(prog=f"train-loop {command}", **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise InputError instead of printing and leaving."""
+        raise InputError(f"{self.prog}: {message}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "prepare": prepare,
+    "train": train,
+    "evaluate": evaluate,
+    "sample": sample,
+}

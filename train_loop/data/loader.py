@@ -1,0 +1,97 @@
+"""The DataLoader over packed blocks: block ids -> tensors, one vectorised gather a batch.
+
+    tokens   t0 t1 t2 t3 t4 t5 t6 ...          block_size = 3
+    window 0 [t0 t1 t2 t3]                     input t0 t1 t2   target t1 t2 t3
+    window 1          [t3 t4 t5 t6]            input t3 t4 t5   target t4 t5 t6
+
+There is nothing to collate and no sampler: `order.py` says which blocks make up a batch, and the DataLoader only has
+to fetch them (in other processes, ahead of time, where data.num_workers asks for it).
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from train_loop.data.order import Ids, MicroBatch
+from train_loop.data.store import TokenStore, target_counts, window_count
+
+IGNORED = -100
+"""Target of a position that is not predicted: the filling of a short window or of an empty micro-batch."""
+
+
+class Batch(NamedTuple):
+    """One micro-batch: its number within the step, inputs [batch, block] and targets [batch, block], both int64."""
+
+    number: int
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+
+class Windows(Dataset[Batch]):
+    """The windows of a token store as a map from block ids to tensors.
+
+    Args:
+        store: the stream of tokens.
+        block_size: tokens of context a window gives the model.
+        filler: token id that fills up a short window; its targets are ignored, and causal attention keeps it from
+            reaching the tokens before it.
+    """
+
+    def __init__(self, store: TokenStore, block_size: int, filler: int) -> None:
+        self.store, self.block_size, self.filler = store, block_size, filler
+        self.count = window_count(len(store), block_size)
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return self.count
+
+    def targets(self, blocks: Ids) -> int:
+        """Number of targets in some windows, without reading them."""
+        last = target_counts(len(self.store), self.block_size)[-1:].sum() if self.count else 0
+        short = int((blocks == self.count - 1).sum())
+        return int((len(blocks) - short) * self.block_size + short * last)
+
+    def __getitem__(self, micro_batch: MicroBatch) -> Batch:
+        """The windows of a micro-batch; of an empty one, a single row without targets."""
+        number, blocks = micro_batch
+        if len(blocks) == 0:
+            shape = (1, self.block_size)
+            return Batch(number, torch.full(shape, self.filler), torch.full(shape, IGNORED))
+        places: npt.NDArray[np.int64] = blocks[:, None] * self.block_size + np.arange(self.block_size + 1)
+        inside = places < len(self.store)
+        if inside.all():
+            window = torch.from_numpy(self.store.tokens[places].astype(np.int64))
+            return Batch(number, window[:, :-1], window[:, 1:])
+        window = torch.from_numpy(self.store.tokens[np.minimum(places, len(self.store) - 1)].astype(np.int64))
+        missing = torch.from_numpy(~inside)
+        inputs, targets = window[:, :-1].clone(), window[:, 1:].clone()
+        inputs[missing[:, :-1]] = self.filler
+        targets[missing[:, 1:]] = IGNORED
+        return Batch(number, inputs, targets)
+
+
+class _Identity:
+    """A sampler that hands on what it is given; the DataLoader asks for an iterable it can restart."""
+
+    def __init__(self, micro_batches: Iterable[MicroBatch]) -> None:
+        self.micro_batches = micro_batches
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return iter(self.micro_batches)
+
+
+def loader(
+    windows: Windows, micro_batches: Iterable[MicroBatch], num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader[Batch]:
+    """A DataLoader that yields one `Batch` for each micro-batch, in their order."""
+    return DataLoader(
+        windows,
+        batch_size=None,
+        sampler=_Identity(micro_batches),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )

@@ -1,0 +1,118 @@
+"""Which blocks a step sees: a pure function of (seed, step), with no sampler state to save.
+
+    step -> epoch and position -> block ids -> micro-batches -> the share of one process
+
+Every epoch visits the blocks in another order: a keyed bijection, computed for any position without computing the
+ones before it (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002: a Feistel network on a x b >= n
+points, walked until it lands below n). So step one million is found as fast as step one, in constant memory.
+
+A step's blocks are cut into micro-batches in a fixed order that knows nothing of the processes. Process r of W takes
+the micro-batches r, r + W, r + 2W, ...; where they don't divide evenly the last ones of some processes are empty, so
+that all processes run equally many forward and backward passes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from train_loop.randomness import key
+
+Ids = npt.NDArray[np.int64]
+
+_ROUNDS = 6
+
+
+def permute(positions: npt.ArrayLike, n: int, seed: int, epoch: int) -> Ids:
+    """The block ids at `positions` [k] of an epoch's order: a bijection of 0..n-1 for each (seed, epoch).
+
+    Raises:
+        ValueError: for a position outside 0..n-1.
+    """
+    walking = np.atleast_1d(np.asarray(positions, dtype=np.uint64))
+    if walking.size and int(walking.max()) >= n:
+        raise ValueError(f"position {int(walking.max())} outside 0..{n - 1}")
+    keys = _mix(np.arange(_ROUNDS, dtype=np.uint64) + np.uint64(key("order", seed, epoch)))
+    a = max(math.isqrt(n - 1) + 1, 1)
+    b = -(-n // a)
+    result = _feistel(walking, keys, a, b)
+    # a x b exceeds n by less than a, so few points land outside; each walks on along its cycle until it is inside.
+    while (outside := result >= n).any():
+        result[outside] = _feistel(result[outside], keys, a, b)
+    return result.astype(np.int64)
+
+
+def _feistel(points: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64], a: int, b: int) -> npt.NDArray[np.uint64]:
+    """A bijection of 0..a*b-1: each round adds to one half a keyed hash of the other, modulo that half's size."""
+    left, right = points // np.uint64(b), points % np.uint64(b)
+    for number, round_key in enumerate(keys):
+        if number % 2 == 0:
+            left = (left + _mix(right ^ round_key) % np.uint64(a)) % np.uint64(a)
+        else:
+            right = (right + _mix(left ^ round_key) % np.uint64(b)) % np.uint64(b)
+    return left * np.uint64(b) + right
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's finalizer (Steele, Lea and Flood, 2014): every input bit reaches every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class MicroBatch(NamedTuple):
+    """One forward and backward pass: its number within the step, and its block ids [<= micro_batch_size]."""
+
+    number: int
+    blocks: Ids
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of a whole training run. Steps count from 0 here: `plan.blocks(0)` are those of the first step."""
+
+    blocks_per_epoch: int
+    sequences_per_step: int
+    micro_batch_size: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch; the last one may be short."""
+        return -(-self.blocks_per_epoch // self.sequences_per_step)
+
+    def epoch(self, step: int) -> int:
+        """The epoch, counted from 0, that a step belongs to."""
+        return step // self.steps_per_epoch
+
+    def blocks(self, step: int) -> Ids:
+        """The block ids of one step, in their order [<= sequences_per_step]."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        first = position * self.sequences_per_step
+        last = min(first + self.sequences_per_step, self.blocks_per_epoch)
+        return permute(np.arange(first, last, dtype=np.uint64), self.blocks_per_epoch, self.seed, epoch)
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """All micro-batches of one step, whichever process runs them."""
+        return cut(self.blocks(step), self.micro_batch_size)
+
+    def share(self, step: int, process: int, processes: int) -> list[MicroBatch]:
+        """The micro-batches of one step that one process runs; equally many on every process."""
+        return share(self.micro_batches(step), process, processes)
+
+
+def cut(blocks: Ids, size: int) -> list[MicroBatch]:
+    """Blocks in runs of at most `size`."""
+    starts = range(0, len(blocks), size)
+    return [MicroBatch(number, blocks[start : start + size]) for number, start in enumerate(starts)]
+
+
+def share(batches: list[MicroBatch], process: int, processes: int) -> list[MicroBatch]:
+    """The batches process, process + processes, ..., filled up with empty ones to the same number on each."""
+    rounds = -(-len(batches) // processes)
+    mine = batches[process::processes]
+    empty = np.empty(0, dtype=np.int64)
+    # Past the last real number, so that an empty micro-batch shares no other one's dropout key.
+    return mine + [MicroBatch(process + processes * turn, empty) for turn in range(len(mine), rounds)]

@@ -1,0 +1,414 @@
+"""Documents -> token store on disk + ledger: prepared once, then memory-mapped.
+
+    documents -> pieces -> token ids -> tokens.bin, one stream a side:  d0 d0 d0 EOS d1 d1 EOS d2 ... EOS
+
+A store is a folder named after a hash of what it was made from (corpus, split, tokenizer), so a second run finds it
+at once and any change makes another one. It is written beside its final name and renamed when whole; a lock file
+makes the processes that ask for it at the same time build it once.
+
+    <cache>/stores/<hash>/
+        ledger.json               what went in and what came out, per side; it adds up
+        tokenizer/                where one was trained
+        train/ validation/
+            tokens.bin            uint16, or uint32 for a vocabulary above 65,536; little-endian
+            documents.bin         per document: where its tokens end in tokens.bin, where its name ends in names.bin
+            names.bin             UTF-8
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from train_loop.config import Config, cache_dir
+from train_loop.data import tokenizer as tokenizers
+from train_loop.data.corpus import TRAIN, VALIDATION, Corpus, Document, key_hash
+from train_loop.errors import InputError
+from train_loop.progress import Progress, say
+
+_FORMAT = 1
+_DOCUMENT = np.dtype([("token_end", "<u8"), ("name_end", "<u8")])
+# Characters encoded at once: enough for all cores to be busy, little against the memory of a laptop.
+_BATCH_CHARACTERS = 4_000_000
+
+
+@dataclass
+class Ledger:
+    """The books of one side: text_tokens + eos_tokens = trained_targets + first_tokens + dropped_tokens.
+
+    Args:
+        documents: documents with text; each ends in one end-of-text token.
+        empty_documents: documents without text, left out.
+        bytes: UTF-8 bytes of the documents.
+        text_tokens: tokens of text.
+        eos_tokens: end-of-text tokens.
+        trained_targets: tokens that are predicted once per epoch.
+        first_tokens: tokens that only serve as context: the first of the stream.
+        dropped_tokens: tokens that are in no window.
+        predicted_bytes: bytes without those of the first token: what bits per byte refer to.
+        gzip_bytes: size of the documents, one after the other, under gzip -9; validation only, else 0.
+        sha256: of tokens.bin.
+    """
+
+    documents: int = 0
+    empty_documents: int = 0
+    bytes: int = 0
+    text_tokens: int = 0
+    eos_tokens: int = 0
+    trained_targets: int = 0
+    first_tokens: int = 0
+    dropped_tokens: int = 0
+    predicted_bytes: int = 0
+    gzip_bytes: int = 0
+    sha256: str = ""
+
+    def check(self) -> None:
+        """Raises ArithmeticError where the books don't add up: a mistake in this package, not in the data."""
+        tokens, accounted = (
+            self.text_tokens + self.eos_tokens,
+            self.trained_targets + self.first_tokens + self.dropped_tokens,
+        )
+        if tokens != accounted or self.eos_tokens != self.documents:
+            raise ArithmeticError(f"the ledger does not add up: {tokens} tokens against {accounted} accounted for")
+
+
+class TokenStore:
+    """One side of a prepared store, memory-mapped.
+
+    Attributes:
+        tokens: the stream of token ids [tokens], uint16 or uint32.
+        ledger: its books.
+    """
+
+    def __init__(self, folder: Path, dtype: npt.DTypeLike, ledger: Ledger) -> None:
+        self.folder, self.ledger = folder, ledger
+        expected = (ledger.text_tokens + ledger.eos_tokens) * np.dtype(dtype).itemsize
+        path = folder / "tokens.bin"
+        found = path.stat().st_size if path.exists() else 0
+        if found != expected:
+            raise InputError(f"{path}: damaged, {found} bytes where {expected} belong; remove {folder.parent}")
+        self.tokens: npt.NDArray[Any] = np.memmap(path, dtype, "r") if expected else np.empty(0, dtype)
+        documents = folder / "documents.bin"
+        self._documents = np.memmap(documents, _DOCUMENT, "r") if ledger.documents else np.empty(0, _DOCUMENT)
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return len(self.tokens)
+
+    @property
+    def document_ends(self) -> npt.NDArray[np.uint64]:
+        """Where each document ends in the stream: one past its end-of-text token [documents]."""
+        return self._documents["token_end"]
+
+    def document_at(self, token: int) -> tuple[str, int]:
+        """Name of the document that a token of the stream belongs to, and the token's place in it."""
+        index = int(np.searchsorted(self.document_ends, token, side="right"))
+        start = int(self.document_ends[index - 1]) if index else 0
+        name_start = int(self._documents["name_end"][index - 1]) if index else 0
+        with open(self.folder / "names.bin", "rb") as names:
+            names.seek(name_start)
+            name = names.read(int(self._documents["name_end"][index]) - name_start)
+        return name.decode("utf-8"), token - start
+
+
+@dataclass
+class Prepared:
+    """Data that is ready to train on.
+
+    Attributes:
+        folder: where it lies.
+        tokenizer: what made it.
+        train, validation: the two sides.
+        fingerprint: SHA-256 of the tokens of both sides and of the tokenizer: equal on every host, whatever the paths.
+    """
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerFast
+    train: TokenStore
+    validation: TokenStore
+    fingerprint: str
+
+    def ledger(self) -> dict[str, Any]:
+        """The books of both sides as plain values."""
+        sides = {TRAIN: self.train, VALIDATION: self.validation}
+        return {"fingerprint": self.fingerprint} | {side: asdict(store.ledger) for side, store in sides.items()}
+
+
+def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, shown: bool = True) -> Prepared:
+    """The token store of a configuration, built where it is not there yet.
+
+    Args:
+        config: its sections data and tokenizer count (and model.name_or_path, whose tokenizer is the default).
+        tokenizer: used instead of the configured one, as when another model is evaluated on this data.
+        shown: whether progress is printed.
+
+    Raises:
+        InputError: for data that cannot be read, or a side without one target.
+    """
+    corpus = Corpus(config.data)
+    vocab_size = config.tokenizer.train_vocab_size
+    key: dict[str, Any] = {"format": _FORMAT, "corpus": corpus.key()}
+    stores = cache_dir(config) / "stores"
+    folder = stores / key_hash(key | {"tokenizer": {"train_vocab_size": vocab_size}})
+    if tokenizer is None and vocab_size is None:
+        tokenizer = tokenizers.load(config.tokenizer.name_or_path or config.model.name_or_path or "")
+    if tokenizer is not None and not _is_made_with(folder, tokenizer):
+        folder = stores / key_hash(key | {"tokenizer": tokenizers.fingerprint(tokenizer)})
+    if not folder.exists():
+        stores.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                _build(folder, corpus, tokenizer, vocab_size, shown)
+    elif shown:
+        say(f"data: already prepared in {folder}")
+    return _open(folder, tokenizer)
+
+
+def _is_made_with(folder: Path, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether a store exists whose trained tokenizer is this very one, as when a run's own model is evaluated."""
+    trained = folder / "tokenizer"
+    return trained.is_dir() and tokenizers.fingerprint(tokenizers.load(str(trained))) == tokenizers.fingerprint(
+        tokenizer
+    )
+
+
+def _open(folder: Path, tokenizer: PreTrainedTokenizerFast | None) -> Prepared:
+    try:
+        books = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
+        dtype, fingerprint = np.dtype(books["dtype"]), books["fingerprint"]
+        train, validation = (TokenStore(folder / side, dtype, Ledger(**books[side])) for side in (TRAIN, VALIDATION))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: damaged ({error}); remove the folder to prepare it again") from None
+    if tokenizer is None:
+        tokenizer = tokenizers.load(str(folder / "tokenizer"))
+    return Prepared(folder, tokenizer, train, validation, fingerprint)
+
+
+def _build(
+    folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFast | None, vocab_size: int | None, shown: bool
+) -> None:
+    """Write a store under a temporary name and rename it when it is whole; leave nothing behind otherwise."""
+    for stale in folder.parent.glob(f"{folder.name}.tmp*"):  # of a process that was killed: we hold the lock
+        shutil.rmtree(stale)
+    temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
+    temporary.mkdir()
+    try:
+        if tokenizer is None:
+            assert vocab_size is not None
+            tokenizer = _train_tokenizer(corpus, vocab_size, shown)
+            tokenizer.save_pretrained(temporary / "tokenizer")
+        dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
+        ledgers = _write_sides(temporary, corpus, tokenizer, dtype, shown)
+        _refuse_unusable(ledgers, corpus)
+        identity = [tokenizers.fingerprint(tokenizer), *(ledgers[side].sha256 for side in (TRAIN, VALIDATION))]
+        books = {
+            "format": _FORMAT,
+            "dtype": dtype.str,
+            "fingerprint": hashlib.sha256("\n".join(identity).encode()).hexdigest(),
+        } | {side: asdict(ledger) for side, ledger in ledgers.items()}
+        (temporary / "ledger.json").write_text(json.dumps(books, indent=2) + "\n", encoding="utf-8")
+        for path in temporary.rglob("*"):
+            sync(path)
+        os.rename(temporary, folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written, before a rename says that it does."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _train_tokenizer(corpus: Corpus, vocab_size: int, shown: bool) -> PreTrainedTokenizerFast:
+    with Progress("training the tokenizer, reading", "B", None, shown=shown) as progress:
+
+        def texts() -> Iterator[str]:
+            for document in corpus.documents(TRAIN):
+                progress.update(len(document.text.encode()))
+                yield document.text
+
+        return tokenizers.train(texts(), vocab_size)
+
+
+def _refuse_unusable(ledgers: dict[str, Ledger], corpus: Corpus) -> None:
+    data = corpus.data
+    total = sum(ledger.documents for ledger in ledgers.values())
+    if total == 0:
+        empty = sum(ledger.empty_documents for ledger in ledgers.values())
+        raise InputError(f"data: no document with text ({empty} empty ones were left out); check data.text_field")
+    named = bool(data.validation_files or data.validation_split)
+    for side, ledger in ledgers.items():
+        if ledger.trained_targets == 0:
+            cure = (
+                "name data with more text"
+                if named
+                else f"data.test_size is {data.test_size} of {total} documents; name validation data of its own "
+                "(data.validation_files or data.validation_split), change data.test_size or add documents"
+            )
+            raise InputError(f"data: the {side} split has {ledger.documents} documents and not one target; {cure}")
+
+
+class _SideWriter:
+    """Appends the documents of one side to its three files, and keeps its books."""
+
+    def __init__(self, folder: Path, core: Tokenizer, eos: int, dtype: np.dtype[Any], compress: bool) -> None:
+        folder.mkdir()
+        self.core, self.eos, self.dtype = core, eos, dtype
+        self.tokens, self.documents, self.names = (
+            open(folder / name, "wb", buffering=1 << 20) for name in ("tokens.bin", "documents.bin", "names.bin")
+        )
+        self.ledger = Ledger()
+        self.digest = hashlib.sha256()
+        self.gzip = zlib.compressobj(9, wbits=31) if compress else None
+        self.name_end = 0
+
+    def __enter__(self) -> "_SideWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in (self.tokens, self.documents, self.names):
+            file.close()
+
+    def add_text(self, text: str, ids: npt.NDArray[np.int64]) -> None:
+        """A piece of a document's text and its token ids [tokens]."""
+        content = text.encode()
+        books = self.ledger
+        if books.text_tokens == 0 and len(ids):
+            # The stream's first token is nobody's target, so its bytes don't count for bits per byte.
+            span = self.core.encode(text[:1000], add_special_tokens=False).offsets[0]
+            books.first_tokens, books.predicted_bytes = 1, -len(text[: span[1]].encode())
+        books.bytes += len(content)
+        books.predicted_bytes += len(content)
+        books.text_tokens += len(ids)
+        if self.gzip is not None:
+            books.gzip_bytes += len(self.gzip.compress(content))
+        self._write(ids)
+
+    def end_document(self, name: str) -> None:
+        """Put the end-of-text token after the document whose text was added, and file its name."""
+        self._write(np.array([self.eos]))
+        books = self.ledger
+        books.documents += 1
+        books.eos_tokens += 1
+        self.name_end += self.names.write(name.encode("utf-8", "replace"))
+        ends = np.array([(books.text_tokens + books.eos_tokens, self.name_end)], dtype=_DOCUMENT)
+        self.documents.write(ends.tobytes())
+
+    def _write(self, ids: npt.NDArray[np.int64]) -> None:
+        content = ids.astype(self.dtype).tobytes()
+        self.digest.update(content)
+        self.tokens.write(content)
+
+    def finish(self) -> Ledger:
+        """The books, closed and checked."""
+        books = self.ledger
+        if self.gzip is not None:
+            books.gzip_bytes += len(self.gzip.flush())
+        tokens = books.text_tokens + books.eos_tokens
+        if tokens and not books.first_tokens:  # documents whose text has no tokens: the first token is an EOS
+            books.first_tokens = 1
+        books.trained_targets = int(target_counts(tokens, max(tokens, 1)).sum())
+        books.dropped_tokens = tokens - books.first_tokens - books.trained_targets
+        books.sha256 = self.digest.hexdigest()
+        books.check()
+        return books
+
+
+def _write_sides(
+    folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any], shown: bool
+) -> dict[str, Ledger]:
+    core, eos = tokenizers.encoder(tokenizer), tokenizer.eos_token_id
+    assert isinstance(eos, int)
+    with (
+        _SideWriter(folder / TRAIN, core, eos, dtype, compress=False) as train,
+        _SideWriter(folder / VALIDATION, core, eos, dtype, compress=True) as validation,
+        Progress("preparing data", "B", corpus.size(), shown=shown) as progress,
+    ):
+        writers = {TRAIN: train, VALIDATION: validation}
+        batches = _batches(core, corpus.sides(), writers)
+        for batch, encoded in _encode(core, batches):
+            for (side, name, text, last), ids in zip(batch, encoded, strict=True):
+                writers[side].add_text(text, ids)
+                if last:
+                    writers[side].end_document(name)
+                progress.update(len(text.encode()))
+        return {side: writer.finish() for side, writer in writers.items()}
+
+
+_Piece = tuple[str, str, str, bool]  # side, name, text, whether the document ends with it
+
+
+def _batches(
+    core: Tokenizer, documents: Iterable[tuple[str, Document]], writers: dict[str, _SideWriter]
+) -> Iterator[list[_Piece]]:
+    """Pieces of documents in batches of about `_BATCH_CHARACTERS`; documents without text are counted, not kept."""
+    batch: list[_Piece] = []
+    size = 0
+    for side, (name, text) in documents:
+        if not text:
+            writers[side].ledger.empty_documents += 1
+            continue
+        cut = list(tokenizers.pieces(core, text))
+        for number, piece in enumerate(cut, 1):
+            batch.append((side, name, piece, number == len(cut)))
+            size += len(piece)
+            if size >= _BATCH_CHARACTERS:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(
+    core: Tokenizer, batches: Iterator[list[_Piece]]
+) -> Iterator[tuple[list[_Piece], list[npt.NDArray[np.int64]]]]:
+    """Each batch of pieces with the token ids of its texts."""
+    pending: list[list[_Piece]] = []
+
+    def texts() -> Iterator[list[str]]:
+        for batch in batches:
+            pending.append(batch)
+            yield [text for _, _, text, _ in batch]
+
+    for encoded in tokenizers.encode_batches(core, texts()):
+        yield pending.pop(0), encoded
+
+
+# --- windows --------------------------------------------------------------------------------------------------------
+
+
+def window_count(tokens: int, block_size: int) -> int:
+    """Windows over a stream: each is block_size + 1 tokens wide and starts block_size after the one before.
+
+    So neighbours share one token, which is the last target of one and the first input of the next: every token but
+    the stream's first is predicted once. The last window may be shorter.
+    """
+    return max(0, -(-(tokens - 1) // block_size))
+
+
+def target_counts(tokens: int, block_size: int) -> npt.NDArray[np.int64]:
+    """Targets of each window [windows]: block_size, but for the last, shorter one."""
+    counts = np.full(window_count(tokens, block_size), block_size, dtype=np.int64)
+    if len(counts):
+        counts[-1] = tokens - 1 - block_size * (len(counts) - 1)
+    return counts

@@ -1,0 +1,135 @@
+"""Load a tokenizer, or train a byte-level BPE on the training documents.
+
+Text is encoded as it is: nothing is put before or after it, and text that happens to spell a special token
+(`<|endoftext|>` in a document about tokenizers, say) stays ordinary text. The one special token in the data is the
+end-of-text token that the store puts after each document.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from train_loop.errors import InputError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def load(name_or_path: str) -> PreTrainedTokenizerFast:
+    """A tokenizer from the Hub or a local folder.
+
+    Raises:
+        InputError: when there is none, when it has no end-of-text token, or when it is not a fast one.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"tokenizer {name_or_path}: cannot be loaded ({reason})") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError(f"tokenizer {name_or_path}: has no fast version (tokenizer.json), which train_loop needs")
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"tokenizer {name_or_path}: has no end-of-text token (eos_token) to end documents with")
+    return tokenizer
+
+
+def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE (Sennrich et al., 2016; Radford et al., 2019) with at most `vocab_size` entries.
+
+    It covers every text, since it falls back on single bytes. The end-of-text token has id 0.
+
+    Raises:
+        InputError: when the texts are too small for so many entries.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    size = tokenizer.get_vocab_size()
+    if size < vocab_size:
+        raise InputError(
+            f"tokenizer.train_vocab_size {vocab_size}: the training documents yield only {size} entries; "
+            f"use at most {size}"
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
+
+
+def encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """The tokenizer's Rust core, set to encode special tokens' spellings as ordinary text; a copy."""
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.no_truncation()
+    core.no_padding()
+    core.encode_special_tokens = True
+    return core
+
+
+def encode_batches(core: Tokenizer, batches: Iterable[list[str]]) -> Iterator[list[npt.NDArray[np.int64]]]:
+    """Token ids [tokens] of each text, batch by batch. One batch is encoded ahead, on all cores.
+
+    The Rust core lets go of Python's lock, so the ids of one batch become arrays while the next is encoded.
+    """
+
+    def encode(texts: list[str]) -> Any:
+        return core.encode_batch_fast(texts, add_special_tokens=False)
+
+    with ThreadPoolExecutor(max_workers=1) as ahead:
+        pending: deque[Any] = deque()
+        for texts in batches:
+            pending.append(ahead.submit(encode, texts))
+            if len(pending) == 2:
+                yield [np.array(each.ids, dtype=np.int64) for each in pending.popleft().result()]
+        for last in pending:
+            yield [np.array(each.ids, dtype=np.int64) for each in last.result()]
+
+
+def pieces(core: Tokenizer, text: str, size: int = 1 << 20) -> Iterator[str]:
+    """A long text in pieces of about `size` characters whose tokens, put together, are those of the whole text.
+
+    A text is only cut at the start of a line where the tokens around it are seen not to depend on the cut; where no
+    such place is near, the piece grows. So a document of any length is encoded in bounded memory, on all cores.
+    """
+    start, near = 0, size
+    while len(text) - start > near:
+        place = _cut(core, text, start + near // 2, start + near)
+        if place is None:
+            near *= 2
+            continue
+        yield text[start:place]
+        start, near = place, size
+    yield text[start:]
+
+
+def _cut(core: Tokenizer, text: str, low: int, high: int, margin: int = 500, tries: int = 20) -> int | None:
+    """The last place in low..high, of a few tried, where cutting `text` leaves the tokens around it as they are."""
+
+    def ids(start: int, stop: int) -> list[int]:
+        return core.encode(text[max(start, 0) : stop], add_special_tokens=False).ids
+
+    place = high
+    for _ in range(tries):
+        place = text.rfind("\n", low, place) + 1
+        if place <= low:
+            return None
+        if ids(place - margin, place) + ids(place, place + margin) == ids(place - margin, place + margin):
+            return place
+        place -= 1
+    return None
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of all that decides how text becomes tokens: the core's definition and the end-of-text id."""
+    core = encoder(tokenizer)
+    return hashlib.sha256(f"{tokenizer.eos_token_id}\n{core.to_str()}".encode()).hexdigest()

@@ -1,0 +1,128 @@
+"""Load a causal language model, or initialise one from scratch: any that Transformers has.
+
+Weights are fp32 whatever `run.mixed_precision` says: autocast rounds copies of them, the optimizer changes the
+originals.
+"""
+
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from train_loop.config import Config, nearest
+from train_loop.errors import InputError
+from train_loop.randomness import seed_torch
+
+
+def build(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """The model of a configuration, in fp32, checked against tokenizer and block size.
+
+    Raises:
+        InputError: for a model that cannot be had, a vocabulary or a context that is too small.
+    """
+    if config.model.name_or_path is not None:
+        model = load(config.model.name_or_path, config.model.attention)
+        source = f"model {config.model.name_or_path}"
+    else:
+        model = initialise(config, tokenizer)
+        source = "model.architecture"
+    check_fits(model, tokenizer, config.data.block_size, source)
+    if config.model.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
+    """A model from the Hub or a local folder. Code from the Hub is never run.
+
+    Raises:
+        InputError: when there is none.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32, attn_implementation=attention)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"model {name_or_path}: cannot be loaded ({_first_line(error)})") from None
+
+
+def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A model with random weights, keyed by `run.seed`, from `model.architecture`.
+
+    Unless it says otherwise, the vocabulary is the tokenizer's and the context one block.
+    """
+    architecture = dict(config.model.architecture or {})
+    model_config = _model_config(architecture, tokenizer, config.data.block_size)
+    seed_torch("weights", config.run.seed)
+    try:
+        model = AutoModelForCausalLM.from_config(
+            model_config, dtype=torch.float32, attn_implementation=config.model.attention
+        )
+        model(torch.zeros(1, 2, dtype=torch.long))  # sizes that don't fit each other show themselves in use
+    except (ValueError, TypeError, RuntimeError, ImportError, IndexError, AttributeError) as error:
+        raise InputError(
+            f"model.architecture: {architecture}: no such model can be built ({_first_line(error)})"
+        ) from None
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    model.generation_config = GenerationConfig(**ids)
+    return model
+
+
+def _model_config(
+    architecture: dict[str, Any], tokenizer: PreTrainedTokenizerFast, block_size: int
+) -> PreTrainedConfig:
+    model_type = architecture.pop("model_type")
+    known = [name for name, kind in CONFIG_MAPPING.items() if kind in MODEL_FOR_CAUSAL_LM_MAPPING]
+    if model_type not in known:
+        close = nearest(str(model_type), known)
+        hint = close if close.startswith("did") else "for example gpt2, llama, qwen3 or gpt_neox"
+        raise InputError(f"model.architecture.model_type: no causal language model {model_type}; {hint}")
+    default = CONFIG_MAPPING[model_type]()
+    fields = [*default.to_dict(), *default.attribute_map]
+    for name in architecture:
+        if name not in fields:
+            raise InputError(f"model.architecture: {model_type} has no {name}; {nearest(name, sorted(fields))}")
+    context = default.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    settings = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.eos_token_id,
+    }
+    if context in fields and not {context, "max_position_embeddings"} & architecture.keys():
+        settings[context] = block_size
+    return AutoConfig.for_model(model_type, **(settings | architecture))
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """How many tokens the model can see at once; None where its architecture sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, block_size: int, source: str) -> None:
+    """Refuse a tokenizer or a block size that the model cannot take.
+
+    Raises:
+        InputError: with both numbers.
+    """
+    context, vocabulary = context_length(model), len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    if context is not None and block_size > context:
+        raise InputError(
+            f"data.block_size {block_size} is beyond the context of {source}, {context} tokens; use at most {context}"
+        )
+    if len(tokenizer) > vocabulary:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} entries, but {source} only {vocabulary} embeddings; "
+            "use the tokenizer that belongs to the model"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")

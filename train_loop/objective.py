@@ -1,0 +1,130 @@
+"""The module that is trained: batch -> summed negative log-likelihood and number of targets.
+
+    nll = sum over targets t of -log softmax(W h_t)[t]
+
+The sum, not the mean: how many targets a step has is known only when all its micro-batches, on all processes, are
+counted, and `step.py` divides by that. The loss is part of the module that Accelerate wraps, so that wrappers see
+two numbers come out, not a tensor of logits [batch, block, vocabulary] that mixed precision would copy to fp32.
+
+Two ways to the same number. *fused*: the hidden states go through `linear_cross_entropy`, which makes logits for a
+chunk of positions at a time and never holds them all. *logits*: the model's own logits, for architectures that do
+more to them than one matrix product (scale, cap). Which one is right for a model is measured, not looked up.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from train_loop.data.loader import IGNORED
+
+_CHUNK = 1024  # positions whose logits are held at once
+_FUSED = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=_CHUNK, chunking_method=None)
+
+
+class Statistics(NamedTuple):
+    """Of one batch, for exact evaluation: summed nll in nats [] float64, correct and all targets [] int64."""
+
+    nll: torch.Tensor
+    correct: torch.Tensor
+    targets: torch.Tensor
+
+
+class Objective(nn.Module):
+    """A causal language model with its training loss.
+
+    Args:
+        model: any causal language model of Transformers.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_path = "fused" if head_is_plain(model) else "logits"
+
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor, statistics: bool = False) -> Any:
+        """Summed nll of a batch.
+
+        Args:
+            inputs: token ids [batch, block] int64.
+            targets: the next token of each position [batch, block] int64, `IGNORED` where there is none.
+            statistics: for evaluation, return `Statistics` instead.
+
+        Returns:
+            The nll summed over all targets, in nats [] float32.
+        """
+        if statistics:
+            return self._statistics(inputs, targets.flatten())
+        if self.loss_path == "logits":
+            logits = self.model(input_ids=inputs, use_cache=False).logits.flatten(0, 1).float()
+            return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        hidden, head = self._hidden(inputs), self._head()
+        weight: torch.Tensor = head.weight
+        bias: torch.Tensor | None = head.bias
+        if torch.is_autocast_enabled(hidden.device.type):  # autocast does not know this function
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        # "none" is summed in fp32; the built-in sum would add up bf16 numbers in bf16.
+        nll = F.linear_cross_entropy(
+            hidden, weight, targets.flatten(), linear_bias=bias, reduction="none", ignore_index=IGNORED, options=_FUSED
+        )
+        return nll.float().sum()
+
+    def _hidden(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [batch * block, width]."""
+        return self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+
+    def _head(self) -> nn.Linear:
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Linear)
+        return head
+
+    def _statistics(self, inputs: torch.Tensor, targets: torch.Tensor) -> Statistics:
+        nll, correct = [], []
+        if self.loss_path == "logits":
+            states = self.model(input_ids=inputs, use_cache=False).logits.flatten(0, 1)
+        else:
+            states = self._hidden(inputs)
+        for state, target in zip(states.split(_CHUNK), targets.split(_CHUNK), strict=True):
+            logits = (state if self.loss_path == "logits" else self._head()(state)).float()
+            nll.append(F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="none"))
+            correct.append(logits.argmax(-1) == target)
+        # Apple's GPUs have no float64, so the sum is made on the CPU there.
+        device = "cpu" if inputs.device.type == "mps" else inputs.device
+        return Statistics(
+            torch.cat(nll).to(device).sum(dtype=torch.float64),
+            torch.cat(correct).to(device).sum(),
+            (targets != IGNORED).to(device).sum(),
+        )
+
+
+@torch.no_grad()
+def head_is_plain(model: PreTrainedModel) -> bool:
+    """Whether the model's logits are one matrix product of its last hidden states, and nothing else.
+
+    Measured with hidden states blown up until logits are in the hundreds: a cap such as Gemma 2's
+    30 tanh(x / 30) can't be seen on the small logits of a fresh model, but would count once it is trained.
+    """
+    base, head = model.base_model, model.get_output_embeddings()
+    if base is model or not isinstance(head, nn.Linear):
+        return False
+    seen: list[torch.Tensor] = []
+
+    def blow_up(module: nn.Module, arguments: Any, output: Any) -> Any:
+        hidden = output.last_hidden_state
+        output["last_hidden_state"] = hidden * (300 / head(hidden).abs().max().clamp(min=1e-6))
+        seen.append(output["last_hidden_state"])
+        return output
+
+    training = model.training
+    model.eval()
+    handle = base.register_forward_hook(blow_up)
+    try:
+        device = head.weight.device
+        logits = model(input_ids=torch.arange(4, device=device)[None], use_cache=False).logits
+        return bool(seen) and torch.allclose(logits.float(), head(seen[0]).float(), rtol=1e-3, atol=0.1)
+    finally:
+        handle.remove()
+        model.train(training)

@@ -1,0 +1,93 @@
+"""A run's folder: whose it is, and what state it is in.
+
+config.yaml     the resolved configuration
+ledger.json     the data it trains on: books and fingerprint
+status.json     state (running | stopped | failed | complete), step and reason; launchers hide exit codes
+metrics.jsonl   checkpoints/   model/
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train_loop.config import Config, differences, parse_yaml, to_dict, to_yaml
+from train_loop.errors import InputError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """The log of steps and evaluations."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def model(self) -> Path:
+        """The exported model."""
+        return self.path / "model"
+
+    def check(self, config: Config) -> None:
+        """Refuse a folder that this run must not write to; changes nothing.
+
+        Raises:
+            InputError: naming what differs, or what is in the way.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"run.output_dir {self.path}: is a file; name a folder")
+        stored = self.path / "config.yaml"
+        if not stored.exists():
+            for name in (self.model, self.checkpoints, self.metrics):
+                if name.exists():
+                    raise InputError(f"run.output_dir {self.path}: holds {name.name} of something else; name another")
+            return
+        if config.run.resume == "never":
+            raise InputError(
+                f"run.output_dir {self.path}: holds a run already, and run.resume is never; "
+                "name another folder, or continue it with --run.resume auto"
+            )
+        old = parse_yaml(stored.read_text(encoding="utf-8"), f"{stored}: ")
+        changed = differences(old, to_dict(config)) if isinstance(old, dict) else ["config.yaml is damaged"]
+        if changed:
+            raise InputError(
+                f"run.output_dir {self.path}: belongs to a different run ({'; '.join(changed)}); name another folder"
+            )
+
+    def claim(self, config: Config, ledger: dict[str, Any]) -> None:
+        """Write down whose folder this is.
+
+        Raises:
+            InputError: when the run in it was on other data.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        books = self.path / "ledger.json"
+        if (self.path / "config.yaml").exists() and books.exists():
+            before = json.loads(books.read_text(encoding="utf-8"))["fingerprint"]
+            if before != ledger["fingerprint"]:
+                raise InputError(
+                    f"run.output_dir {self.path}: belongs to a run on other data (fingerprint {before[:12]}, now "
+                    f"{ledger['fingerprint'][:12]}): documents or tokenizer have changed since; name another folder"
+                )
+        _replace(books, json.dumps(ledger, indent=2) + "\n")
+        _replace(self.path / "config.yaml", to_yaml(config))
+
+    def set_status(self, state: str, step: int, reason: str = "") -> None:
+        """Write status.json."""
+        _replace(self.path / "status.json", json.dumps({"state": state, "step": step, "reason": reason}) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

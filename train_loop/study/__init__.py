@@ -1,0 +1,1 @@
+"""What is watched: the metrics log. The loop calls it; it never changes what the loop computes."""
