@@ -445,8 +445,10 @@ def _plain_types(kind: Any) -> set[Any]:
         return _plain_types(get_args(kind)[0])
     if get_origin(kind) is Literal:
         return {Literal}
+    if get_origin(kind) in (dict, tuple):
+        return {get_origin(kind)}
     inner = set().union(*(_plain_types(each) for each in get_args(kind)))
-    return inner | ({get_origin(kind)} if get_origin(kind) in (list, tuple, dict) else set())
+    return inner | ({list} if get_origin(kind) is list else set())
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
@@ -455,6 +457,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     Raises:
         InputError: that says what was expected and what was found.
     """
+    problem = InputError(f"{where}: expected {describe(kind)}, got {value!r}")
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         for each in inner:
@@ -463,7 +466,10 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             except InputError:
                 continue
     elif origin is Annotated:
-        number = _convert(value, inner[0], where)
+        try:
+            number = _convert(value, inner[0], where)
+        except InputError:
+            raise problem from None
         if inner[1].holds(number):
             return number
     elif (origin is Literal and value in inner) or (kind is types.NoneType and value is None):
@@ -472,17 +478,16 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         return [_convert(each, inner[0], where) for each in ([value] if isinstance(value, str) else value)]
     elif origin is tuple and isinstance(value, list) and len(value) == len(inner):
         return tuple(_convert(each, type_, where) for each, type_ in zip(value, inner, strict=True))
-    elif origin is dict and isinstance(value, dict):
-        return value
-    elif kind is bool and isinstance(value, bool):
-        return value
-    elif kind is int and isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer():
+    elif isinstance(value, bool) or kind is bool:  # Python takes True for the number 1
+        if isinstance(value, bool) and kind is bool:
+            return value
+    elif kind is int and isinstance(value, int | float) and float(value).is_integer():
         return int(value)
-    elif kind in (float, str) and isinstance(value, int | float) and not isinstance(value, bool):
+    elif kind in (float, str) and isinstance(value, int | float):
         return kind(value)
-    elif kind is str and isinstance(value, str):
+    elif (kind is str and isinstance(value, str)) or (origin is dict and isinstance(value, dict)):
         return value
-    raise InputError(f"{where}: expected {describe(kind)}, got {value!r}")
+    raise problem
 
 
 def describe(kind: Any) -> str:

@@ -12,3 +12,9 @@ class InputError(Exception):
 
 class TrainingError(Exception):
     """A run that cannot go on although its input was fine (say, a loss that stays NaN). Exit code 1."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception of a library says, on one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= 300 else f"{text[:297]}...").rstrip(". ")

@@ -12,7 +12,7 @@ import yaml
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from train_loop.config import Config, to_yaml
-from train_loop.errors import InputError
+from train_loop.errors import InputError, one_line
 from train_loop.model import context_length
 
 
@@ -132,6 +132,7 @@ def push(folder: Path, config: Config) -> str:
         repository = api.create_repo(config.export.hub_model_id or config.output_dir.name, exist_ok=True)
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Upload model")
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"export.push_to_hub: {reason}; the model is in {folder}, log in with hf auth login") from None
+        raise InputError(
+            f"export.push_to_hub: {one_line(error)}; the model is in {folder}, log in with hf auth login"
+        ) from None
     return str(repository)

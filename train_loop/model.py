@@ -7,6 +7,7 @@ originals.
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from train_loop.config import Config, nearest
-from train_loop.errors import InputError
+from train_loop.errors import InputError, one_line
 from train_loop.randomness import seed_torch
 
 
@@ -49,8 +50,8 @@ def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
     """
     try:
         return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32, attn_implementation=attention)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"model {name_or_path}: cannot be loaded ({_first_line(error)})") from None
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
+        raise InputError(f"model {name_or_path}: cannot be loaded ({one_line(error)})") from None
 
 
 def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -59,16 +60,18 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrained
     Unless it says otherwise, the vocabulary is the tokenizer's and the context one block.
     """
     architecture = dict(config.model.architecture or {})
-    model_config = _model_config(architecture, tokenizer, config.data.block_size)
-    seed_torch("weights", config.run.seed)
     try:
+        model_config = _model_config(architecture, tokenizer, config.data.block_size)
+        seed_torch("weights", config.run.seed)
         model = AutoModelForCausalLM.from_config(
             model_config, dtype=torch.float32, attn_implementation=config.model.attention
         )
         model(torch.zeros(1, 2, dtype=torch.long))  # sizes that don't fit each other show themselves in use
-    except (ValueError, TypeError, RuntimeError, ImportError, IndexError, AttributeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # whatever a library makes of numbers that don't fit each other
         raise InputError(
-            f"model.architecture: {architecture}: no such model can be built ({_first_line(error)})"
+            f"model.architecture: {config.model.architecture}: no such model can be built ({one_line(error)})"
         ) from None
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     model.generation_config = GenerationConfig(**ids)
@@ -122,7 +125,3 @@ def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, block
             f"the tokenizer has {len(tokenizer)} entries, but {source} only {vocabulary} embeddings; "
             "use the tokenizer that belongs to the model"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from train_loop.config import DataConfig, nearest
-from train_loop.errors import InputError
+from train_loop.errors import InputError, one_line
 from train_loop.randomness import key
 
 TRAIN, VALIDATION = "train", "validation"
@@ -129,13 +129,18 @@ def held_out_documents(test_size: float, seed: int) -> Iterator[int]:
 # --- the standard library -------------------------------------------------------------------------------------------
 
 
+_NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+
+
 def stdlib_files() -> list[tuple[str, str]]:
-    """(name, path) of the sources of the running Python's standard library, without its tests; sorted by name."""
+    """(name, path) of the sources of the running Python's standard library, sorted by name.
+
+    Without its tests, what was installed into it, and `encodings`: generated tables of characters, no text to learn.
+    """
     root = sysconfig.get_path("stdlib")
     found = []
     for folder, folders, files in os.walk(root):
-        skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-        folders[:] = sorted(set(folders) - skipped)
+        folders[:] = sorted(set(folders) - _NOT_STDLIB)
         for file in files:
             if file.endswith(".py"):
                 path = os.path.join(folder, file)
@@ -212,7 +217,7 @@ def _lines(path: str) -> Iterator[str]:
 def _read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
-            yield f"line {number}", _parse_json(line, path, number)
+            yield f"line {number}", _parse_json(line.rstrip(), path, number)
 
 
 def _read_json(path: str) -> Iterator[tuple[str, Any]]:
@@ -253,7 +258,7 @@ def _read_parquet(path: str) -> Iterator[tuple[str, Any]]:
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
             yield from ((f"row {next(numbers)}", row) for row in batch.to_pylist())
     except pyarrow.ArrowException as error:
-        raise InputError(f"{path}: not valid Parquet ({_first_line(error)})") from None
+        raise InputError(f"{path}: not valid Parquet ({one_line(error)})") from None
 
 
 _READERS: dict[str, Any] = {
@@ -277,9 +282,9 @@ def _load_hub(data: DataConfig, split: str) -> Any:
     try:
         return datasets.load_dataset(data.name, data.subset, split=split, streaming=data.streaming)
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise InputError(f"data.name: {_first_line(error)}; name a data set on the Hub or a local folder") from None
+        raise InputError(f"data.name: {one_line(error)}; name a data set on the Hub or a local folder") from None
     except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"data.name {data.name}, subset {data.subset}, split {split}: {_first_line(error)}") from None
+        raise InputError(f"data.name {data.name}, subset {data.subset}, split {split}: {one_line(error)}") from None
 
 
 def _hub_key(data: DataConfig, split: str) -> list[Any]:
@@ -356,10 +361,6 @@ def _paths(row: Any, prefix: str = "") -> Iterator[str]:
     for name, value in row.items():
         inner = list(_paths(value, f"{prefix}{name}."))
         yield from inner or [f"{prefix}{name}"]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
 
 
 def key_hash(key: Any) -> str:

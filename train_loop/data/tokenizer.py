@@ -16,7 +16,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from train_loop.errors import InputError
+from train_loop.errors import InputError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -30,8 +30,7 @@ def load(name_or_path: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"tokenizer {name_or_path}: cannot be loaded ({reason})") from None
+        raise InputError(f"tokenizer {name_or_path}: cannot be loaded ({one_line(error)})") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"tokenizer {name_or_path}: has no fast version (tokenizer.json), which train_loop needs")
     if tokenizer.eos_token_id is None:

@@ -1,0 +1,67 @@
+"""Windows over a store: every token but the first is predicted once."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train_loop.data.loader import IGNORED, Windows, loader
+from train_loop.data.order import MicroBatch, Plan
+
+
+@dataclass
+class Stream:
+    """A store that holds 1, 2, 3, ..., so that a token's value says where it stands."""
+
+    tokens: Any
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def stream(tokens: int) -> Any:
+    return Stream(np.arange(1, tokens + 1, dtype=np.uint16))
+
+
+@given(tokens=st.integers(2, 300), block_size=st.integers(1, 50), size=st.integers(1, 9), seed=st.integers(0, 9))
+def test_every_token_but_the_first_is_predicted_once(tokens: int, block_size: int, size: int, seed: int) -> None:
+    windows = Windows(stream(tokens), block_size, filler=0)
+    plan = Plan(len(windows), size, max(1, size // 2), seed)
+    predicted: Counter[int] = Counter()
+    for step in range(plan.steps_per_epoch):
+        targets = 0
+        for batch in loader(windows, plan.share(step, 0, 1)):
+            real = batch.targets != IGNORED
+            # A target is the token after its input, and stands at the same place.
+            assert torch.equal(batch.targets[real], batch.inputs[real] + 1)
+            assert batch.inputs.shape == batch.targets.shape and batch.inputs.dtype == torch.int64
+            predicted.update(batch.targets[real].tolist())
+            targets += int(real.sum())
+        assert windows.targets(plan.blocks(step)) == targets
+    assert predicted == Counter(range(2, tokens + 1))
+
+
+def test_the_last_window_is_filled_up() -> None:
+    windows = Windows(stream(6), 4, filler=0)
+    batch = windows[MicroBatch(0, np.array([1, 0]))]
+    assert batch.inputs.tolist() == [[5, 6, 0, 0], [1, 2, 3, 4]]
+    assert batch.targets.tolist() == [[6, IGNORED, IGNORED, IGNORED], [2, 3, 4, 5]]
+
+
+def test_an_empty_micro_batch_has_no_targets() -> None:
+    batch = Windows(stream(6), 4, filler=7)[MicroBatch(3, np.empty(0, dtype=np.int64))]
+    assert batch.number == 3 and batch.inputs.tolist() == [[7] * 4] and batch.targets.tolist() == [[IGNORED] * 4]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_keep_the_order(workers: int) -> None:
+    windows = Windows(stream(100), 5, filler=0)
+    plan = Plan(len(windows), 4, 2, seed=1)
+    batches = [batch for step in range(5) for batch in plan.share(step, 0, 1)]
+    found = list(loader(windows, batches, num_workers=workers))
+    assert [batch.inputs[:, 0].tolist() for batch in found] == [(blocks * 5 + 1).tolist() for _, blocks in batches]

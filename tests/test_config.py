@@ -1,0 +1,134 @@
+"""The configuration: YAML, overrides, and mistakes that are named."""
+
+from pathlib import Path
+
+import pytest
+
+from train_loop import config
+from train_loop.errors import InputError
+
+VALID = """
+run: {mixed_precision: no, seed: 3}
+model:
+  architecture: {model_type: gpt2, n_layer: 2}
+tokenizer: {train_vocab_size: 512}
+optimizer: {learning_rate: 1e-3, betas: [0.9, 0.95]}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "my.yaml"
+    path.write_text(VALID, encoding="utf-8")
+    return path
+
+
+def test_values_of_file_and_command_line(file: Path) -> None:
+    loaded = config.load(
+        [
+            *("--config", str(file)),
+            *("--optimizer.learning_rate", "3e-4"),
+            "--model.architecture.n_layer=5",
+            *("--evaluation.every", "10"),
+            *("--sample.prompts", '["def f(x):", b]'),
+            *("--data.join", ": "),
+        ]
+    )
+    assert loaded.run.mixed_precision == "no" and loaded.run.seed == 3
+    assert loaded.optimizer.learning_rate == 3e-4 and loaded.optimizer.betas == (0.9, 0.95)
+    assert loaded.model.architecture == {"model_type": "gpt2", "n_layer": 5}
+    assert loaded.evaluation.every == 10
+    assert loaded.sample.prompts == ["def f(x):", "b"]
+    assert loaded.data.join == ": "
+    assert loaded.run.output_dir == "runs/my"
+
+
+def test_text_on_the_command_line_is_not_read_as_yaml(file: Path) -> None:
+    loaded = config.load(["--config", str(file), "--sample.prompts", "def f(x): # no"])
+    assert loaded.sample.prompts == ["def f(x): # no"]
+
+
+def test_resolved_yaml_loads_to_the_same(file: Path, tmp_path: Path) -> None:
+    loaded = config.load(["--config", str(file), "--model.attention", "eager"])
+    again = tmp_path / "resolved.yaml"
+    again.write_text(config.to_yaml(loaded), encoding="utf-8")
+    assert config.load(["--config", str(again)]) == loaded
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("optimizer: {learning_rat: 1}", "unknown key optimizer.learning_rat; did you mean learning_rate?"),
+        ("learning_rate: 1", "unknown key learning_rate; did you mean optimizer.learning_rate?"),
+        ("optimizr: {}", "unknown key optimizr; did you mean optimizer?"),
+        ("optimizer: {learning_rate: fast}", "optimizer.learning_rate: expected a number >= 0, got 'fast'"),
+        ("optimizer: {learning_rate: .nan}", "optimizer.learning_rate: expected a number >= 0"),
+        ("run: {seed: 1.5}", "run.seed: expected an integer >= 0, got 1.5"),
+        ("run: {seed: .inf}", "run.seed: expected an integer >= 0"),
+        ("run: {seed: true}", "run.seed: expected an integer >= 0, got True"),
+        ("run: {mixed_precision: half}", "run.mixed_precision: expected no | bf16, got 'half'"),
+        ("evaluation: {every: -3}", "evaluation.every: expected an integer > 0, or epoch, got -3"),
+        ("data: {test_size: 1}", "data.test_size: expected a number between 0 and 1, both excluded, got 1"),
+        ("optimizer: {betas: [0.9]}", "optimizer.betas: expected a list of 2"),
+        ("data: 3", "data is a section"),
+        ("- a", "expected sections"),
+        ("run: [1", "not valid YAML"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named_with_the_file(tmp_path: Path, line: str, expected: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(line, encoding="utf-8")
+    with pytest.raises(InputError) as error:
+        config.load(["--config", str(path)])
+    message = str(error.value)
+    assert "wrong.yaml" in message and "\n" not in message
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--optimizer.learning_rat", "1"], "did you mean optimizer.learning_rate?"),
+        (["--run.seed"], "--run.seed needs a value"),
+        (["foo"], "unexpected 'foo'"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["--model.name_or_path", "x"], "exactly one of model.name_or_path and model.architecture"),
+        (["--tokenizer.name_or_path", "x"], "only one of tokenizer"),
+        (["--data.source", "files"], "no file is named"),
+        (["--data.source", "hub"], "no data set is named"),
+        (["--data.files", "a.txt"], "data.files goes with data.source files"),
+        (["--batch.micro_batch_size", "9"], "micro_batch_size 9 is larger than"),
+        (["--model.architecture", "{n_layer: 2}"], "model_type is missing"),
+        (["--tokenizer.train_vocab_size", "256"], "at least 257"),
+        (
+            ["--data.source", "hub", "--data.name", "x", "--data.streaming", "true", "--data.split", "train[:5]"],
+            "slices",
+        ),
+        (["--export.hub_model_id", "x"], "export.push_to_hub"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(file: Path, arguments: list[str], expected: str) -> None:
+    given = arguments if arguments[0] == "--config" else ["--config", str(file), *arguments]
+    with pytest.raises(InputError, match=r"^[^\n]*$") as error:
+        config.load(given)
+    assert expected in str(error.value)
+
+
+def test_every_setting_is_explained_in_the_help() -> None:
+    lines = config.help_text().splitlines()
+    for key, _ in config.keys():
+        place = next(number for number, line in enumerate(lines) if line.startswith(f"  --{key} "))
+        assert len(lines[place + 1].strip()) > 10
+
+
+def test_only_decisions_that_change_the_result_make_a_different_run(file: Path) -> None:
+    old = config.to_dict(config.load(["--config", str(file)]))
+    free = ["--batch.micro_batch_size", "2", "--checkpoint.keep", "9", "--run.output_dir", "elsewhere"]
+    assert config.differences(old, config.to_dict(config.load(["--config", str(file), *free]))) == []
+    changed = config.load(
+        ["--config", str(file), "--optimizer.weight_decay", "0.5", "--model.architecture.n_layer", "3"]
+    )
+    assert config.differences(old, config.to_dict(changed)) == [
+        "model.architecture.n_layer: 2 -> 3",
+        "optimizer.weight_decay: 0.01 -> 0.5",
+    ]

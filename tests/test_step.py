@@ -1,0 +1,182 @@
+"""One optimizer step: the gradient of the mean over all its targets, and `Trainer`'s losses and weights."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainingArguments
+
+from tests.conftest import NO_DROPOUT, TINY_MODELS, events
+from train_loop import config, loop, optimizer
+from train_loop.data.loader import IGNORED, loader
+from train_loop.signals import StopRequest
+from train_loop.step import train_step
+from train_loop.study.metrics import MetricsLog
+
+
+def set_up(settings: Callable[..., list[str]], name: str, **changes: object) -> loop.Run:
+    architecture = TINY_MODELS[name] | (NO_DROPOUT if name == "gpt2" else {}) | {"max_position_embeddings": 33}
+    run = loop.set_up(config.load(settings(model__architecture=json.dumps(architecture), **changes)))
+    run.folder.path.mkdir(exist_ok=True)
+    return run
+
+
+class Ordered(Trainer):
+    """Trainer that keeps the order of its data set."""
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+
+def rows_for_trainer(run: loop.Run, step: int) -> list[dict[str, list[int]]]:
+    """A step's windows, in the plan's order, as the block_size + 1 tokens that Trainer's model shifts itself.
+
+    A short step is filled up with windows without targets, which weigh nothing in either loop.
+    """
+    rows = []
+    for batch in loader(run.train, run.plan.share(step, 0, 1)):
+        for inputs, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+            rows.append({"input_ids": [*inputs, max(targets[-1], 0)], "labels": [IGNORED, *targets]})
+    filler = {"input_ids": [0] * 33, "labels": [IGNORED] * 33}
+    return rows + [filler] * (run.plan.sequences_per_step - len(rows))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_losses_and_weights_are_those_of_trainer(settings: Callable[..., list[str]], tmp_path: Path, name: str) -> None:
+    """50 steps with warm-up, linear decay, clipping, decay groups, two micro-batches, a short last window."""
+    run = set_up(
+        settings,
+        name,
+        train__max_steps=50,
+        batch__sequences_per_step=8,
+        batch__micro_batch_size=4,
+        schedule__warmup_steps=5,
+        optimizer__max_grad_norm=0.5,
+        optimizer__weight_decay=0.1,
+        optimizer__learning_rate=3e-3,
+        evaluation__every=1000,
+    )
+    assert run.plan.steps_per_epoch < 50 and run.plan.blocks_per_epoch % 8  # crosses epochs, has short steps
+    reference = type(run.model)(run.model.config)
+    reference.load_state_dict(run.model.state_dict())
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "trainer"),
+        max_steps=50,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=3e-3,
+        warmup_steps=5,
+        lr_scheduler_type="linear",
+        weight_decay=0.1,
+        max_grad_norm=0.5,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        report_to=[],
+        optim="adamw_torch_fused",
+        disable_tqdm=True,
+    )
+    rows = [row for step in range(50) for row in rows_for_trainer(run, step)]
+    trainer = Ordered(model=reference, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
+    trainer.train()
+    theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    log = MetricsLog(run.accelerator, run.folder.metrics, 0)
+    loop._loop(run, log, 0, StopRequest())
+    mine_losses = [event["loss"] for event in events(run.folder.path, "step")]
+    assert len(theirs) == len(mine_losses) == 50
+    assert max(event["grad_norm"] for event in events(run.folder.path, "step")) > 0.5  # it did clip
+    assert mine_losses == pytest.approx(theirs, abs=1e-5)
+    for (parameter, mine_), theirs_ in zip(run.model.named_parameters(), reference.parameters(), strict=True):
+        difference = (mine_ - theirs_).abs()
+        if parameter.endswith("c_attn.bias"):
+            # A key's bias adds the same to all of a query's scores, so its true gradient is zero and Adam, which
+            # divides by the gradient's size, moves it by rounding noise.
+            width = len(mine_) // 3
+            difference = torch.cat([difference[:width], difference[2 * width :]])
+        assert difference.max() < 1e-5, parameter
+
+
+def gradient(run: loop.Run, step: int, micro_batch_size: int) -> dict[str, torch.Tensor]:
+    """The gradient of one step, seen just before the update (which learning rate 0 makes harmless)."""
+    found: dict[str, torch.Tensor] = {}
+
+    def remember(*_: Any) -> None:
+        found.update({name: parameter.grad.clone() for name, parameter in run.model.named_parameters()})
+
+    plan = type(run.plan)(run.plan.blocks_per_epoch, run.plan.sequences_per_step, micro_batch_size, run.plan.seed)
+    handle = run.optimizer.optimizer.register_step_pre_hook(remember)
+    batches = list(loader(run.train, plan.share(step, 0, 1)))
+    targets = run.train.targets(plan.blocks(step))
+    train_step(run.accelerator, run.objective, run.optimizer, batches, len(batches), targets, 0.0, None, (0, step))
+    handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_gradient_is_that_of_the_mean_over_all_targets(settings: Callable[..., list[str]], name: str) -> None:
+    """At every micro-batch size, also in the short last step: against an unaccumulated float64 reference."""
+    run = set_up(settings, name)
+    last = run.plan.steps_per_epoch - 1
+    with_short_window = next(step for step in range(last + 1) if run.train.count - 1 in run.plan.blocks(step))
+    assert len(run.plan.blocks(last)) < 8
+    for step in {0, last, with_short_window}:
+        double = type(run.model)(run.model.config).double().train()
+        double.load_state_dict(run.model.state_dict())
+        nll, count = torch.zeros((), dtype=torch.float64), 0
+        for batch in loader(run.train, run.plan.share(step, 0, 1)):
+            logits = double(input_ids=batch.inputs, use_cache=False).logits
+            real = batch.targets != IGNORED
+            picked = logits.log_softmax(-1).gather(2, batch.targets.clamp(min=0)[..., None])[..., 0]
+            nll, count = nll - picked[real].sum(), count + int(real.sum())
+        (nll / count).backward()
+        for micro_batch_size in (1, 3, 8):
+            found = gradient(run, step, micro_batch_size)
+            for parameter, expected in double.named_parameters():
+                torch.testing.assert_close(found[parameter].double(), expected.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mask_depends_on_step_and_micro_batch_alone(settings: Callable[..., list[str]]) -> None:
+    dropout = TINY_MODELS["gpt2"] | {"resid_pdrop": 0.3}
+    run = loop.set_up(config.load(settings(model__architecture=json.dumps(dropout))))
+    run.objective.train()
+
+    def loss(step: int, *before: int) -> float:
+        torch.manual_seed(sum(before))  # whatever was drawn before
+        batches = list(loader(run.train, run.plan.share(0, 0, 1)))
+        count = run.train.targets(run.plan.blocks(0))
+        return train_step(run.accelerator, run.objective, run.optimizer, batches, 1, count, 0.0, None, (0, step)).loss
+
+    assert loss(5) == loss(5, 1, 2) and loss(5) != loss(6)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
+    settings: Callable[..., list[str]], poison: float
+) -> None:
+    run = set_up(settings, "gpt2")
+    batches = list(loader(run.train, run.plan.share(0, 0, 1)))
+    count = run.train.targets(run.plan.blocks(0))
+    handle = run.model.transformer.h[0].attn.c_attn.weight.register_hook(lambda gradient: gradient * poison)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    result = train_step(run.accelerator, run.objective, run.optimizer, batches, 1, count, 0.1, 1.0, (0, 0))
+    handle.remove()
+    assert not result.taken
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
+    assert train_step(run.accelerator, run.objective, run.optimizer, batches, 1, count, 0.1, 1.0, (0, 1)).taken
+
+
+def test_no_limit_leaves_gradients_as_they_are() -> None:
+    accelerator = Accelerator(cpu=True)
+    layer = torch.nn.Linear(4, 1)
+    (layer(torch.full((1, 4), 1e6)) * 1e6).sum().backward()
+    assert layer.weight.grad is not None
+    before = layer.weight.grad.clone()
+    accelerator.clip_grad_norm_(layer.parameters(), float("inf"))
+    assert torch.equal(layer.weight.grad, before)
+    assert optimizer.learning_rate(0, 1, 1.0, config.ScheduleConfig()) == 1.0
