@@ -7,7 +7,7 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="train_loop-tests-")
 os.environ["TRAIN_LOOP_CACHE"] = os.environ["HF_HOME"] + "/train_loop"
 os.environ["ACCELERATE_USE_CPU"] = "true"
+# Models this small are fastest on one thread, and tests that start several processes share the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 from hypothesis import settings as hypothesis_settings
@@ -87,6 +89,20 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Pat
     return folder
 
 
+def forget_accelerator() -> None:
+    """Accelerate keeps one state a process; a command must not see the precision or trackers of one before it."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh_process() -> Iterator[None]:
+    """Every test begins as a new process would."""
+    yield
+    forget_accelerator()
+
+
 class Command:
     """Runs `train-loop` in this process and keeps what it printed."""
 
@@ -96,6 +112,7 @@ class Command:
 
     def __call__(self, *arguments: object) -> int:
         """The exit code of `train-loop ARGUMENTS`."""
+        forget_accelerator()
         self.capsys.readouterr()
         code = main([str(argument) for argument in arguments])
         self.out, self.err = self.capsys.readouterr()

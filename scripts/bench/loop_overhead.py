@@ -1,0 +1,77 @@
+"""What the loop adds to forward, backward and optimizer, in milliseconds a step.
+
+    python scripts/bench/loop_overhead.py [--steps 200] [--rounds 9] [--json]
+
+A model so small that a step takes a few milliseconds, trained twice on the same batches: by the loop (plan, loader,
+dropout keys, learning rate, clipping, finite check, a line of metrics.jsonl and progress each step), and bare
+(forward, backward, clipping, AdamW, nothing else, batches in memory).
+"""
+
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from measure import Contender, alternate, parser, report
+
+
+def main() -> None:
+    """Run the benchmark."""
+    options = parser(__doc__, rounds=9)
+    options.add_argument("--steps", type=int, default=200, help="steps of one run (200)")
+    given = options.parse_args()
+
+    import torch
+
+    from train_loop import config, loop
+    from train_loop.data.loader import loader
+    from train_loop.signals import StopRequest
+    from train_loop.study.metrics import MetricsLog
+
+    folder = Path(tempfile.mkdtemp(prefix="bench-loop-"))
+    run = loop.set_up(
+        config.load(
+            [
+                *("--model.architecture", "{model_type: gpt2, n_layer: 2, n_embd: 64, n_head: 2}"),
+                *("--tokenizer.train_vocab_size", "512", "--data.block_size", "64", "--batch.sequences_per_step", "8"),
+                *("--train.max_steps", str(given.steps), "--evaluation.every", "1000000"),
+                *("--checkpoint.every", "1000000", "--run.output_dir", str(folder)),
+            ]
+        )
+    )
+    shares = (run.plan.share(step, 0, 1) for step in range(given.steps))
+    batches = list(loader(run.train, itertools.chain.from_iterable(shares)))
+    # Evaluation and checkpoint of the last step are not part of a step.
+    loop._evaluate = lambda *_: None
+    loop._checkpoint = lambda *_: None
+
+    def with_loop() -> float:
+        log = MetricsLog(run.accelerator, run.folder.metrics, 0)
+        began = time.perf_counter()
+        loop._loop(run, log, 0, StopRequest())
+        return time.perf_counter() - began
+
+    def bare() -> float:
+        objective, optimizer = run.accelerator.unwrap_model(run.objective).train(), run.optimizer.optimizer
+        parameters = list(objective.parameters())
+        began = time.perf_counter()
+        for batch in batches:
+            (objective(batch.inputs, batch.targets) / batch.targets.numel()).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return time.perf_counter() - began
+
+    found = alternate(
+        [Contender("forward, backward, clip, AdamW alone", bare), Contender("the loop", with_loop)], given.rounds
+    )
+    report(f"{given.steps} steps", found, given.steps, "steps", given.json)
+    pairs = zip(found["the loop"], found["forward, backward, clip, AdamW alone"], strict=True)
+    overhead = statistics.median((mine - bare) / given.steps * 1e3 for mine, bare in pairs)
+    print(json.dumps({"overhead_ms_a_step": overhead}) if given.json else f"\nthe loop adds {overhead:.3f} ms a step")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What the benchmarks share: alternating runs, medians, and a table of ratios."""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+
+class Contender(NamedTuple):
+    """Something to time: its name, and a function that does the work once and returns the seconds that count."""
+
+    name: str
+    run: Callable[[], float]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long `work` takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def alternate(contenders: Sequence[Contender], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender in each round; they take turns, so a slow minute of the machine hits all of them."""
+    found: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for contender in contenders:  # warm up: imports, caches, first allocations
+        contender.run()
+    for turn in range(rounds):
+        for contender in contenders[:: 1 if turn % 2 == 0 else -1]:
+            found[contender.name].append(contender.run())
+    return found
+
+
+def report(title: str, found: dict[str, list[float]], work: float, unit: str, as_json: bool) -> None:
+    """Print medians, rates (`work` units a run) and each one's rate as a ratio to the first's.
+
+    The ratio is the median of the rounds' own ratios: what varies between rounds cancels.
+    """
+    reference = next(iter(found.values()))
+    rows = [
+        {
+            "name": name,
+            "seconds": statistics.median(times),
+            "rate": work / statistics.median(times),
+            "ratio": statistics.median(first / time for first, time in zip(reference, times, strict=True)),
+        }
+        for name, times in found.items()
+    ]
+    if as_json:
+        print(json.dumps({"title": title, "unit": unit, "rounds": len(reference), "rows": rows}))
+        return
+    print(f"\n{title} ({len(reference)} alternating rounds, {os.cpu_count()} cores; medians)\n")
+    print(f"{'':44} {'seconds':>9} {unit + '/s':>14} {'ratio':>7}")
+    for row in rows:
+        print(f"{row['name']:44} {row['seconds']:9.4f} {row['rate']:14,.1f} {row['ratio']:7.3f}")
+
+
+def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """Options that every benchmark has."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--rounds", type=int, default=rounds, help=f"timed runs of each contender ({rounds})")
+    options.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return options
