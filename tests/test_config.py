@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from train_loop import config
+from train_loop import config, settings
 from train_loop.errors import InputError
 
 VALID = """
@@ -115,8 +115,8 @@ def test_a_mistake_on_the_command_line_is_named(file: Path, arguments: list[str]
 
 
 def test_every_setting_is_explained_in_the_help() -> None:
-    lines = config.help_text().splitlines()
-    for key, _ in config.keys():
+    lines = settings.help_text(config.Config).splitlines()
+    for key, _ in settings.keys(config.Config):
         place = next(number for number, line in enumerate(lines) if line.startswith(f"  --{key} "))
         assert len(lines[place + 1].strip()) > 10
 

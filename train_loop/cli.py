@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from train_loop import __version__
-from train_loop.config import help_text, load
+from train_loop.config import Config, load
 from train_loop.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, InputError, TrainingError
+from train_loop.settings import help_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +58,7 @@ def _overview() -> str:
 def _wants_help(arguments: list[str], command: str, usage: str) -> bool:
     if not {"-h", "--help"} & set(arguments):
         return False
-    print(f"usage: train-loop {command} {usage}\n\n{COMMANDS[command].__doc__}\n\nsettings:\n{help_text()}")
+    print(f"usage: train-loop {command} {usage}\n\n{COMMANDS[command].__doc__}\n\nsettings:\n{help_text(Config)}")
     return True
 
 

@@ -2,32 +2,20 @@
 
     file.yaml  ->  load(["--config", "file.yaml", "--optimizer.learning_rate", "3e-4"])  ->  Config
 
-The dataclasses are the one description of the settings: their types are what a value is checked against, their
-docstrings what `train-loop train --help` prints, with units. An unknown key or a wrong type is an `InputError` that
-names the file and the nearest valid key.
+Their docstrings, with units, are what `train-loop train --help` prints; `settings.py` does the reading.
 """
 
 import dataclasses
-import difflib
 import os
-import re
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from train_loop.errors import InputError
-
-
-class Range(NamedTuple):
-    """A condition on a number, in words for the error and as a test."""
-
-    words: str
-    holds: Callable[[float], bool]
-
+from train_loop.settings import Range, fill, override, read_yaml, split_arguments
 
 PositiveInt = Annotated[int, Range("> 0", lambda value: value > 0)]
 NonNegativeInt = Annotated[int, Range(">= 0", lambda value: value >= 0)]
@@ -303,224 +291,22 @@ FREE_KEYS = (
 )
 
 
-class _YamlLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML 1.2's scalars: `no` is the word no (as in mixed_precision: no), 1e-3 a number, 2024-01-01 text."""
-
-
-_CHANGED_TAGS = tuple(f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "timestamp"))
-_YamlLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _CHANGED_TAGS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
-    list("-+.0123456789"),
-)
-
-
 def load(arguments: Sequence[str]) -> Config:
     """Read `--config FILE --section.key value ...` into a checked `Config`.
 
     Raises:
         InputError: for a missing file, an unknown key, a wrong type, or settings that contradict each other.
     """
-    path, overrides = _split_arguments(arguments)
+    path, overrides = split_arguments(arguments)
     config = Config()
     if path:
-        _fill(config, _read_yaml(path), f"{path}: ")
+        fill(config, read_yaml(path), f"{path}: ")
     for key, text in overrides:
-        _override(config, key, text)
+        override(config, key, text)
     if config.run.output_dir is None:
         config.run.output_dir = str(Path("runs") / (Path(path).stem if path else "train"))
     check(config)
     return config
-
-
-def _split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[str, str]]]:
-    """`--config FILE --a.b 1 --c.d=2` -> (FILE, [("a.b", "1"), ("c.d", "2")])."""
-    path, overrides, queue = None, [], iter(arguments)
-    for argument in queue:
-        if not argument.startswith("--"):
-            raise InputError(f"command line: unexpected {argument!r}; settings are given as --section.key value")
-        option, equals, value = argument.removeprefix("--").partition("=")
-        if not equals:
-            following = next(queue, None)
-            if following is None:
-                raise InputError(f"command line: --{option} needs a value")
-            value = following
-        if option == "config":
-            path = value
-        else:
-            overrides.append((option, value))
-    return path, overrides
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """YAML text as plain values, with the scalars of YAML 1.2.
-
-    Raises:
-        InputError: with `where`, line and column of the mistake.
-    """
-    try:
-        return yaml.load(text, _YamlLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise InputError(f"{where}{place}not valid YAML ({getattr(error, 'problem', error)})") from None
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--config {path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"--config {path}: is not UTF-8 at byte {error.start}") from None
-    values = parse_yaml(text, f"{path}: ")
-    if not isinstance(values, dict | None):
-        raise InputError(f"{path}: expected sections such as `run:` and `data:`, found a {type(values).__name__}")
-    return values or {}
-
-
-def keys(cls: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted name and type of every setting: ("optimizer.learning_rate", float), ..."""
-    for each in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(each.type):
-            yield from keys(each.type, f"{prefix}{each.name}.")
-        else:
-            yield f"{prefix}{each.name}", each.type
-
-
-def nearest(name: str, valid: Sequence[str]) -> str:
-    """`did you mean X?` for the valid name nearest to `name`; the valid names themselves when none is near."""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else f"valid here: {', '.join(valid)}"
-
-
-def _fill(section: Any, values: dict[str, Any], where: str, prefix: str = "") -> None:
-    """Set the fields of a section (a dataclass) from a mapping, section by section."""
-    kinds = {each.name: each.type for each in dataclasses.fields(section)}
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if name not in kinds:
-            elsewhere = [other for other, _ in keys() if other.endswith(f".{name}")]
-            hint = f"did you mean {elsewhere[0]}?" if len(elsewhere) == 1 else nearest(str(name), list(kinds))
-            raise InputError(f"{where}unknown key {key}; {hint}")
-        if not dataclasses.is_dataclass(kinds[name]):
-            setattr(section, name, _convert(value, kinds[name], f"{where}{key}"))
-        elif isinstance(value, dict):
-            _fill(getattr(section, name), value, where, f"{key}.")
-        elif value is not None:
-            raise InputError(f"{where}{key} is a section, expected `{name}:` with keys below it")
-
-
-def _override(config: Config, key: str, text: str) -> None:
-    """Set one setting from the command line."""
-    where = "command line: "
-    kinds: dict[str, Any] = dict(keys())
-    if key.startswith("model.architecture."):
-        architecture = dict(config.model.architecture or {})
-        architecture[key.removeprefix("model.architecture.")] = parse_yaml(text, f"{where}--{key}: ")
-        config.model.architecture = architecture
-        return
-    if key not in kinds:
-        raise InputError(f"{where}unknown option --{key}; {nearest(key, list(kinds))}")
-    section, _, name = key.partition(".")
-    value: Any = text
-    # Text stays as it was typed ("def f(x):" would be a mapping to YAML); everything else is a YAML value.
-    if str not in _plain_types(kinds[key]) or text == "null" or (list in _plain_types(kinds[key]) and text[:1] == "["):
-        value = parse_yaml(text, f"{where}--{key}: ")
-    setattr(getattr(config, section), name, _convert(value, kinds[key], f"{where}--{key}"))
-
-
-def _plain_types(kind: Any) -> set[Any]:
-    """The plain types in a type: {list, str} of list[str], {int, "epoch" literal's str} of int | Literal[...]."""
-    if get_origin(kind) is None:
-        return {kind}
-    if get_origin(kind) is Annotated:
-        return _plain_types(get_args(kind)[0])
-    if get_origin(kind) is Literal:
-        return {Literal}
-    if get_origin(kind) in (dict, tuple):
-        return {get_origin(kind)}
-    inner = set().union(*(_plain_types(each) for each in get_args(kind)))
-    return inner | ({list} if get_origin(kind) is list else set())
-
-
-def _convert(value: Any, kind: Any, where: str) -> Any:
-    """`value` as the type `kind`; a whole number also passes as float, one string also as a list of strings.
-
-    Raises:
-        InputError: that says what was expected and what was found.
-    """
-    problem = InputError(f"{where}: expected {describe(kind)}, got {value!r}")
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        for each in inner:
-            try:
-                return _convert(value, each, where)
-            except InputError:
-                continue
-    elif origin is Annotated:
-        try:
-            number = _convert(value, inner[0], where)
-        except InputError:
-            raise problem from None
-        if inner[1].holds(number):
-            return number
-    elif (origin is Literal and value in inner) or (kind is types.NoneType and value is None):
-        return value
-    elif origin is list and isinstance(value, list | str):
-        return [_convert(each, inner[0], where) for each in ([value] if isinstance(value, str) else value)]
-    elif origin is tuple and isinstance(value, list) and len(value) == len(inner):
-        return tuple(_convert(each, type_, where) for each, type_ in zip(value, inner, strict=True))
-    elif isinstance(value, bool) or kind is bool:  # Python takes True for the number 1
-        if isinstance(value, bool) and kind is bool:
-            return value
-    elif kind is int and isinstance(value, int | float) and float(value).is_integer():
-        return int(value)
-    elif kind in (float, str) and isinstance(value, int | float):
-        return kind(value)
-    elif (kind is str and isinstance(value, str)) or (origin is dict and isinstance(value, dict)):
-        return value
-    raise problem
-
-
-def describe(kind: Any) -> str:
-    """A type in words: `an integer > 0, or epoch`."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return ", or ".join(describe(each) for each in inner)
-    if origin is Annotated:
-        return f"{describe(inner[0])} {inner[1].words}"
-    if origin is Literal:
-        return " | ".join(str(each) for each in inner)
-    if origin is list:
-        return f"a list of {describe(inner[0])}"
-    if origin is tuple:
-        return f"a list of {len(inner)}: {', '.join(describe(each) for each in inner)}"
-    names = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null"}
-    return names.get(kind, "a mapping")
-
-
-def help_text() -> str:
-    """Every setting with its type, default and meaning, from the dataclasses and their docstrings."""
-    lines = []
-    for section in dataclasses.fields(Config):
-        kind: Any = section.type
-        summary, _, described = (kind.__doc__ or "").partition("Args:")
-        meanings = dict(re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", described, re.MULTILINE))
-        lines.append(f"\n{section.name}: {' '.join(summary.split())}")
-        for each in dataclasses.fields(kind):
-            default = getattr(kind(), each.name)
-            shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
-            lines.append(f"  --{section.name}.{each.name}  ({describe(each.type)}; default {shown})")
-            lines.append(f"      {' '.join(meanings[each.name].split())}")
-    return "\n".join(lines)
 
 
 def check(config: Config) -> None:

@@ -19,9 +19,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from train_loop.config import Config, nearest
+from train_loop.config import Config
 from train_loop.errors import InputError, one_line
 from train_loop.randomness import seed_torch
+from train_loop.settings import nearest
 
 
 def build(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train_loop.config import Config, differences, parse_yaml, to_dict, to_yaml
+from train_loop.config import Config, differences, to_dict, to_yaml
 from train_loop.errors import InputError
+from train_loop.settings import parse_yaml
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train_loop.config import DataConfig, nearest
+from train_loop.config import DataConfig
 from train_loop.errors import InputError, one_line
 from train_loop.randomness import key
+from train_loop.settings import nearest
 
 TRAIN, VALIDATION = "train", "validation"
 

@@ -9,8 +9,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from train_loop.config import nearest
 from train_loop.errors import InputError
+from train_loop.settings import nearest
 
 
 class MetricsLog:

@@ -1,0 +1,240 @@
+"""Settings: nested dataclasses that are filled from YAML and from the command line, with mistakes that are named.
+
+The dataclasses (`config.py`) are the one description of the settings. Their types are what a value is checked against;
+their docstrings are the help.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import yaml
+
+from train_loop.errors import InputError
+
+
+class Range(NamedTuple):
+    """A condition on a number, in words for the error and as a test."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+class _YamlLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML 1.2's scalars: `no` is the word no (as in mixed_precision: no), 1e-3 a number, 2024-01-01 text."""
+
+
+_CHANGED_TAGS = tuple(f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "timestamp"))
+_YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _CHANGED_TAGS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML text as plain values, with the scalars of YAML 1.2.
+
+    Raises:
+        InputError: with `where`, line and column of the mistake.
+    """
+    try:
+        return yaml.load(text, _YamlLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise InputError(f"{where}{place}not valid YAML ({getattr(error, 'problem', error)})") from None
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The sections of a YAML file.
+
+    Raises:
+        InputError: for a file that cannot be read or holds no sections.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"--config {path}: is not UTF-8 at byte {error.start}") from None
+    values = parse_yaml(text, f"{path}: ")
+    if not isinstance(values, dict | None):
+        raise InputError(f"{path}: expected sections such as `run:` and `data:`, found a {type(values).__name__}")
+    return values or {}
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[str, str]]]:
+    """`--config FILE --a.b 1 --c.d=2` -> (FILE, [("a.b", "1"), ("c.d", "2")])."""
+    path, overrides, queue = None, [], iter(arguments)
+    for argument in queue:
+        if not argument.startswith("--"):
+            raise InputError(f"command line: unexpected {argument!r}; settings are given as --section.key value")
+        option, equals, value = argument.removeprefix("--").partition("=")
+        if not equals:
+            following = next(queue, None)
+            if following is None:
+                raise InputError(f"command line: --{option} needs a value")
+            value = following
+        if option == "config":
+            path = value
+        else:
+            overrides.append((option, value))
+    return path, overrides
+
+
+def keys(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted name and type of every setting: ("optimizer.learning_rate", float), ..."""
+    for each in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(each.type):
+            yield from keys(each.type, f"{prefix}{each.name}.")
+        else:
+            yield f"{prefix}{each.name}", each.type
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """`did you mean X?` for the valid name nearest to `name`; the valid names themselves when none is near."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else f"valid here: {', '.join(valid)}"
+
+
+def fill(settings: Any, values: dict[str, Any], where: str, prefix: str = "", root: Any = None) -> None:
+    """Set the fields of a dataclass from a mapping, section by section.
+
+    Raises:
+        InputError: for an unknown key (naming the nearest) or a wrong type; `where` says in which file.
+    """
+    root = root or type(settings)
+    kinds = {each.name: each.type for each in dataclasses.fields(settings)}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in kinds:
+            elsewhere = [other for other, _ in keys(root) if other.endswith(f".{name}")]
+            hint = f"did you mean {elsewhere[0]}?" if len(elsewhere) == 1 else nearest(str(name), list(kinds))
+            raise InputError(f"{where}unknown key {key}; {hint}")
+        if not dataclasses.is_dataclass(kinds[name]):
+            setattr(settings, name, _convert(value, kinds[name], f"{where}{key}"))
+        elif isinstance(value, dict):
+            fill(getattr(settings, name), value, where, f"{key}.", root)
+        elif value is not None:
+            raise InputError(f"{where}{key} is a section, expected `{name}:` with keys below it")
+
+
+def override(settings: Any, key: str, text: str) -> None:
+    """Set one setting, by its dotted name, to what was typed on the command line.
+
+    Raises:
+        InputError: as `fill`.
+    """
+    where = f"command line: --{key}"
+    kinds = dict(keys(type(settings)))
+    section_name, _, name = key.partition(".")
+    mapping, _, entry = name.partition(".")
+    if entry and dict in _plain_types(kinds.get(f"{section_name}.{mapping}")):  # an entry of a mapping
+        section = getattr(settings, section_name)
+        setattr(section, mapping, (getattr(section, mapping) or {}) | {entry: parse_yaml(text, f"{where}: ")})
+        return
+    if key not in kinds:
+        raise InputError(f"command line: unknown option --{key}; {nearest(key, list(kinds))}")
+    plain = _plain_types(kinds[key])
+    # Text stays as it was typed ("def f(x):" would be a mapping to YAML); everything else is a YAML value.
+    is_text = str in plain and text != "null" and not (list in plain and text.startswith("["))
+    value = text if is_text else parse_yaml(text, f"{where}: ")
+    setattr(getattr(settings, section_name), name, _convert(value, kinds[key], where))
+
+
+def _plain_types(kind: Any) -> set[Any]:
+    """The plain types in a type: {list, str} of list[str], {int, "epoch" literal's str} of int | Literal[...]."""
+    if get_origin(kind) is None:
+        return {kind}
+    if get_origin(kind) is Annotated:
+        return _plain_types(get_args(kind)[0])
+    if get_origin(kind) is Literal:
+        return {Literal}
+    if get_origin(kind) in (dict, tuple):
+        return {get_origin(kind)}
+    inner = set().union(*(_plain_types(each) for each in get_args(kind)))
+    return inner | ({list} if get_origin(kind) is list else set())
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    """`value` as the type `kind`; a whole number also passes as float, one string also as a list of strings.
+
+    Raises:
+        InputError: that says what was expected and what was found.
+    """
+    problem = InputError(f"{where}: expected {describe(kind)}, got {value!r}")
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        for each in inner:
+            try:
+                return _convert(value, each, where)
+            except InputError:
+                continue
+    elif origin is Annotated:
+        try:
+            number = _convert(value, inner[0], where)
+        except InputError:
+            raise problem from None
+        if inner[1].holds(number):
+            return number
+    elif (origin is Literal and value in inner) or (kind is types.NoneType and value is None):
+        return value
+    elif origin is list and isinstance(value, list | str):
+        return [_convert(each, inner[0], where) for each in ([value] if isinstance(value, str) else value)]
+    elif origin is tuple and isinstance(value, list) and len(value) == len(inner):
+        return tuple(_convert(each, type_, where) for each, type_ in zip(value, inner, strict=True))
+    elif isinstance(value, bool) or kind is bool:  # Python takes True for the number 1
+        if isinstance(value, bool) and kind is bool:
+            return value
+    elif kind is int and isinstance(value, int | float) and float(value).is_integer():
+        return int(value)
+    elif kind in (float, str) and isinstance(value, int | float):
+        return kind(value)
+    elif (kind is str and isinstance(value, str)) or (origin is dict and isinstance(value, dict)):
+        return value
+    raise problem
+
+
+def describe(kind: Any) -> str:
+    """A type in words: `an integer > 0, or epoch`."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return ", or ".join(describe(each) for each in inner)
+    if origin is Annotated:
+        return f"{describe(inner[0])} {inner[1].words}"
+    if origin is Literal:
+        return " | ".join(str(each) for each in inner)
+    if origin is list:
+        return f"a list of {describe(inner[0])}"
+    if origin is tuple:
+        return f"a list of {len(inner)}: {', '.join(describe(each) for each in inner)}"
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null"}
+    return names.get(kind, "a mapping")
+
+
+def help_text(cls: Any) -> str:
+    """Every setting with its type, default and meaning, from the dataclasses and their docstrings."""
+    lines = []
+    for section in dataclasses.fields(cls):
+        kind: Any = section.type
+        summary, _, described = (kind.__doc__ or "").partition("Args:")
+        meanings = dict(re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", described, re.MULTILINE))
+        lines.append(f"\n{section.name}: {' '.join(summary.split())}")
+        for each in dataclasses.fields(kind):
+            default = getattr(kind(), each.name)
+            shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+            lines.append(f"  --{section.name}.{each.name}  ({describe(each.type)}; default {shown})")
+            lines.append(f"      {' '.join(meanings[each.name].split())}")
+    return "\n".join(lines)
