@@ -199,14 +199,14 @@ class SampleConfig:
     """Text sampled after each evaluation, and the defaults saved with the exported model.
 
     Args:
-        prompts: what to continue; an empty list samples nothing.
+        prompts: what to continue; when null, one text from its beginning; an empty list samples nothing.
         max_new_tokens: tokens to add at most.
         temperature: logits are divided by it; 0 always takes the likeliest token.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the fewest tokens whose probability reaches p; 1 keeps all.
     """
 
-    prompts: list[str] = field(default_factory=list)
+    prompts: list[str] | None = None
     max_new_tokens: PositiveInt = 100
     temperature: NonNegativeFloat = 1.0
     top_k: NonNegativeInt = 50

@@ -15,7 +15,7 @@ from torch import nn
 from train_loop import checkpoint, model, optimizer
 from train_loop.config import Config, to_dict
 from train_loop.data.loader import Windows, loader
-from train_loop.data.order import Plan
+from train_loop.data.order import Plan, share
 from train_loop.data.store import Prepared, prepare
 from train_loop.errors import TrainingError
 from train_loop.evaluation import evaluate
@@ -23,7 +23,7 @@ from train_loop.export import export, push
 from train_loop.objective import Objective
 from train_loop.progress import Progress, say
 from train_loop.run_folder import RunFolder
-from train_loop.sampler import Sampling, sample
+from train_loop.sampler import Sampling, check_prompt, prompt_ids, sample
 from train_loop.signals import StopRequest
 from train_loop.step import train_step
 from train_loop.study.metrics import MetricsLog, check_trackers
@@ -79,6 +79,8 @@ def train(config: Config) -> Summary:
     if main:
         run.folder.claim(config, run.data.ledger())
     run.accelerator.wait_for_everyone()
+    if config.run.log_with:
+        run.accelerator.init_trackers("train_loop", config=_flat(to_dict(config)))
     try:
         step = _resume(run)
         log = MetricsLog(run.accelerator, run.folder.metrics, step)
@@ -124,9 +126,9 @@ def set_up(config: Config) -> Run:
     windows, validation = (Windows(side, config.data.block_size, filler) for side in (data.train, data.validation))
     plan = Plan(len(windows), config.batch.sequences_per_step, config.micro_batch_size, config.run.seed)
     objective = Objective(model.build(config, data.tokenizer).to(accelerator.device))
+    for prompt in config.sample.prompts or []:
+        check_prompt(objective.model, prompt_ids(data.tokenizer, prompt))
     prepared, adamw = accelerator.prepare(objective, optimizer.build(objective, config.optimizer))
-    if config.run.log_with:
-        accelerator.init_trackers("train_loop", config=_flat(to_dict(config)))
     total_steps = config.train.max_steps or config.train.epochs * plan.steps_per_epoch
     return Run(config, folder, accelerator, data, windows, validation, plan, total_steps, prepared, adamw)
 
@@ -154,11 +156,12 @@ def _loop(run: Run, log: MetricsLog, start: int, stop: StopRequest) -> int:
     """Train from step `start` to the end, or until a signal; returns the number of finished steps."""
     config, accelerator, plan = run.config, run.accelerator, run.plan
     process, processes = accelerator.process_index, accelerator.num_processes
-    shares = (plan.share(step, process, processes) for step in range(start, run.total_steps))
+    # The plan of a step is needed twice: by the loader, which may read ahead, and here.
+    plans, to_load = itertools.tee(plan.micro_batches(step) for step in range(start, run.total_steps))
     batches = iter(
         loader(
             run.train,
-            itertools.chain.from_iterable(shares),
+            itertools.chain.from_iterable(share(step, process, processes) for step in to_load),
             num_workers=config.data.num_workers,
             pin_memory=accelerator.device.type == "cuda",
         )
@@ -166,10 +169,10 @@ def _loop(run: Run, log: MetricsLog, start: int, stop: StopRequest) -> int:
     bad_steps = 0
     run.objective.train()
     with Progress("training", "step", run.total_steps, start, accelerator.is_main_process) as progress:
-        for step in range(start, run.total_steps):
+        for step, micro_batches in enumerate(plans, start):
             began = time.perf_counter()
-            count = -(-len(plan.micro_batches(step)) // processes)
-            targets = run.train.targets(plan.blocks(step))
+            count = -(-len(micro_batches) // processes)
+            targets = sum(run.train.targets(micro_batch.blocks) for micro_batch in micro_batches)
             rate = optimizer.learning_rate(step, run.total_steps, config.optimizer.learning_rate, config.schedule)
             result = train_step(
                 accelerator,
@@ -242,10 +245,17 @@ def _evaluate(run: Run, log: MetricsLog, step: int, epoch: float) -> None:
     chosen = Sampling(
         settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p, seed=config.run.seed
     )
-    for prompt in settings.prompts if main else []:
+    for prompt in _prompts(run) if main else []:
         text = sample(run.model, run.data.tokenizer, prompt, chosen)
         log.write("sample", step, prompt=prompt, continuation=text)
         say(f"  sample: {prompt}{text}")
+
+
+def _prompts(run: Run) -> list[str]:
+    """What to continue after each evaluation: as configured, else one text from its beginning, where it has one."""
+    if run.config.sample.prompts is not None:
+        return run.config.sample.prompts
+    return [""] if run.data.tokenizer.bos_token_id is not None else []
 
 
 def _checkpoint(run: Run, step: int) -> None:

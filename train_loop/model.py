@@ -63,7 +63,7 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrained
     architecture = dict(config.model.architecture or {})
     try:
         model_config = _model_config(architecture, tokenizer, config.data.block_size)
-        seed_torch("weights", config.run.seed)
+        seed_torch(torch.device("cpu"), "weights", config.run.seed)
         model = AutoModelForCausalLM.from_config(
             model_config, dtype=torch.float32, attn_implementation=config.model.attention
         )

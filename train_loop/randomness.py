@@ -4,7 +4,8 @@ So dropout masks can be drawn again for any micro-batch of any step, on any proc
 the samples before it.
 """
 
-import numpy as np
+import hashlib
+
 import torch
 
 
@@ -13,10 +14,17 @@ def key(purpose: str, *numbers: int) -> int:
 
     The numbers are hashed together, not added: (seed 0, step 2) and (seed 1, step 1) have nothing in common.
     """
-    words = [int.from_bytes(purpose.encode(), "little"), *numbers]
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+    digest = hashlib.blake2b(repr((purpose, *numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
-def seed_torch(purpose: str, *numbers: int) -> None:
-    """Key torch's default generators, on the CPU and on every accelerator."""
-    torch.manual_seed(key(purpose, *numbers))
+def seed_torch(device: torch.device, purpose: str, *numbers: int) -> None:
+    """Key torch's default generators of the CPU and of a device.
+
+    Not `torch.manual_seed`: that seeds every kind of accelerator, and for those not in use it files a note with the
+    call stack each time, which costs as much as a small step.
+    """
+    seed = key(purpose, *numbers)
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)

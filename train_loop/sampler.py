@@ -107,13 +107,10 @@ def generate(
         use_cache: False computes all positions again for every token, for comparison.
 
     Raises:
-        InputError: for an empty prompt, or one that fills the model's context.
+        InputError: for a prompt that fills the model's context.
     """
-    if not prompt:
-        raise InputError("prompt: is empty, and the tokenizer has no token to begin a text with")
+    check_prompt(model, prompt)
     context = context_length(model)
-    if context is not None and len(prompt) >= context:
-        raise InputError(f"prompt: {len(prompt)} tokens leave no room in the model's context of {context}")
     room = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - len(prompt))
     options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     ids = torch.tensor([prompt], device=model.device)
@@ -133,10 +130,29 @@ def generate(
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
-    """A prompt's token ids; an empty one becomes the token that begins texts, where there is one."""
+    """A prompt's token ids, special tokens' spellings as ordinary text.
+
+    An empty prompt becomes the token that begins texts.
+
+    Raises:
+        InputError: when there is no such token.
+    """
     ids = encoder(tokenizer).encode(prompt, add_special_tokens=False).ids
     start = tokenizer.bos_token_id
-    return ids or ([start] if isinstance(start, int) else [])
+    if not ids and not isinstance(start, int):
+        raise InputError("prompt: is empty, and the tokenizer has no token to begin a text with (bos_token)")
+    return ids or [start]
+
+
+def check_prompt(model: PreTrainedModel, prompt: list[int]) -> None:
+    """Refuse a prompt (token ids) that leaves no room for a token in the model's context.
+
+    Raises:
+        InputError: with both lengths.
+    """
+    context = context_length(model)
+    if context is not None and len(prompt) >= context:
+        raise InputError(f"prompt: {len(prompt)} tokens leave no room in the model's context of {context}")
 
 
 def sample(

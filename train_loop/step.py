@@ -55,9 +55,12 @@ def train_step(
         max_grad_norm: gradients are scaled down to this global norm; None leaves them.
         seed: (run's seed, step), from which with the micro-batch's number each dropout mask follows.
     """
+    # Without a loss scaler Accelerate's wrapper only hands on, after looking for packages on disk each time.
+    inner = optimizer if accelerator.scaler else optimizer.optimizer
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     nll = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(micro_batches, 1):
-        seed_torch("dropout", *seed, batch.number)
+        seed_torch(accelerator.device, "dropout", *seed, batch.number)
         # Gradients of the processes are summed once, after the last micro-batch.
         with nullcontext() if number == count else accelerator.no_sync(objective):
             nll_sum = objective(
@@ -66,12 +69,18 @@ def train_step(
             )
             accelerator.backward(nll_sum * (accelerator.num_processes / targets))
         nll += nll_sum.detach()
-    loss = float(accelerator.reduce(nll, "sum")) / targets
-    norm = float(accelerator.clip_grad_norm_(objective.parameters(), max_grad_norm or math.inf))
+    if accelerator.num_processes > 1:
+        nll = accelerator.reduce(nll, "sum")
+    loss = float(nll) / targets
+    if accelerator.is_fsdp2:  # each process holds shards of the gradients
+        norm = float(accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf))
+    else:
+        accelerator.unscale_gradients()
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
     taken = math.isfinite(loss) and math.isfinite(norm)
     if taken:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        optimizer.step()
-    optimizer.zero_grad()
+        inner.step()
+    inner.zero_grad()
     return StepResult(loss, norm, taken)

@@ -1,8 +1,8 @@
 """What the loop adds to forward, backward and optimizer, in milliseconds a step.
 
-    python scripts/bench/loop_overhead.py [--steps 200] [--rounds 9] [--json]
+    python scripts/bench/loop_overhead.py [--steps 100] [--rounds 41] [--json]
 
-A model so small that a step takes a few milliseconds, trained twice on the same batches: by the loop (plan, loader,
+A model so small that a step takes two or three milliseconds on one thread, trained twice on the same batches: by the loop (plan, loader,
 dropout keys, learning rate, clipping, finite check, a line of metrics.jsonl and progress each step), and bare
 (forward, backward, clipping, AdamW, nothing else, batches in memory).
 """
@@ -19,8 +19,8 @@ from measure import Contender, alternate, parser, report
 
 def main() -> None:
     """Run the benchmark."""
-    options = parser(__doc__, rounds=9)
-    options.add_argument("--steps", type=int, default=200, help="steps of one run (200)")
+    options = parser(__doc__, rounds=41)
+    options.add_argument("--steps", type=int, default=100, help="steps of one run (100)")
     given = options.parse_args()
 
     import torch
@@ -30,12 +30,13 @@ def main() -> None:
     from train_loop.signals import StopRequest
     from train_loop.study.metrics import MetricsLog
 
+    torch.set_num_threads(1)  # a second thread would only add noise to work this small
     folder = Path(tempfile.mkdtemp(prefix="bench-loop-"))
     run = loop.set_up(
         config.load(
             [
-                *("--model.architecture", "{model_type: gpt2, n_layer: 2, n_embd: 64, n_head: 2}"),
-                *("--tokenizer.train_vocab_size", "512", "--data.block_size", "64", "--batch.sequences_per_step", "8"),
+                *("--model.architecture", "{model_type: gpt2, n_layer: 1, n_embd: 16, n_head: 1}"),
+                *("--tokenizer.train_vocab_size", "512", "--data.block_size", "8", "--batch.sequences_per_step", "2"),
                 *("--train.max_steps", str(given.steps), "--evaluation.every", "1000000"),
                 *("--checkpoint.every", "1000000", "--run.output_dir", str(folder)),
             ]

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from train_loop.data.order import Ids, MicroBatch
-from train_loop.data.store import TokenStore, target_counts, window_count
+from train_loop.data.store import TokenStore, window_count
 
 IGNORED = -100
 """Target of a position that is not predicted: the filling of a short window or of an empty micro-batch."""
@@ -44,6 +44,7 @@ class Windows(Dataset[Batch]):
     def __init__(self, store: TokenStore, block_size: int, filler: int) -> None:
         self.store, self.block_size, self.filler = store, block_size, filler
         self.count = window_count(len(store), block_size)
+        self.last_targets = len(store) - 1 - block_size * (self.count - 1)
 
     def __len__(self) -> int:
         """Number of windows."""
@@ -51,9 +52,8 @@ class Windows(Dataset[Batch]):
 
     def targets(self, blocks: Ids) -> int:
         """Number of targets in some windows, without reading them."""
-        last = target_counts(len(self.store), self.block_size)[-1:].sum() if self.count else 0
         short = int((blocks == self.count - 1).sum())
-        return int((len(blocks) - short) * self.block_size + short * last)
+        return (len(blocks) - short) * self.block_size + short * self.last_targets
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         """The windows of a micro-batch; of an empty one, a single row without targets."""

@@ -130,5 +130,7 @@ def _cut(core: Tokenizer, text: str, low: int, high: int, margin: int = 500, tri
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 of all that decides how text becomes tokens: the core's definition and the end-of-text id."""
-    core = encoder(tokenizer)
+    core = tokenizer.backend_tokenizer
+    if core.truncation or core.padding:  # part of the definition, but not used here
+        core = encoder(tokenizer)
     return hashlib.sha256(f"{tokenizer.eos_token_id}\n{core.to_str()}".encode()).hexdigest()
