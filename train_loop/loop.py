@@ -157,7 +157,7 @@ def _loop(run: Run, log: MetricsLog, start: int, stop: StopRequest) -> int:
     config, accelerator, plan = run.config, run.accelerator, run.plan
     process, processes = accelerator.process_index, accelerator.num_processes
     # The plan of a step is needed twice: by the loader, which may read ahead, and here.
-    plans, to_load = itertools.tee(plan.micro_batches(step) for step in range(start, run.total_steps))
+    plans, to_load = itertools.tee(plan.steps(start, run.total_steps))
     batches = iter(
         loader(
             run.train,

@@ -2,9 +2,9 @@
 
     python scripts/bench/loop_overhead.py [--steps 100] [--rounds 41] [--json]
 
-A model so small that a step takes two or three milliseconds on one thread, trained twice on the same batches: by the loop (plan, loader,
-dropout keys, learning rate, clipping, finite check, a line of metrics.jsonl and progress each step), and bare
-(forward, backward, clipping, AdamW, nothing else, batches in memory).
+A model so small that a step takes two or three milliseconds on one thread, trained twice on the same batches: by the
+loop (plan, loader, dropout keys, learning rate, clipping, finite check, a line of metrics.jsonl and progress each
+step), and bare (forward, backward, clipping, AdamW, nothing else, batches in memory).
 """
 
 import itertools

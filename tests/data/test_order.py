@@ -65,6 +65,16 @@ def test_the_steps_of_an_epoch_see_every_block_once(plan: Plan, epoch: int) -> N
     assert {plan.epoch(step) for step in range(first, first + plan.steps_per_epoch)} == {epoch}
 
 
+@given(plan=PLANS, start=st.integers(0, 300), count=st.integers(0, 150))
+def test_steps_in_a_row_are_those_found_one_by_one(plan: Plan, start: int, count: int) -> None:
+    in_a_row = list(plan.steps(start, start + count))
+    assert len(in_a_row) == count
+    for step, micro_batches in enumerate(in_a_row, start):
+        alone = plan.micro_batches(step)
+        assert [batch.number for batch in micro_batches] == [batch.number for batch in alone]
+        assert all(np.array_equal(mine.blocks, other.blocks) for mine, other in zip(micro_batches, alone, strict=True))
+
+
 @given(plan=PLANS, step=st.integers(0, 500), processes=st.integers(1, 9))
 def test_the_processes_share_one_plan(plan: Plan, step: int, processes: int) -> None:
     shares = [plan.share(step, process, processes) for process in range(processes)]

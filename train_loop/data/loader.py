@@ -43,6 +43,7 @@ class Windows(Dataset[Batch]):
 
     def __init__(self, store: TokenStore, block_size: int, filler: int) -> None:
         self.store, self.block_size, self.filler = store, block_size, filler
+        self._offsets = np.arange(block_size + 1)
         self.count = window_count(len(store), block_size)
         self.last_targets = len(store) - 1 - block_size * (self.count - 1)
 
@@ -61,11 +62,11 @@ class Windows(Dataset[Batch]):
         if len(blocks) == 0:
             shape = (1, self.block_size)
             return Batch(number, torch.full(shape, self.filler), torch.full(shape, IGNORED))
-        places: npt.NDArray[np.int64] = blocks[:, None] * self.block_size + np.arange(self.block_size + 1)
-        inside = places < len(self.store)
-        if inside.all():
+        places: npt.NDArray[np.int64] = blocks[:, None] * self.block_size + self._offsets
+        if self.count - 1 not in blocks:
             window = torch.from_numpy(self.store.tokens[places].astype(np.int64))
             return Batch(number, window[:, :-1], window[:, 1:])
+        inside = places < len(self.store)
         window = torch.from_numpy(self.store.tokens[np.minimum(places, len(self.store) - 1)].astype(np.int64))
         missing = torch.from_numpy(~inside)
         inputs, targets = window[:, :-1].clone(), window[:, 1:].clone()
