@@ -41,7 +41,7 @@ from train_loop.progress import Progress, say
 _FORMAT = 1
 _DOCUMENT = np.dtype([("token_end", "<u8"), ("name_end", "<u8")])
 # Characters encoded at once: enough for all cores to be busy, little against the memory of a laptop.
-_BATCH_CHARACTERS = 4_000_000
+_BATCH_CHARACTERS = 2_000_000
 
 
 @dataclass
@@ -99,7 +99,8 @@ class TokenStore:
         found = path.stat().st_size if path.exists() else 0
         if found != expected:
             raise InputError(f"{path}: damaged, {found} bytes where {expected} belong; remove {folder.parent}")
-        self.tokens: npt.NDArray[Any] = np.memmap(path, dtype, "r") if expected else np.empty(0, dtype)
+        # A plain view of the map: memmap's own indexing runs Python code each time.
+        self.tokens: npt.NDArray[Any] = np.asarray(np.memmap(path, dtype, "r")) if expected else np.empty(0, dtype)
         documents = folder / "documents.bin"
         self._documents = np.memmap(documents, _DOCUMENT, "r") if ledger.documents else np.empty(0, _DOCUMENT)
 
@@ -164,8 +165,10 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, sh
     folder = stores / key_hash(key | {"tokenizer": {"train_vocab_size": vocab_size}})
     if tokenizer is None and vocab_size is None:
         tokenizer = tokenizers.load(config.tokenizer.name_or_path or config.model.name_or_path or "")
-    if tokenizer is not None and not _is_made_with(folder, tokenizer):
-        folder = stores / key_hash(key | {"tokenizer": tokenizers.fingerprint(tokenizer)})
+    if tokenizer is not None:
+        made_with = tokenizers.fingerprint(tokenizer)
+        if _made_with(folder) != made_with:
+            folder = stores / key_hash(key | {"tokenizer": made_with})
     if not folder.exists():
         stores.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
@@ -176,12 +179,10 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, sh
     return _open(folder, tokenizer)
 
 
-def _is_made_with(folder: Path, tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether a store exists whose trained tokenizer is this very one, as when a run's own model is evaluated."""
+def _made_with(folder: Path) -> str | None:
+    """Fingerprint of the tokenizer that was trained for a store; a run's own model, evaluated later, comes with it."""
     trained = folder / "tokenizer"
-    return trained.is_dir() and tokenizers.fingerprint(tokenizers.load(str(trained))) == tokenizers.fingerprint(
-        tokenizer
-    )
+    return tokenizers.fingerprint(tokenizers.load(str(trained))) if trained.is_dir() else None
 
 
 def _open(folder: Path, tokenizer: PreTrainedTokenizerFast | None) -> Prepared:
@@ -289,7 +290,7 @@ class _SideWriter:
         for file in (self.tokens, self.documents, self.names):
             file.close()
 
-    def add_text(self, text: str, ids: npt.NDArray[np.int64]) -> None:
+    def add_text(self, text: str, ids: npt.NDArray[np.uint32]) -> None:
         """A piece of a document's text and its token ids [tokens]."""
         content = text.encode()
         books = self.ledger
@@ -306,7 +307,7 @@ class _SideWriter:
 
     def end_document(self, name: str) -> None:
         """Put the end-of-text token after the document whose text was added, and file its name."""
-        self._write(np.array([self.eos]))
+        self._write(np.array([self.eos], dtype=np.uint32))
         books = self.ledger
         books.documents += 1
         books.eos_tokens += 1
@@ -314,7 +315,7 @@ class _SideWriter:
         ends = np.array([(books.text_tokens + books.eos_tokens, self.name_end)], dtype=_DOCUMENT)
         self.documents.write(ends.tobytes())
 
-    def _write(self, ids: npt.NDArray[np.int64]) -> None:
+    def _write(self, ids: npt.NDArray[np.uint32]) -> None:
         content = ids.astype(self.dtype).tobytes()
         self.digest.update(content)
         self.tokens.write(content)
@@ -381,7 +382,7 @@ def _batches(
 
 def _encode(
     core: Tokenizer, batches: Iterator[list[_Piece]]
-) -> Iterator[tuple[list[_Piece], list[npt.NDArray[np.int64]]]]:
+) -> Iterator[tuple[list[_Piece], list[npt.NDArray[np.uint32]]]]:
     """Each batch of pieces with the token ids of its texts."""
     pending: list[list[_Piece]] = []
 

@@ -6,6 +6,7 @@ end-of-text token that the store puts after each document.
 """
 
 import hashlib
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -75,23 +76,28 @@ def encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     return core
 
 
-def encode_batches(core: Tokenizer, batches: Iterable[list[str]]) -> Iterator[list[npt.NDArray[np.int64]]]:
-    """Token ids [tokens] of each text, batch by batch. One batch is encoded ahead, on all cores.
+def encode_batches(core: Tokenizer, batches: Iterable[list[str]]) -> Iterator[list[npt.NDArray[np.uint32]]]:
+    """Token ids [tokens] of each text, batch by batch. Two batches are encoded ahead, on all cores.
 
-    The Rust core lets go of Python's lock, so the ids of one batch become arrays while the next is encoded.
+    The Rust core lets go of Python's lock, so the ids of one batch become arrays while others are encoded; two, so that
+    no core waits for the longest text of a batch.
     """
 
     def encode(texts: list[str]) -> Any:
         return core.encode_batch_fast(texts, add_special_tokens=False)
 
-    with ThreadPoolExecutor(max_workers=1) as ahead:
+    def arrays(encoded: Any) -> list[npt.NDArray[np.uint32]]:
+        # An array.array takes a list of ints three times as fast as numpy does.
+        return [np.frombuffer(array("I", each.ids), dtype=np.uint32) for each in encoded]
+
+    with ThreadPoolExecutor(max_workers=2) as ahead:
         pending: deque[Any] = deque()
         for texts in batches:
             pending.append(ahead.submit(encode, texts))
-            if len(pending) == 2:
-                yield [np.array(each.ids, dtype=np.int64) for each in pending.popleft().result()]
-        for last in pending:
-            yield [np.array(each.ids, dtype=np.int64) for each in last.result()]
+            if len(pending) == 3:
+                yield arrays(pending.popleft().result())
+        while pending:
+            yield arrays(pending.popleft().result())
 
 
 def pieces(core: Tokenizer, text: str, size: int = 1 << 20) -> Iterator[str]:
