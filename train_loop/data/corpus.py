@@ -142,10 +142,8 @@ def stdlib_files() -> list[tuple[str, str]]:
     found = []
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(set(folders) - _NOT_STDLIB)
-        for file in files:
-            if file.endswith(".py"):
-                path = os.path.join(folder, file)
-                found.append((Path(path).relative_to(root).as_posix(), path))
+        prefix = "" if folder == root else Path(folder).relative_to(root).as_posix() + "/"
+        found += [(prefix + file, os.path.join(folder, file)) for file in files if file.endswith(".py")]
     if not found:
         raise InputError(f"data.source stdlib: no Python source below {root}; use data.source files")
     return sorted(found)
