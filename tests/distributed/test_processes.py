@@ -10,6 +10,7 @@ from tests.conftest import TINY_MODELS, events
 from tests.distributed.launch import launch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_losses_and_evaluation_do_not_depend_on_the_processes(
     settings: Callable[..., list[str]], tmp_path: Path, name: str
