@@ -28,7 +28,7 @@ def export(
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     if config.model.activation_checkpointing:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
     model.generation_config = generation_config(config, tokenizer)
     model.save_pretrained(temporary)
     context = context_length(model)

@@ -39,7 +39,7 @@ def build(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel
         source = "model.architecture"
     check_fits(model, tokenizer, config.data.block_size, source)
     if config.model.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 
