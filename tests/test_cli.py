@@ -25,6 +25,12 @@ def test_help_of_every_command(command: Command, capsys: pytest.CaptureFixture[s
     assert "--top_p" in capsys.readouterr().out
 
 
+def test_a_reader_that_leaves_early_sees_no_traceback() -> None:
+    command = f"{sys.executable} -m train_loop train --help | head -1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("usage: ") and result.stderr == ""
+
+
 def test_help_imports_none_of_the_heavy_libraries() -> None:
     program = (
         "import sys; from train_loop.cli import main; main(['train', '--help']); "

@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         _complain(error)
         return EXIT_FAILED
+    except BrokenPipeError:  # the reader of our output has seen enough, as in `train-loop train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     except KeyboardInterrupt:
         _complain("interrupted")
         return EXIT_FAILED
