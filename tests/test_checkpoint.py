@@ -33,7 +33,7 @@ def test_training_goes_on_to_the_bit(
     arguments = settings(model__architecture=json.dumps(architecture))
     first = loop.set_up(config.load(arguments))
     take_steps(first, 0, 5)
-    checkpoint.save(tmp_path / "c", first.model, first.optimizer, {"step": 5})
+    checkpoint.save(tmp_path / "c", *checkpoint.collect(first.model, first.optimizer), {"step": 5})
     expected = take_steps(first, 5, 10)
     second = loop.set_up(config.load(arguments))
     found, passed = checkpoint.newest(tmp_path / "c")
@@ -50,7 +50,7 @@ def checkpoints(settings: Callable[..., list[str]], tmp_path: Path) -> tuple[loo
     run = loop.set_up(config.load(settings()))
     for step in (1, 2):
         take_steps(run, step - 1, step)
-        checkpoint.save(tmp_path / "c", run.model, run.optimizer, {"step": step})
+        checkpoint.save(tmp_path / "c", *checkpoint.collect(run.model, run.optimizer), {"step": step})
     return run, tmp_path / "c"
 
 
@@ -101,7 +101,7 @@ def test_a_half_written_checkpoint_is_never_seen(
     run, folder = checkpoints
     monkeypatch.setattr(checkpoint, "_moments", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(folder, run.model, run.optimizer, {"step": 3})
+        checkpoint.save(folder, *checkpoint.collect(run.model, run.optimizer), {"step": 3})
     found, passed = checkpoint.newest(folder)
     assert found is not None and found.step == 2 and passed == []
     checkpoint.prune(folder, 1)

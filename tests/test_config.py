@@ -66,7 +66,7 @@ def test_resolved_yaml_loads_to_the_same(file: Path, tmp_path: Path) -> None:
         ("run: {seed: 1.5}", "run.seed: expected an integer >= 0, got 1.5"),
         ("run: {seed: .inf}", "run.seed: expected an integer >= 0"),
         ("run: {seed: true}", "run.seed: expected an integer >= 0, got True"),
-        ("run: {mixed_precision: half}", "run.mixed_precision: expected no | bf16, got 'half'"),
+        ("run: {mixed_precision: half}", "run.mixed_precision: expected no | bf16 | fp16 | fp8, got 'half'"),
         ("evaluation: {every: -3}", "evaluation.every: expected an integer > 0, or epoch, got -3"),
         ("data: {test_size: 1}", "data.test_size: expected a number between 0 and 1, both excluded, got 1"),
         ("optimizer: {betas: [0.9]}", "optimizer.betas: expected a list of 2"),

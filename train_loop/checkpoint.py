@@ -23,6 +23,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from train_loop.data.store import sync
@@ -44,15 +45,28 @@ class Found:
         return int(self.state["step"])
 
 
-def save(
-    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer | AcceleratedOptimizer, state: dict[str, Any]
-) -> Path:
+Tensors = dict[str, torch.Tensor]
+
+
+def collect(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer | AcceleratedOptimizer, keep: bool = True
+) -> tuple[Tensors, Tensors]:
+    """Weights and moments by name, whole. Where they are sharded, all processes must call this.
+
+    Args:
+        model: unwrapped, so that its names are those of an exported model.
+        optimizer: AdamW over the same parameters.
+        keep: whether this process wants them; else it only lends its shards, and gets nothing.
+    """
+    return weights_of(model, keep), _moments(model, optimizer, keep)
+
+
+def save(folder: Path, weights: Tensors, moments: Tensors, state: dict[str, Any]) -> Path:
     """Write a checkpoint below `folder`, whole or not at all.
 
     Args:
         folder: the run's `checkpoints`.
-        model: unwrapped, so that its names are those of an exported model.
-        optimizer: AdamW over the same parameters.
+        weights, moments: from `collect`.
         state: plain values; "step" names the checkpoint.
 
     Returns:
@@ -62,8 +76,8 @@ def save(
     temporary = folder / f"tmp-{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(_weights(model), temporary / "model.safetensors")
-    save_file(_moments(model, optimizer), temporary / "optimizer.safetensors")
+    save_file(weights, temporary / "model.safetensors")
+    save_file(moments, temporary / "optimizer.safetensors")
     (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     manifest = {path.name: _sums(path) for path in sorted(temporary.iterdir())}
     for path in temporary.iterdir():
@@ -118,48 +132,75 @@ def load(found: Found, model: PreTrainedModel, optimizer: torch.optim.Optimizer 
     Raises:
         ValueError: when it belongs to another model; nothing was changed then.
     """
-    parameters = dict(model.named_parameters())
     weights = load_file(found.folder / "model.safetensors")
     moments = load_file(found.folder / "optimizer.safetensors")
-    expected = {name: tensor.shape for name, tensor in _weights(model).items()}
+    expected = {name: tensor.shape for name, tensor in _once(model).items()}
     if expected != {name: tensor.shape for name, tensor in weights.items()}:
         raise ValueError(f"{found.folder} holds another model's weights")
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name in weights:
-                tensor.copy_(weights[name])
+        for name, tensor in _once(model).items():
+            tensor.copy_(_like(tensor, weights[name]))
     state = _inner(optimizer).state
-    for name, parameter in parameters.items():
+    for name, parameter in model.named_parameters():
         if f"{name}.exp_avg" in moments:
             exp_avg, exp_avg_sq, step = (moments[f"{name}.{moment}"] for moment in _MOMENTS)
-            device = parameter.device
             # Fused AdamW counts its updates in a tensor beside the parameter.
             state[parameter] = {
-                "step": step.reshape(()).to(device),
-                "exp_avg": exp_avg.to(device),
-                "exp_avg_sq": exp_avg_sq.to(device),
+                "step": step.reshape(()).to(parameter.device),
+                "exp_avg": _like(parameter, exp_avg),
+                "exp_avg_sq": _like(parameter, exp_avg_sq),
             }
 
 
-def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by name, those that share memory once."""
-    tensors: dict[str, torch.Tensor] = {}
+def weights_of(model: nn.Module, keep: bool = True) -> Tensors:
+    """Parameters and buffers by name, whole, those that share memory once; see `collect`."""
+    return _whole(_once(model), keep)
+
+
+def _once(model: nn.Module) -> Tensors:
+    """Parameters and buffers by name, those that share memory under their first."""
+    tensors: Tensors = {}
     seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor.contiguous()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        memory = id(tensor) if isinstance(tensor, DTensor) else tensor.data_ptr()
+        if memory not in seen or tensor.numel() == 0:
+            seen.add(memory)
+            tensors[name] = tensor
     return tensors
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer | AcceleratedOptimizer) -> dict[str, torch.Tensor]:
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer | AcceleratedOptimizer, keep: bool) -> Tensors:
     state = _inner(optimizer).state
-    return {
-        f"{name}.{moment}": state[parameter][moment].reshape(-1 if moment == "step" else parameter.shape)
-        for name, parameter in model.named_parameters()
-        if parameter in state
-        for moment in _MOMENTS
-    }
+    return _whole(
+        {
+            f"{name}.{moment}": state[parameter][moment].reshape(1) if moment == "step" else state[parameter][moment]
+            for name, parameter in model.named_parameters()
+            if parameter in state
+            for moment in _MOMENTS
+        },
+        keep,
+    )
+
+
+def _whole(tensors: Tensors, keep: bool) -> Tensors:
+    """Tensors without their shards' boundaries, on the CPU where they had such."""
+    kept: Tensors = {}
+    for name, tensor in tensors.items():
+        full = tensor.detach()
+        if isinstance(full, DTensor):
+            full = full.full_tensor()
+            full = full.cpu() if keep else full
+        if keep:
+            kept[name] = full.contiguous()
+    return kept
+
+
+def _like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Values on the device, and with the sharding, of a tensor."""
+    values = values.to(tensor.device)
+    if isinstance(tensor, DTensor):  # every process has read all values and takes its own
+        return distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    return values
 
 
 def _inner(optimizer: torch.optim.Optimizer | AcceleratedOptimizer) -> torch.optim.Optimizer:

@@ -120,21 +120,25 @@ def evaluate(arguments: list[str]) -> int:
     # The model to evaluate stands in for the one to train, so the file's own may be anything.
     config = load(rest)
     _quiet_libraries()
-    from accelerate import Accelerator
-
-    from train_loop import evaluation, model
+    from train_loop import evaluation, model, processes
     from train_loop.data import store, tokenizer
     from train_loop.data.loader import Windows
     from train_loop.objective import Objective
+    from train_loop.study import truth
 
-    accelerator = Accelerator(mixed_precision=config.run.mixed_precision)
-    language_model, its_tokenizer = model.load(name, config.model.attention), tokenizer.load(name)
+    accelerator = processes.start(config.run)
+    its_tokenizer = processes.together(accelerator, "tokenizer", lambda: tokenizer.load(name))
+    language_model = processes.together(accelerator, "load", lambda: model.load(name, config.model.attention))
     model.check_fits(language_model, its_tokenizer, config.data.block_size, f"model {name}")
-    data = store.prepare(config, its_tokenizer, shown=accelerator.is_local_main_process)
+    shown = accelerator.is_local_main_process
+    data = processes.together(accelerator, "prepare", lambda: store.prepare(config, its_tokenizer, shown=shown))
     eos = its_tokenizer.eos_token_id
     assert isinstance(eos, int)
-    windows = Windows(data.validation, config.data.block_size, eos)
+    windows = Windows(data.validation, config.data.block_size, eos, config.data.isolate_documents)
     objective = accelerator.prepare(Objective(language_model.to(accelerator.device)))
+    if config.data.isolate_documents and truth.documents_cross(accelerator, objective, config):
+        attention = str(language_model.config._attn_implementation)
+        raise InputError(truth.cannot_isolate(type(language_model).__name__, attention))
     metrics = evaluation.evaluate(accelerator, objective, windows, config.evaluation_batch_size)
     if accelerator.is_main_process:
         print(json.dumps(metrics))

@@ -34,14 +34,18 @@ class RunConfig:
         output_dir: folder of the run; by default runs/ and the configuration file's name.
         seed: the one seed of the run: order of the data, initial weights, dropout, samples.
         resume: "auto" continues from the newest whole checkpoint; "never" refuses a folder that holds a run.
-        mixed_precision: precision of the forward and backward pass; weights and moments stay in fp32.
+        mixed_precision: precision of the forward and backward pass; weights and moments stay in fp32. fp16 scales the
+            loss; fp8 needs a GPU that has it, and torchao or Transformer Engine.
+        reproducible: "bitwise" gives the same bits on any number of processes, at some cost: gradients are summed in
+            fixed point, and on a CPU each process computes on one thread. Not with FSDP2, fp16, fp8 or model.compile.
         log_with: trackers of Accelerate to log to (tensorboard, wandb, mlflow, ...), beside metrics.jsonl.
     """
 
     output_dir: str | None = None
     seed: NonNegativeInt = 0
     resume: Literal["auto", "never"] = "auto"
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16", "fp8"] = "no"
+    reproducible: Literal["no", "bitwise"] = "no"
     log_with: list[str] = field(default_factory=list)
 
 
@@ -53,12 +57,14 @@ class ModelConfig:
         name_or_path: a model's name on the Hub, or a local folder.
         architecture: model_type (gpt2, llama, ...) and that configuration's own fields, to train from scratch.
         attention: attention implementation (sdpa, eager, flash_attention_2, ...); Transformers' choice when null.
+        compile: compile the model's layers with torch.compile: faster steps after a minute or more of compiling.
         activation_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
     """
 
     name_or_path: str | None = None
     architecture: dict[str, Any] | None = None
     attention: str | None = None
+    compile: bool = False
     activation_checkpointing: bool = False
 
 
@@ -92,6 +98,8 @@ class DataConfig:
         test_size: share of the documents that is split off for validation when no validation data is named.
         split_seed: seed of that split, apart from run.seed so that runs can share their validation set.
         block_size: tokens a sequence that the model sees at once.
+        isolate_documents: keep attention inside each document of a block, let positions restart there, and don't
+            predict a document's first token from the one before it.
         streaming: (hub) read without downloading everything first; goes with max_documents.
         max_documents: read at most this many documents (rows) of each split of the source.
         cache_dir: where prepared token stores are kept; by default $TRAIN_LOOP_CACHE, else ~/.cache/train_loop.
@@ -110,6 +118,7 @@ class DataConfig:
     test_size: Share = 0.1
     split_seed: NonNegativeInt = 0
     block_size: PositiveInt = 128
+    isolate_documents: bool = False
     streaming: bool = False
     max_documents: PositiveInt | None = None
     cache_dir: str | None = None
@@ -288,6 +297,7 @@ FREE_KEYS = (
     "checkpoint",
     "export",
     "model.activation_checkpointing",
+    "model.compile",
 )
 
 
@@ -346,6 +356,14 @@ def check(config: Config) -> None:
             f"batch.micro_batch_size {batch.micro_batch_size} is larger than "
             f"batch.sequences_per_step {batch.sequences_per_step}"
         )
+    if config.run.reproducible == "bitwise":
+        for key, chosen in (
+            ("run.mixed_precision fp16", config.run.mixed_precision == "fp16"),
+            ("run.mixed_precision fp8", config.run.mixed_precision == "fp8"),
+            ("model.compile", model.compile),
+        ):
+            if chosen:
+                raise InputError(f"run.reproducible bitwise does not go with {key}; drop one of the two")
     if config.export.hub_model_id and not config.export.push_to_hub:
         raise InputError("export.hub_model_id goes with export.push_to_hub true")
 

@@ -2,10 +2,12 @@
 
     loss = sum nll / sum targets          perplexity = exp(loss)          bits per byte = sum nll / ln 2 / sum bytes
 
-Sums are float64, over per-token losses in fp32. A mean of batch means would weigh the tokens of a short last batch
-more; a gathered, padded last batch would count some twice. No logits are kept.
+Sums are float64, over per-token losses in fp32. Those of the batches are added up exactly (Shewchuk, 1997; Python's
+fsum), so their order, and with it the number of processes, makes no difference. A mean of batch means would weigh the
+tokens of a short last batch more; a gathered, padded last batch would count some twice. No logits are kept.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -40,21 +42,16 @@ def evaluate(
     batches = share(cut(np.arange(len(windows)), batch_size), accelerator.process_index, accelerator.num_processes)
     training = objective.training
     objective.eval()
-    sums: torch.Tensor | None = None
+    rows = []
     with Progress("evaluating", "batch", len(batches), shown=shown and accelerator.is_main_process) as progress:
         for batch in loader(windows, batches, pin_memory=accelerator.device.type == "cuda"):
-            statistics = objective(
-                batch.inputs.to(accelerator.device, non_blocking=True),
-                batch.targets.to(accelerator.device, non_blocking=True),
-                statistics=True,
-            )
-            # Counts are exact in float64 up to 2^53 tokens.
-            row = torch.stack([each.double() for each in statistics])
-            sums = row if sums is None else sums + row
+            batch = batch.to(accelerator.device)
+            statistics = objective(batch.inputs, batch.targets, batch.positions, statistics=True)
+            rows.append(torch.stack([each.double() for each in statistics]))  # counts are exact up to 2^53 tokens
             progress.update(1)
     objective.train(training)
-    assert sums is not None
-    nll, correct, targets = accelerator.reduce(sums, "sum").tolist()
+    sums = accelerator.gather(torch.stack(rows)) if accelerator.num_processes > 1 else torch.stack(rows)
+    nll, correct, targets = (math.fsum(column) for column in sums.T.tolist())
     metrics = LanguageModelMetric(keep_in_memory=True).compute(
         nll=[nll], correct=[int(correct)], targets=[int(targets)], utf8_bytes=[windows.store.ledger.predicted_bytes]
     )

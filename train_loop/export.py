@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -19,18 +20,26 @@ from train_loop.model import context_length
 def export(
     folder: Path,
     model: PreTrainedModel,
+    weights: dict[str, torch.Tensor],
     tokenizer: PreTrainedTokenizerFast,
     config: Config,
     ledger: dict[str, Any],
     evaluations: list[dict[str, Any]],
 ) -> None:
-    """Write the model folder beside its final name and swap it in when it is whole."""
+    """Write the model folder beside its final name and swap it in when it is whole.
+
+    Args:
+        folder: where.
+        model: for its configuration.
+        weights: its weights by name, tied ones once (`checkpoint.weights_of`).
+        tokenizer, config, ledger, evaluations: what else belongs into the folder and its card.
+    """
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     if config.model.activation_checkpointing:
         model.activation_checkpointing_disable()
     model.generation_config = generation_config(config, tokenizer)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=weights)
     context = context_length(model)
     if context is not None:
         tokenizer.model_max_length = context

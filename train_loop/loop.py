@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-from train_loop import checkpoint, model, optimizer
+from train_loop import checkpoint, model, optimizer, processes
 from train_loop.config import Config, to_dict
 from train_loop.data.loader import Windows, loader
 from train_loop.data.order import Plan, share
@@ -22,10 +22,12 @@ from train_loop.evaluation import evaluate
 from train_loop.export import export, push
 from train_loop.objective import Objective
 from train_loop.progress import Progress, say
+from train_loop.reproducible import TOLERANCE, FixedPointSums
 from train_loop.run_folder import RunFolder
 from train_loop.sampler import Sampling, check_prompt, prompt_ids, sample
 from train_loop.signals import StopRequest
-from train_loop.step import train_step
+from train_loop.step import StepResult, train_step
+from train_loop.study import truth
 from train_loop.study.metrics import MetricsLog, check_trackers
 
 
@@ -43,6 +45,7 @@ class Run:
     total_steps: int
     objective: nn.Module
     optimizer: AcceleratedOptimizer
+    sums: FixedPointSums | None
 
     @property
     def model(self) -> Any:
@@ -75,9 +78,12 @@ def train(config: Config) -> Summary:
     """
     run = set_up(config)
     main = run.accelerator.is_main_process
+    sheet = truth.measure(run)
+    truth.check(sheet)
     step = 0
     if main:
-        run.folder.claim(config, run.data.ledger())
+        run.folder.claim(config, run.data.ledger(), sheet)
+        say(truth.table(sheet))
     run.accelerator.wait_for_everyone()
     if config.run.log_with:
         run.accelerator.init_trackers("train_loop", config=_flat(to_dict(config)))
@@ -91,11 +97,13 @@ def train(config: Config) -> Summary:
         log.close()
         last = log.evaluations[-1] if log.evaluations else None
         summary = Summary(run, step, stop.name if step < run.total_steps else None, last)
-        if summary.stopped is None and main:
-            language_model = run.model
-            export(run.folder.model, language_model, run.data.tokenizer, config, run.data.ledger(), log.evaluations)
-            if config.export.push_to_hub:
-                summary.hub = push(run.folder.model, config)
+        if summary.stopped is None:
+            weights = checkpoint.weights_of(run.model, keep=main)
+            if main:
+                ledger, tokenizer = run.data.ledger(), run.data.tokenizer
+                export(run.folder.model, run.model, weights, tokenizer, config, ledger, log.evaluations)
+                if config.export.push_to_hub:
+                    summary.hub = push(run.folder.model, config)
         if main:
             run.folder.set_status("stopped" if summary.stopped else "complete", step, summary.stopped or "")
     except BaseException as error:
@@ -115,22 +123,26 @@ def set_up(config: Config) -> Run:
     folder = RunFolder(config.output_dir)
     folder.check(config)
     check_trackers(config.run.log_with)
-    accelerator = Accelerator(
-        mixed_precision=config.run.mixed_precision,
-        log_with=config.run.log_with or None,
-        project_dir=str(folder.path),
-    )
-    data = prepare(config, shown=accelerator.is_local_main_process)
+    accelerator = processes.start(config.run, folder.path)
+    data = processes.together(accelerator, "prepare", lambda: prepare(config, shown=accelerator.is_local_main_process))
+    language_model = processes.together(accelerator, "build", lambda: model.build(config, data.tokenizer))
+    processes.check_same(accelerator, "the data", data.fingerprint, "give every host the same documents and tokenizer")
+    digest = model.digest(language_model)
+    processes.check_same(accelerator, "the initial weights' digest", digest, "give every host the same model")
     filler = data.tokenizer.eos_token_id
     assert isinstance(filler, int)
-    windows, validation = (Windows(side, config.data.block_size, filler) for side in (data.train, data.validation))
+    windows, validation = (
+        Windows(side, config.data.block_size, filler, config.data.isolate_documents)
+        for side in (data.train, data.validation)
+    )
     plan = Plan(len(windows), config.batch.sequences_per_step, config.micro_batch_size, config.run.seed)
-    objective = Objective(model.build(config, data.tokenizer).to(accelerator.device))
+    objective = Objective(language_model.to(accelerator.device))
     for prompt in config.sample.prompts or []:
         check_prompt(objective.model, prompt_ids(data.tokenizer, prompt))
     prepared, adamw = accelerator.prepare(objective, optimizer.build(objective, config.optimizer))
+    sums = FixedPointSums(accelerator, objective.parameters()) if config.run.reproducible == "bitwise" else None
     total_steps = config.train.max_steps or config.train.epochs * plan.steps_per_epoch
-    return Run(config, folder, accelerator, data, windows, validation, plan, total_steps, prepared, adamw)
+    return Run(config, folder, accelerator, data, windows, validation, plan, total_steps, prepared, adamw, sums)
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +159,8 @@ def _resume(run: Run) -> int:
     if found is None:
         return 0
     checkpoint.load(found, run.model, run.optimizer)
+    if run.accelerator.scaler is not None and found.state.get("loss_scale"):
+        run.accelerator.scaler.load_state_dict(found.state["loss_scale"])
     if run.accelerator.is_main_process:
         say(f"resuming from {found.folder}")
     return found.step
@@ -155,13 +169,13 @@ def _resume(run: Run) -> int:
 def _loop(run: Run, log: MetricsLog, start: int, stop: StopRequest) -> int:
     """Train from step `start` to the end, or until a signal; returns the number of finished steps."""
     config, accelerator, plan = run.config, run.accelerator, run.plan
-    process, processes = accelerator.process_index, accelerator.num_processes
+    process, others = accelerator.process_index, accelerator.num_processes
     # The plan of a step is needed twice: by the loader, which may read ahead, and here.
     plans, to_load = itertools.tee(plan.steps(start, run.total_steps))
     batches = iter(
         loader(
             run.train,
-            itertools.chain.from_iterable(share(step, process, processes) for step in to_load),
+            itertools.chain.from_iterable(share(step, process, others) for step in to_load),
             num_workers=config.data.num_workers,
             pin_memory=accelerator.device.type == "cuda",
         )
@@ -171,19 +185,19 @@ def _loop(run: Run, log: MetricsLog, start: int, stop: StopRequest) -> int:
     with Progress("training", "step", run.total_steps, start, accelerator.is_main_process) as progress:
         for step, micro_batches in enumerate(plans, start):
             began = time.perf_counter()
-            count = -(-len(micro_batches) // processes)
             targets = sum(run.train.targets(micro_batch.blocks) for micro_batch in micro_batches)
             rate = optimizer.learning_rate(step, run.total_steps, config.optimizer.learning_rate, config.schedule)
             result = train_step(
                 accelerator,
                 run.objective,
                 run.optimizer,
-                itertools.islice(batches, count),
-                count=count,
+                itertools.islice(batches, -(-len(micro_batches) // others)),
+                count=len(micro_batches),
                 targets=targets,
                 learning_rate=rate,
                 max_grad_norm=config.optimizer.max_grad_norm,
                 seed=(config.run.seed, step),
+                sums=run.sums,
             )
             speed = targets / (time.perf_counter() - began)
             done = step + 1
@@ -197,7 +211,7 @@ def _loop(run: Run, log: MetricsLog, start: int, stop: StopRequest) -> int:
                 grad_norm=result.grad_norm,
                 tokens=targets,
                 tokens_per_second=speed,
-                **({} if result.taken else {"skipped": True}),
+                **_remarks(run, result),
             )
             progress.update(1, f"loss {result.loss:.4f}, {speed:,.0f} tokens/s")
             bad_steps = 0 if result.taken else bad_steps + 1
@@ -214,6 +228,18 @@ def _loop(run: Run, log: MetricsLog, start: int, stop: StopRequest) -> int:
             if stopping:
                 return done
     return run.total_steps
+
+
+def _remarks(run: Run, result: StepResult) -> dict[str, Any]:
+    """What a step's line in the log says only where there is something to say."""
+    remarks: dict[str, Any] = {}
+    if not result.taken:
+        remarks["skipped"] = True
+    if run.accelerator.scaler is not None:
+        remarks |= {"loss_scale": run.accelerator.scaler.get_scale(), "overflows": result.overflows}
+    if run.sums is not None and run.sums.rounding > TOLERANCE:
+        remarks["fixed_point_rounding"] = run.sums.rounding
+    return remarks
 
 
 def _agree(run: Run, stop: StopRequest) -> bool:
@@ -245,10 +271,13 @@ def _evaluate(run: Run, log: MetricsLog, step: int, epoch: float) -> None:
     chosen = Sampling(
         settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p, seed=config.run.seed
     )
-    for prompt in _prompts(run) if main else []:
-        text = sample(run.model, run.data.tokenizer, prompt, chosen)
-        log.write("sample", step, prompt=prompt, continuation=text)
-        say(f"  sample: {prompt}{text}")
+    # Sharded weights are gathered layer by layer, so then all processes have to sample along.
+    with processes.whole(run.objective), model.eagerly():
+        for prompt in _prompts(run) if main or run.accelerator.is_fsdp2 else []:
+            text = sample(run.model, run.data.tokenizer, prompt, chosen)
+            log.write("sample", step, prompt=prompt, continuation=text)
+            if main:
+                say(f"  sample: {prompt}{text}")
 
 
 def _prompts(run: Run) -> list[str]:
@@ -260,13 +289,16 @@ def _prompts(run: Run) -> list[str]:
 
 def _checkpoint(run: Run, step: int) -> None:
     """Save the state and drop old ones; the main process writes, the others wait."""
-    if run.accelerator.is_main_process:
+    main, scaler = run.accelerator.is_main_process, run.accelerator.scaler
+    weights, moments = checkpoint.collect(run.model, run.optimizer, keep=main)
+    if main:
         state = {
             "step": step,
             "fingerprint": run.data.fingerprint,
             "processes": run.accelerator.num_processes,
+            "loss_scale": None if scaler is None else scaler.state_dict(),
             "versions": checkpoint.versions(),
         }
-        checkpoint.save(run.folder.checkpoints, run.model, run.optimizer, state)
+        checkpoint.save(run.folder.checkpoints, weights, moments, state)
         checkpoint.prune(run.folder.checkpoints, run.config.checkpoint.keep)
     run.accelerator.wait_for_everyone()

@@ -4,6 +4,7 @@ Weights are fp32 whatever `run.mixed_precision` says: autocast rounds copies of 
 originals.
 """
 
+import hashlib
 from typing import Any
 
 import torch
@@ -40,7 +41,31 @@ def build(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel
     check_fits(model, tokenizer, config.data.block_size, source)
     if config.model.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    if config.model.compile:
+        compile_layers(model)
     return model
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile a model's layers in place, so that no weight is renamed.
+
+    Layers are alike, so one is compiled for all of them, and FSDP2 can still shard them one by one. Dropout draws its
+    masks from torch's own generator, as without compiling.
+    """
+    names = set(model._no_split_modules or [])
+    for layer in [each for each in model.modules() if type(each).__name__ in names] or [model]:
+        layer.compile(options={"fallback_random": True})
+
+
+def eagerly() -> Any:
+    """A context in which compiled layers run as they are: for odd shapes that are not worth compiling."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def digest(model: PreTrainedModel) -> str:
+    """A hash of a model's weights, to compare them between processes."""
+    hashes = [int(torch.hash_tensor(parameter.detach()).item()) for parameter in model.parameters()]
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]
 
 
 def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:

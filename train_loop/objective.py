@@ -44,23 +44,37 @@ class Objective(nn.Module):
         self.model = model
         self.loss_path = "fused" if head_is_plain(model) else "logits"
 
-    def forward(self, inputs: torch.Tensor, targets: torch.Tensor, statistics: bool = False) -> Any:
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the classes of layers that FSDP shards one by one, where its settings name none."""
+        return list(self.model._no_split_modules or [])
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        statistics: bool = False,
+    ) -> Any:
         """Summed nll of a batch.
 
         Args:
             inputs: token ids [batch, block] int64.
             targets: the next token of each position [batch, block] int64, `IGNORED` where there is none.
+            positions: place of each input in its document [batch, block] int64. Where given, attention stays inside
+                the stretches in which it counts upwards; else each row is one stretch.
             statistics: for evaluation, return `Statistics` instead.
 
         Returns:
             The nll summed over all targets, in nats [] float32.
         """
+        targets = targets.flatten()
         if statistics:
-            return self._statistics(inputs, targets.flatten())
+            return self._statistics(inputs, targets, positions)
         if self.loss_path == "logits":
-            logits = self.model(input_ids=inputs, use_cache=False).logits.flatten(0, 1).float()
-            return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        hidden, head = self._hidden(inputs), self._head()
+            logits = self._logits(inputs, positions).float()
+            return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        hidden, head = self._hidden(inputs, positions), self._head()
         weight: torch.Tensor = head.weight
         bias: torch.Tensor | None = head.bias
         if torch.is_autocast_enabled(hidden.device.type):  # autocast does not know this function
@@ -68,27 +82,41 @@ class Objective(nn.Module):
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         # "none" is summed in fp32; the built-in sum would add up bf16 numbers in bf16.
         nll = F.linear_cross_entropy(
-            hidden, weight, targets.flatten(), linear_bias=bias, reduction="none", ignore_index=IGNORED, options=_FUSED
+            hidden, weight, targets, linear_bias=bias, reduction="none", ignore_index=IGNORED, options=_FUSED
         )
         return nll.float().sum()
 
-    def _hidden(self, inputs: torch.Tensor) -> torch.Tensor:
+    def _hidden(self, inputs: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         """Last hidden states [batch * block, width]."""
-        return self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        return self.model.base_model(**self._arguments(inputs, positions)).last_hidden_state.flatten(0, 1)
+
+    def _logits(self, inputs: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        """Logits of the model's own making [batch * block, vocabulary]."""
+        return self.model(**self._arguments(inputs, positions)).logits.flatten(0, 1)
+
+    def _arguments(self, inputs: torch.Tensor, positions: torch.Tensor | None) -> dict[str, Any]:
+        """What a model of Transformers is called with.
+
+        It keeps documents apart when positions restart and neither a mask nor a cache is there; FlashAttention does so
+        for one row only, and a row boundary is to it as good as a document's.
+        """
+        if positions is None:
+            return {"input_ids": inputs, "use_cache": False}
+        if "flash" in str(self.model.config._attn_implementation):
+            inputs, positions = inputs.reshape(1, -1), positions.reshape(1, -1)
+        return {"input_ids": inputs, "position_ids": positions, "use_cache": False}
 
     def _head(self) -> nn.Linear:
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear)
         return head
 
-    def _statistics(self, inputs: torch.Tensor, targets: torch.Tensor) -> Statistics:
+    def _statistics(self, inputs: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None) -> Statistics:
         nll, correct = [], []
-        if self.loss_path == "logits":
-            states = self.model(input_ids=inputs, use_cache=False).logits.flatten(0, 1)
-        else:
-            states = self._hidden(inputs)
+        plain = self.loss_path == "fused"
+        states = self._hidden(inputs, positions) if plain else self._logits(inputs, positions)
         for state, target in zip(states.split(_CHUNK), targets.split(_CHUNK), strict=True):
-            logits = (state if self.loss_path == "logits" else self._head()(state)).float()
+            logits = (self._head()(state) if plain else state).float()
             nll.append(F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="none"))
             correct.append(logits.argmax(-1) == target)
         # Apple's GPUs have no float64, so the sum is made on the CPU there.

@@ -2,6 +2,7 @@
 
 config.yaml     the resolved configuration
 ledger.json     the data it trains on: books and fingerprint
+truth.json      what is, measured before the first step: processes, precision, decay groups, loss, documents
 status.json     state (running | stopped | failed | complete), step and reason; launchers hide exit codes
 metrics.jsonl   checkpoints/   model/
 """
@@ -64,8 +65,8 @@ class RunFolder:
                 f"run.output_dir {self.path}: belongs to a different run ({'; '.join(changed)}); name another folder"
             )
 
-    def claim(self, config: Config, ledger: dict[str, Any]) -> None:
-        """Write down whose folder this is.
+    def claim(self, config: Config, ledger: dict[str, Any], truth: dict[str, Any]) -> None:
+        """Write down whose folder this is, and its ledger and truth sheet.
 
         Raises:
             InputError: when the run in it was on other data.
@@ -80,6 +81,7 @@ class RunFolder:
                     f"{ledger['fingerprint'][:12]}): documents or tokenizer have changed since; name another folder"
                 )
         _replace(books, json.dumps(ledger, indent=2) + "\n")
+        _replace(self.path / "truth.json", json.dumps(truth, indent=2) + "\n")
         _replace(self.path / "config.yaml", to_yaml(config))
 
     def set_status(self, state: str, step: int, reason: str = "") -> None:

@@ -7,6 +7,8 @@ What is minimised is the mean over *all* target tokens of the step, on all proce
 Each process backpropagates its micro-batches' sums; data parallelism then averages gradients over the processes,
 that is, divides by W. So every sum is scaled by W / T, and the average comes out as the gradient of `loss`, also
 when the last micro-batch is short or a process had an empty one. A mean per micro-batch or per process would not.
+
+(With run.reproducible bitwise, the sums' gradients are added up in fixed point and divided by T at the end.)
 """
 
 import math
@@ -18,17 +20,24 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from train_loop.data.loader import Batch
 from train_loop.randomness import seed_torch
+from train_loop.reproducible import FixedPointSums
 
 
 class StepResult(NamedTuple):
-    """What a step was: its loss in nats per target, the gradient's norm before clipping, whether it was taken."""
+    """What a step was.
+
+    loss in nats per target; grad_norm, of the gradient before clipping; taken: whether the weights were updated;
+    overflows: how often it was computed again because the scaled fp16 loss was too large.
+    """
 
     loss: float
     grad_norm: float
     taken: bool
+    overflows: int = 0
 
 
 def train_step(
@@ -41,6 +50,7 @@ def train_step(
     learning_rate: float,
     max_grad_norm: float | None,
     seed: tuple[int, int],
+    sums: FixedPointSums | None = None,
 ) -> StepResult:
     """Take one optimizer step.
 
@@ -49,38 +59,72 @@ def train_step(
         objective: the prepared `Objective`.
         optimizer: the prepared optimizer.
         micro_batches: this process's share of the step.
-        count: how many micro-batches that is, the same on every process.
+        count: how many micro-batches the step has, over all processes.
         targets: target tokens of the whole step, over all processes.
         learning_rate: of this step.
         max_grad_norm: gradients are scaled down to this global norm; None leaves them.
         seed: (run's seed, step), from which with the micro-batch's number each dropout mask follows.
+        sums: where gradients are added up in fixed point.
     """
     # Without a loss scaler Accelerate's wrapper only hands on, after looking for packages on disk each time.
     inner = optimizer if accelerator.scaler else optimizer.optimizer
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    nll = torch.zeros((), device=accelerator.device)
-    for number, batch in enumerate(micro_batches, 1):
-        seed_torch(accelerator.device, "dropout", *seed, batch.number)
-        # Gradients of the processes are summed once, after the last micro-batch.
-        with nullcontext() if number == count else accelerator.no_sync(objective):
-            nll_sum = objective(
-                batch.inputs.to(accelerator.device, non_blocking=True),
-                batch.targets.to(accelerator.device, non_blocking=True),
-            )
-            accelerator.backward(nll_sum * (accelerator.num_processes / targets))
-        nll += nll_sum.detach()
-    if accelerator.num_processes > 1:
-        nll = accelerator.reduce(nll, "sum")
-    loss = float(nll) / targets
-    if accelerator.is_fsdp2:  # each process holds shards of the gradients
-        norm = float(accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf))
-    else:
+    micro_batches = list(micro_batches)
+    limit = max_grad_norm or math.inf
+    overflows = 0
+    if sums is not None:
+        sums.begin(count)
+    while True:
+        loss = _gradient(accelerator, objective, micro_batches, targets, seed, sums)
+        if sums is not None and not sums.finish(targets):
+            continue
         accelerator.unscale_gradients()
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
-    taken = math.isfinite(loss) and math.isfinite(norm)
+        norm = _number(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        taken = math.isfinite(loss) and math.isfinite(norm)
+        if taken or not math.isfinite(loss) or accelerator.scaler is None or accelerator.scaler.get_scale() <= 1:
+            break
+        # Only the scaled loss was too large for fp16: no fault of the step, so it is computed again at half the scale.
+        overflows += 1
+        accelerator.scaler.update()
+        inner.zero_grad()
     if taken:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         inner.step()
+    elif accelerator.scaler is not None:
+        accelerator.scaler.update()
     inner.zero_grad()
-    return StepResult(loss, norm, taken)
+    return StepResult(loss, norm, taken, overflows)
+
+
+def _gradient(
+    accelerator: Accelerator,
+    objective: nn.Module,
+    micro_batches: list[Batch],
+    targets: int,
+    seed: tuple[int, int],
+    sums: FixedPointSums | None,
+) -> float:
+    """Forward and backward of one step; returns its loss, the same on all processes."""
+    weight = accelerator.num_processes / max(targets, 1) if sums is None else 1
+    nll = []
+    for number, batch in enumerate(micro_batches, 1):
+        seed_torch(accelerator.device, "dropout", *seed, batch.number)
+        # Gradients of the processes are summed once, after the last micro-batch.
+        last = number == len(micro_batches) and sums is None
+        with nullcontext() if last else accelerator.no_sync(objective):
+            batch = batch.to(accelerator.device)
+            nll_sum = objective(batch.inputs, batch.targets, batch.positions)
+            accelerator.backward(nll_sum * weight)
+        if sums is not None:
+            sums.add()
+        nll.append(nll_sum.detach())
+    each = torch.stack(nll)
+    if accelerator.num_processes > 1:
+        each = accelerator.gather(each)
+    return math.fsum(each.tolist()) / max(targets, 1)  # exact, so the order of processes makes no difference
+
+
+def _number(norm: torch.Tensor) -> float:
+    """A norm as a number; that of sharded gradients is the square root of a sum over the processes."""
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -1,6 +1,7 @@
 """The token store: its books add up, it is built once, and it leaves nothing half written."""
 
 import json
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -164,7 +165,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, tokenizer_folder: Path)
 def test_what_a_killed_process_left_is_cleared(tmp_path: Path, tokenizer_folder: Path) -> None:
     write(tmp_path, ["good"], ["held out"])
     prepared = store.prepare(configured(tmp_path, tokenizer_folder), shown=False)
-    stale = prepared.folder.with_name(f"{prepared.folder.name}.tmp1")
+    stale = prepared.folder.with_name(f"{prepared.folder.name}.tmp-{socket.gethostname()}-1")
     prepared.folder.rename(stale)
     again = store.prepare(configured(tmp_path, tokenizer_folder), shown=False)
     assert again.fingerprint == prepared.fingerprint and not stale.exists()

@@ -24,11 +24,22 @@ IGNORED = -100
 
 
 class Batch(NamedTuple):
-    """One micro-batch: its number within the step, inputs [batch, block] and targets [batch, block], both int64."""
+    """One micro-batch: its number within the step, inputs and targets [batch, block] int64.
+
+    Where documents are isolated, positions [batch, block] int64 say how far each input is from where its document
+    begins (or, if that is outside, its window); else None.
+    """
 
     number: int
     inputs: torch.Tensor
     targets: torch.Tensor
+    positions: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same with its tensors on a device."""
+        inputs, targets = (each.to(device, non_blocking=True) for each in (self.inputs, self.targets))
+        positions = None if self.positions is None else self.positions.to(device, non_blocking=True)
+        return Batch(self.number, inputs, targets, positions)
 
 
 class Windows(Dataset[Batch]):
@@ -39,10 +50,13 @@ class Windows(Dataset[Batch]):
         block_size: tokens of context a window gives the model.
         filler: token id that fills up a short window; its targets are ignored, and causal attention keeps it from
             reaching the tokens before it.
+        isolate: whether documents are kept apart: no target is a document's first token, and batches have positions.
     """
 
-    def __init__(self, store: TokenStore, block_size: int, filler: int) -> None:
+    def __init__(self, store: TokenStore, block_size: int, filler: int, isolate: bool = False) -> None:
         self.store, self.block_size, self.filler = store, block_size, filler
+        # Where documents begin in the stream, and where the last one ends [documents + 1].
+        self.borders = np.concatenate([[0], store.document_ends.astype(np.int64)]) if isolate else None
         self._offsets = np.arange(block_size + 1)
         self.count = window_count(len(store), block_size)
         self.last_targets = len(store) - 1 - block_size * (self.count - 1)
@@ -54,25 +68,36 @@ class Windows(Dataset[Batch]):
     def targets(self, blocks: Ids) -> int:
         """Number of targets in some windows, without reading them."""
         short = int((blocks == self.count - 1).sum())
-        return (len(blocks) - short) * self.block_size + short * self.last_targets
+        targets = (len(blocks) - short) * self.block_size + short * self.last_targets
+        if self.borders is not None:
+            first = blocks * self.block_size
+            last = np.minimum(first + self.block_size, len(self.store) - 1)
+            begun = np.searchsorted(self.borders, last, "right") - np.searchsorted(self.borders, first, "right")
+            targets -= int(begun.sum())  # documents that begin behind a window's first token
+        return targets
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         """The windows of a micro-batch; of an empty one, a single row without targets."""
         number, blocks = micro_batch
         if len(blocks) == 0:
             shape = (1, self.block_size)
-            return Batch(number, torch.full(shape, self.filler), torch.full(shape, IGNORED))
+            positions = None if self.borders is None else torch.arange(self.block_size)[None]
+            return Batch(number, torch.full(shape, self.filler), torch.full(shape, IGNORED), positions)
         places: npt.NDArray[np.int64] = blocks[:, None] * self.block_size + self._offsets
-        if self.count - 1 not in blocks:
-            window = torch.from_numpy(self.store.tokens[places].astype(np.int64))
-            return Batch(number, window[:, :-1], window[:, 1:])
-        inside = places < len(self.store)
         window = torch.from_numpy(self.store.tokens[np.minimum(places, len(self.store) - 1)].astype(np.int64))
-        missing = torch.from_numpy(~inside)
-        inputs, targets = window[:, :-1].clone(), window[:, 1:].clone()
-        inputs[missing[:, :-1]] = self.filler
-        targets[missing[:, 1:]] = IGNORED
-        return Batch(number, inputs, targets)
+        inputs, targets = window[:, :-1], window[:, 1:]
+        if self.count - 1 in blocks:  # the last window may be short
+            inputs, targets = inputs.clone(), targets.clone()
+            missing = torch.from_numpy(places >= len(self.store))
+            inputs[missing[:, :-1]] = self.filler
+            targets[missing[:, 1:]] = IGNORED
+        if self.borders is None:
+            return Batch(number, inputs, targets)
+        begins = self.borders[np.searchsorted(self.borders, places, "right") - 1]
+        first = torch.from_numpy(places == begins)
+        targets = targets.masked_fill(first[:, 1:], IGNORED)
+        positions = torch.from_numpy(places - np.maximum(begins, places[:, :1]))
+        return Batch(number, inputs, targets, positions[:, :-1])
 
 
 class _Identity:

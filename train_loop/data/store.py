@@ -19,9 +19,10 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,13 +33,13 @@ from filelock import FileLock
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from train_loop.config import Config, cache_dir
+from train_loop.config import Config, DataConfig, cache_dir
 from train_loop.data import tokenizer as tokenizers
 from train_loop.data.corpus import TRAIN, VALIDATION, Corpus, Document, key_hash
 from train_loop.errors import InputError
 from train_loop.progress import Progress, say
 
-_FORMAT = 1
+_FORMAT = 2
 _DOCUMENT = np.dtype([("token_end", "<u8"), ("name_end", "<u8")])
 # Characters encoded at once: enough for all cores to be busy, little against the memory of a laptop.
 _BATCH_CHARACTERS = 2_000_000
@@ -55,9 +56,11 @@ class Ledger:
         text_tokens: tokens of text.
         eos_tokens: end-of-text tokens.
         trained_targets: tokens that are predicted once per epoch.
-        first_tokens: tokens that only serve as context: the first of the stream.
+        first_tokens: tokens that only serve as context: the first of the stream, or of each document where documents
+            are isolated.
         dropped_tokens: tokens that are in no window.
-        predicted_bytes: bytes without those of the first token: what bits per byte refer to.
+        predicted_bytes: bytes without those of the first tokens: what bits per byte refer to.
+        first_token_bytes: bytes of all documents' first tokens.
         gzip_bytes: size of the documents, one after the other, under gzip -9; validation only, else 0.
         sha256: of tokens.bin.
     """
@@ -71,6 +74,7 @@ class Ledger:
     first_tokens: int = 0
     dropped_tokens: int = 0
     predicted_bytes: int = 0
+    first_token_bytes: int = 0
     gzip_bytes: int = 0
     sha256: str = ""
 
@@ -82,6 +86,17 @@ class Ledger:
         )
         if tokens != accounted or self.eos_tokens != self.documents:
             raise ArithmeticError(f"the ledger does not add up: {tokens} tokens against {accounted} accounted for")
+
+    def isolated(self) -> "Ledger":
+        """The same books where no document's first token is predicted from the document before it."""
+        books = replace(
+            self,
+            trained_targets=self.text_tokens + self.eos_tokens - self.documents,
+            first_tokens=self.documents,
+            predicted_bytes=self.bytes - self.first_token_bytes,
+        )
+        books.check()
+        return books
 
 
 class TokenStore:
@@ -150,6 +165,8 @@ class Prepared:
 def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, shown: bool = True) -> Prepared:
     """The token store of a configuration, built where it is not there yet.
 
+    The store is the same whether documents are isolated or not; the books are kept accordingly.
+
     Args:
         config: its sections data and tokenizer count (and model.name_or_path, whose tokenizer is the default).
         tokenizer: used instead of the configured one, as when another model is evaluated on this data.
@@ -176,7 +193,12 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, sh
                 _build(folder, corpus, tokenizer, vocab_size, shown)
     elif shown:
         say(f"data: already prepared in {folder}")
-    return _open(folder, tokenizer)
+    prepared = _open(folder, tokenizer)
+    if config.data.isolate_documents:
+        for store in (prepared.train, prepared.validation):
+            store.ledger = store.ledger.isolated()
+        _refuse_unusable(prepared.train.ledger, prepared.validation.ledger, config.data)
+    return prepared
 
 
 def _made_with(folder: Path) -> str | None:
@@ -201,9 +223,11 @@ def _build(
     folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFast | None, vocab_size: int | None, shown: bool
 ) -> None:
     """Write a store under a temporary name and rename it when it is whole; leave nothing behind otherwise."""
-    for stale in folder.parent.glob(f"{folder.name}.tmp*"):  # of a process that was killed: we hold the lock
+    # Named after the host: on a disk that several share, a lock may hold within each of them only.
+    prefix = f"{folder.name}.tmp-{socket.gethostname()}-"
+    for stale in folder.parent.glob(f"{prefix}*"):  # of a process that was killed: we hold the lock
         shutil.rmtree(stale)
-    temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
+    temporary = folder.with_name(f"{prefix}{os.getpid()}")
     temporary.mkdir()
     try:
         if tokenizer is None:
@@ -212,7 +236,7 @@ def _build(
             tokenizer.save_pretrained(temporary / "tokenizer")
         dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
         ledgers = _write_sides(temporary, corpus, tokenizer, dtype, shown)
-        _refuse_unusable(ledgers, corpus)
+        _refuse_unusable(ledgers[TRAIN], ledgers[VALIDATION], corpus.data)
         identity = [tokenizers.fingerprint(tokenizer), *(ledgers[side].sha256 for side in (TRAIN, VALIDATION))]
         books = {
             "format": _FORMAT,
@@ -222,11 +246,14 @@ def _build(
         (temporary / "ledger.json").write_text(json.dumps(books, indent=2) + "\n", encoding="utf-8")
         for path in temporary.rglob("*"):
             sync(path)
-        os.rename(temporary, folder)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not folder.exists():  # else another host was faster: the same documents give the same store
+                raise
         sync(folder.parent)
-    except BaseException:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def sync(path: Path) -> None:
@@ -249,14 +276,13 @@ def _train_tokenizer(corpus: Corpus, vocab_size: int, shown: bool) -> PreTrained
         return tokenizers.train(texts(), vocab_size)
 
 
-def _refuse_unusable(ledgers: dict[str, Ledger], corpus: Corpus) -> None:
-    data = corpus.data
-    total = sum(ledger.documents for ledger in ledgers.values())
+def _refuse_unusable(train: Ledger, validation: Ledger, data: DataConfig) -> None:
+    total = train.documents + validation.documents
     if total == 0:
-        empty = sum(ledger.empty_documents for ledger in ledgers.values())
+        empty = train.empty_documents + validation.empty_documents
         raise InputError(f"data: no document with text ({empty} empty ones were left out); check data.text_field")
     named = bool(data.validation_files or data.validation_split)
-    for side, ledger in ledgers.items():
+    for side, ledger in ((TRAIN, train), (VALIDATION, validation)):
         if ledger.trained_targets == 0:
             cure = (
                 "name data with more text"
@@ -280,6 +306,7 @@ class _SideWriter:
         self.digest = hashlib.sha256()
         self.gzip = zlib.compressobj(9, wbits=31) if compress else None
         self.name_end = 0
+        self.begins = True  # whether the next token is a document's first
 
     def __enter__(self) -> "_SideWriter":
         return self
@@ -294,10 +321,13 @@ class _SideWriter:
         """A piece of a document's text and its token ids [tokens]."""
         content = text.encode()
         books = self.ledger
-        if books.text_tokens == 0 and len(ids):
+        if self.begins and len(ids):
+            size = tokenizers.first_token_bytes(self.core, text, int(ids[0]))
+            books.first_token_bytes += size
+            self.begins = False
             # The stream's first token is nobody's target, so its bytes don't count for bits per byte.
-            span = self.core.encode(text[:1000], add_special_tokens=False).offsets[0]
-            books.first_tokens, books.predicted_bytes = 1, -len(text[: span[1]].encode())
+            if books.text_tokens + books.eos_tokens == 0:
+                books.first_tokens, books.predicted_bytes = 1, -size
         books.bytes += len(content)
         books.predicted_bytes += len(content)
         books.text_tokens += len(ids)
@@ -308,6 +338,7 @@ class _SideWriter:
     def end_document(self, name: str) -> None:
         """Put the end-of-text token after the document whose text was added, and file its name."""
         self._write(np.array([self.eos], dtype=np.uint32))
+        self.begins = True
         books = self.ledger
         books.documents += 1
         books.eos_tokens += 1

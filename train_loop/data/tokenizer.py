@@ -134,6 +134,16 @@ def _cut(core: Tokenizer, text: str, low: int, high: int, margin: int = 500, tri
     return None
 
 
+def first_token_bytes(core: Tokenizer, text: str, token: int) -> int:
+    """UTF-8 bytes of a text that its first token, `token`, stands for."""
+    splitter = core.pre_tokenizer
+    if core.normalizer is None and isinstance(splitter, pre_tokenizers.ByteLevel) and not splitter.add_prefix_space:
+        return len(core.id_to_token(token) or "")  # in this alphabet, one character stands for one byte
+    start = text[:100]  # to encode little, but more than a token
+    offsets = core.encode(start, add_special_tokens=False).offsets
+    return len(start[: offsets[0][1]].encode()) if offsets else 0
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 of all that decides how text becomes tokens: the core's definition and the end-of-text id."""
     core = tokenizer.backend_tokenizer

@@ -1,0 +1,251 @@
+"""Devices and processes: what `accelerate launch` started, checked against what it was asked for.
+
+Some ways of launching quietly give something else than they say: one process instead of two, two that each believe to
+be alone, plain data parallelism where FSDP was meant. All of them stop here, with the command that does it.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import GradientAccumulationPlugin, gather_object
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+
+from train_loop.config import RunConfig
+from train_loop.errors import InputError, one_line
+
+Result = TypeVar("Result")
+
+_SECONDS_BETWEEN_LOOKS = 0.2
+
+
+def start(run: RunConfig, project_dir: Path | None = None) -> Accelerator:
+    """The processes and devices of a run.
+
+    Raises:
+        InputError: where the launcher or the hardware gives something else than was asked for.
+    """
+    _check_launcher(run)
+    if run.reproducible == "bitwise":
+        _compute_reproducibly()
+    # Each process builds the whole model from the same numbers; nobody has to wait for the first one's weights.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    try:
+        accelerator = Accelerator(
+            mixed_precision=run.mixed_precision,
+            log_with=run.log_with or None,
+            project_dir=None if project_dir is None else str(project_dir),
+            # `train_step` accumulates by itself; a number from the launcher would divide its gradients once more.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
+    except (ValueError, ImportError, NotImplementedError) as error:
+        raise InputError(f"accelerate: {one_line(error)}") from None
+    _check_processes(accelerator, run)
+    if accelerator.is_fsdp2:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.mixed_precision_policy is not None:
+            # Accelerate would round gradients to half precision before adding them up over the processes, and the
+            # loss, which is an output, with them.
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32
+            )
+    return accelerator
+
+
+def asked_for() -> int | None:
+    """How many processes the launcher was asked to start; None where there is no launcher."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    try:
+        command = psutil.Process(os.getppid()).cmdline()
+        names = [Path(part).name for part in command]
+        if "accelerate" in names[:3] and "launch" in names[:4]:
+            arguments = command[names.index("launch") + 1 :]
+        elif "accelerate.commands.launch" in names[:3]:
+            arguments = command[names.index("accelerate.commands.launch") + 1 :]
+        elif "accelerate-launch" in names[:2]:
+            arguments = command[names.index("accelerate-launch") + 1 :]
+        else:
+            return None
+        given = launch_command_parser().parse_args(arguments)
+        if given.num_processes is None and (given.config_file or os.path.isfile(default_config_file)):
+            return int(load_config_from_file(given.config_file).num_processes)
+        return given.num_processes
+    except (psutil.Error, OSError, ValueError, SystemExit):
+        return None
+
+
+def _check_launcher(run: RunConfig) -> None:
+    """Refuse what the launcher asks for through its variables and a run cannot or must not have."""
+
+    def asked(name: str) -> str:
+        return os.environ.get(name, "").lower()
+
+    precision = asked("ACCELERATE_MIXED_PRECISION")
+    if precision not in ("", "no", run.mixed_precision):
+        raise InputError(
+            f"the launcher asks for mixed precision {precision}, but run.mixed_precision is {run.mixed_precision}; "
+            f"say --run.mixed_precision {precision}, or launch with --mixed_precision no"
+        )
+    if asked("ACCELERATE_DYNAMO_BACKEND") not in ("", "no"):
+        raise InputError(
+            "the launcher asks for torch.compile, which would rename the weights; "
+            "launch with --dynamo_backend no and say --model.compile true"
+        )
+    for name, what in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
+        if asked(name) == "true":
+            raise InputError(
+                f"the launcher asks for {what}; train_loop shards with FSDP2 (configs/accelerate/fsdp2.yaml)"
+            )
+    for name in ("TP_SIZE", "CP_SIZE", "SP_SIZE"):
+        if int(asked(f"PARALLELISM_CONFIG_{name}") or 1) > 1:
+            raise InputError(
+                f"the launcher asks for {name.lower()} > 1; train_loop has data parallelism only (DDP, FSDP2)"
+            )
+    if asked("ACCELERATE_USE_FSDP") == "true":
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise InputError(
+                "the launcher asks for FSDP version 1; set fsdp_version: 2 (configs/accelerate/fsdp2.yaml)"
+            )
+        if run.reproducible == "bitwise":
+            raise InputError(
+                "run.reproducible bitwise does not go with FSDP2, which adds gradients up in an order of its own; "
+                "launch with --multi_gpu, or say --run.reproducible no"
+            )
+
+
+def _check_processes(accelerator: Accelerator, run: RunConfig) -> None:
+    """Refuse devices and processes that are not what was asked for."""
+    wanted, found = asked_for() or 1, accelerator.num_processes
+    on_cpu = accelerator.device.type == "cpu"
+    if wanted > found:
+        start_them = f"accelerate launch --multi_gpu --num_processes {wanted} -m train_loop ..."
+        raise InputError(
+            f"asked for {wanted} processes, but each works alone ({found} present); on a CPU start them with: "
+            f"ACCELERATE_USE_CPU=true {start_them}"
+            if on_cpu
+            else f"asked for {wanted} processes, but only {found} present; start them with: {start_them}"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not accelerator.is_fsdp2:
+        raise InputError(
+            "FSDP2 was asked for, but Accelerate does not shard "
+            + ("on a CPU" if on_cpu else f"one process ({accelerator.distributed_type.value})")
+            + f"; use plain data parallelism: {'ACCELERATE_USE_CPU=true ' if on_cpu else ''}accelerate launch "
+            f"--multi_gpu --num_processes {found} -m train_loop ..."
+        )
+    if accelerator.distributed_type == DistributedType.XLA:
+        raise InputError("train_loop does not run on TPUs; use GPUs or CPUs")
+    if run.reproducible == "bitwise" and accelerator.device.type == "mps":
+        raise InputError("run.reproducible bitwise needs 64-bit numbers, which Apple's GPUs don't have; use the CPU")
+    if run.mixed_precision == "fp16" and on_cpu:
+        raise InputError("run.mixed_precision fp16 needs a GPU, and this is a CPU; use bf16, which both have")
+    if run.mixed_precision == "fp8" and (
+        accelerator.device.type != "cuda" or torch.cuda.get_device_capability(accelerator.device) < (8, 9)
+    ):
+        raise InputError(
+            "run.mixed_precision fp8 needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell), "
+            f"and this is {_device_name(accelerator.device)}; use bf16"
+        )
+
+
+def _compute_reproducibly() -> None:
+    """Have every kernel give the same bits for the same input, wherever it runs."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)  # kernels on a CPU split their sums by thread
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"a {device.type.upper()}"
+
+
+def together(accelerator: Accelerator, purpose: str, work: Callable[[], Result]) -> Result:
+    """Do some work of unknown length on every process, and go on when all have done it.
+
+    Nobody waits in a collective, which would time out after minutes: processes look into the launcher's key-value
+    store now and then. A mistake on any of them is raised on all.
+
+    Args:
+        accelerator: the processes.
+        purpose: a name for the work, the same on all processes.
+        work: what to do; its result is returned.
+
+    Raises:
+        InputError: where `work` raised one on any process.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    store = torch.distributed.distributed_c10d._get_default_store()
+    processes = accelerator.num_processes
+    mistake, result = "", None
+    try:
+        result = work()
+    except InputError as error:
+        mistake = str(error)
+    arrived = store.add(f"{purpose}/done", 0)
+    round_ = arrived // processes  # the same work may be done again later
+    if mistake:
+        store.set(f"{purpose}/{round_}/mistake", mistake)
+    store.add(f"{purpose}/done", 1)
+    while store.add(f"{purpose}/done", 0) < (round_ + 1) * processes:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    if store.check([f"{purpose}/{round_}/mistake"]):
+        raise InputError(store.get(f"{purpose}/{round_}/mistake").decode())
+    return result  # type: ignore[return-value]
+
+
+def check_same(accelerator: Accelerator, what: str, value: object, cure: str) -> None:
+    """Refuse processes that don't agree on something they must share.
+
+    Raises:
+        InputError: on all of them, naming two that differ.
+    """
+    if accelerator.num_processes == 1:
+        return
+    values = gather_object([(str(value), socket.gethostname(), accelerator.process_index)])
+    first, first_host, _ = values[0]
+    for other, host, process in values:
+        if other != first:
+            raise InputError(
+                f"{what} differs: {first} on process 0 ({first_host}), {other} on process {process} ({host}); {cure}"
+            )
+
+
+def describe(accelerator: Accelerator) -> list[dict[str, Any]]:
+    """Host, device and CPU threads of every process, in their order; all must call this."""
+    mine = {
+        "process": accelerator.process_index,
+        "host": socket.gethostname(),
+        "device": str(accelerator.device),
+        "name": _device_name(accelerator.device),
+        "threads": torch.get_num_threads(),
+    }
+    return gather_object([mine]) if accelerator.num_processes > 1 else [mine]
+
+
+@contextmanager
+def whole(objective: nn.Module) -> Iterator[None]:
+    """Within this context the parts of a model may be called by themselves, also where FSDP2 sharded them.
+
+    Its layers gather their weights when they are called; what belongs to no layer (embeddings, head) does so only when
+    the whole is called, so it is gathered here. All processes must do the same within.
+    """
+    if not isinstance(objective, FSDPModule):
+        yield
+        return
+    objective.unshard()
+    try:
+        yield
+    finally:
+        objective.reshard()
