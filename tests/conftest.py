@@ -3,6 +3,7 @@
 Nothing comes from a hub: a folder on disk stands for a repository.
 """
 
+import functools
 import json
 import os
 import random
@@ -125,27 +126,28 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
     return Command(capsys)
 
 
+def arguments_for(corpus: Path, tokenizer_folder: Path, output: Path, **changes: object) -> list[str]:
+    """Command-line settings of a run that takes a second, in `output`; keyword arguments change them (a__b for a.b)."""
+    values: dict[str, object] = {
+        "run.output_dir": output,
+        "model.architecture": json.dumps(TINY_MODELS["gpt2"]),
+        "tokenizer.name_or_path": tokenizer_folder,
+        "data.source": "files",
+        "data.files": f"{corpus}/*.txt",
+        "data.test_size": 0.2,
+        "data.block_size": 32,
+        "batch.sequences_per_step": 8,
+        "optimizer.learning_rate": 1e-2,
+        "train.epochs": 2,
+    }
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [part for key, value in values.items() if value is not None for part in (f"--{key}", str(value))]
+
+
 @pytest.fixture
 def settings(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """Command-line settings of a run that takes a second, in `tmp_path / "run"`; keyword arguments change them."""
-
-    def make(**changes: object) -> list[str]:
-        values: dict[str, object] = {
-            "run.output_dir": tmp_path / "run",
-            "model.architecture": json.dumps(TINY_MODELS["gpt2"]),
-            "tokenizer.name_or_path": tokenizer_folder,
-            "data.source": "files",
-            "data.files": f"{corpus}/*.txt",
-            "data.test_size": 0.2,
-            "data.block_size": 32,
-            "batch.sequences_per_step": 8,
-            "optimizer.learning_rate": 1e-2,
-            "train.epochs": 2,
-        }
-        values |= {key.replace("__", "."): value for key, value in changes.items()}
-        return [part for key, value in values.items() if value is not None for part in (f"--{key}", str(value))]
-
-    return make
+    """`arguments_for` a run in `tmp_path / "run"`."""
+    return functools.partial(arguments_for, corpus, tokenizer_folder, tmp_path / "run")
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -155,7 +155,7 @@ def _check_processes(accelerator: Accelerator, run: RunConfig) -> None:
     ):
         raise InputError(
             "run.mixed_precision fp8 needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell), "
-            f"and this is {_device_name(accelerator.device)}; use bf16"
+            f"and this is a {_device_name(accelerator.device)}; use bf16"
         )
 
 
@@ -167,7 +167,7 @@ def _compute_reproducibly() -> None:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"a {device.type.upper()}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
 def together(accelerator: Accelerator, purpose: str, work: Callable[[], Result]) -> Result:

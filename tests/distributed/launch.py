@@ -1,28 +1,82 @@
-"""Starts a command on several real processes of this machine, as a user would."""
+"""Starts commands on several real processes of this machine, as a user would."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIGS = ROOT / "configs" / "accelerate"
+# `--multi_gpu` together with this variable is how Accelerate starts several processes on a CPU.
+ON_CPU = {"ACCELERATE_USE_CPU": "true"}
 
 
-def launch(processes: int, arguments: Sequence[str], seconds: float = 300) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch ... -m train_loop ARGUMENTS` with gloo; what it printed and its exit code.
-
-    `--multi_gpu` together with ACCELERATE_USE_CPU is how Accelerate starts several processes on a CPU.
-    """
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    command += ["--main_process_port", str(port), "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", *(["--multi_gpu"] if processes > 1 else ["--cpu"])]
+        return int(free.getsockname()[1])
+
+
+def command(launcher: Sequence[str], arguments: Sequence[str], module: str = "train_loop") -> list[str]:
+    """`accelerate launch LAUNCHER -m MODULE ARGUMENTS`."""
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]
+    return [*start, *launcher, "-m", module, *arguments]
+
+
+def run(
+    launcher: Sequence[str],
+    arguments: Sequence[str],
+    module: str = "train_loop",
+    seconds: float = 300,
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    """What a launched command printed, and its exit code.
+
+    `environment` is all that is set of Accelerate's variables.
+    """
     return subprocess.run(
-        [*command, "-m", "train_loop", *arguments],
+        command(launcher, arguments, module),
         capture_output=True,
         text=True,
         timeout=seconds,
         check=False,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        env=_environment(environment),
     )
+
+
+def _environment(changes: dict[str, str]) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    return clean | {"OMP_NUM_THREADS": "1"} | changes
+
+
+def processes(number: int) -> list[str]:
+    """Options of the launcher for plain data parallelism."""
+    return ["--num_processes", str(number), *(["--multi_gpu"] if number > 1 else ["--cpu"])]
+
+
+class Outcome(NamedTuple):
+    """What a command of `several` came to."""
+
+    code: int
+    out: str
+    err: str
+
+
+def several(number: int, commands: Sequence[Sequence[str]], fsdp2: bool = False, seconds: float = 500) -> list[Outcome]:
+    """Runs commands one after the other in the same `number` processes: to start them takes longer than to train."""
+    with tempfile.TemporaryDirectory() as folder:
+        todo, done = Path(folder) / "todo.json", Path(folder) / "done.json"
+        todo.write_text(json.dumps(commands))
+        sharded = ["--config_file", str(CONFIGS / "fsdp2.yaml"), "--num_processes", str(number)]
+        environment = ON_CPU | ({"TESTS_FSDP2_ON_CPU": "true"} if fsdp2 else {})
+        launcher = sharded if fsdp2 else processes(number)
+        result = run(launcher, [str(todo), str(done)], "tests.distributed.several", seconds, **environment)
+        assert result.returncode == 0, result.stderr
+        found: list[Any] = json.loads(done.read_text())
+        return [Outcome(*each) for each in found]

@@ -1,42 +1,212 @@
-"""The same run on one and on several processes, started by `accelerate launch`."""
+"""One run on one, two and three processes, with DDP and with FSDP2: the same numbers.
 
+The runs are two epochs of 31 steps with a last step of one sequence, dropout on, documents of 5 to 200 words, and three
+micro-batches a step, which two processes cannot share evenly.
+"""
+
+import functools
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from tests.conftest import TINY_MODELS, events
-from tests.distributed.launch import launch
+from tests.conftest import NO_DROPOUT, TINY_MODELS, arguments_for, events
+from tests.distributed.launch import ON_CPU, Outcome, processes, run, several
+from train_loop import config, loop
+from train_loop.data.loader import IGNORED, loader
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": TINY_MODELS["gpt2"],  # its dropout is 0.1
+    "llama": TINY_MODELS["llama"] | {"attention_dropout": 0.1},
+    "llama-tied": TINY_MODELS["llama"] | {"attention_dropout": 0.1, "tie_word_embeddings": True},
+}
+WITHOUT_DROPOUT: dict[str, dict[str, Any]] = {
+    "gpt2": TINY_MODELS["gpt2"] | NO_DROPOUT,
+    "llama": TINY_MODELS["llama"],
+    "llama-tied": TINY_MODELS["llama"] | {"tie_word_embeddings": True},
+}
+WORLDS = ["1", "2", "3", "2-fsdp2"]
+DDP = ["1", "2", "3"]
+
+Jobs = dict[str, list[str]]
+
+
+class Runs:
+    """All runs of a world (a number of processes), made when first asked for."""
+
+    def __init__(self, root: Path, make: Callable[..., list[str]], corpus: Path) -> None:
+        self.root, self.make, self.corpus = root, make, corpus
+        self.outcomes: dict[str, dict[str, Outcome]] = {}
+
+    def folder(self, world: str, name: str) -> Path:
+        """A run's folder."""
+        self.made(world)
+        return self.root / f"{world}-{name}"
+
+    def steps(self, world: str, name: str, key: str) -> list[Any]:
+        """A value of every step's line in the log."""
+        return [event[key] for event in events(self.folder(world, name), "step")]
+
+    def made(self, world: str) -> dict[str, Outcome]:
+        if world not in self.outcomes:
+            jobs = self._jobs(world)
+            number, fsdp2 = int(world[0]), world.endswith("fsdp2")
+            self.outcomes[world] = dict(zip(jobs, several(number, list(jobs.values()), fsdp2), strict=True))
+            for name, outcome in self.outcomes[world].items():
+                assert outcome.code == 0, (name, outcome.err)
+        return self.outcomes[world]
+
+    def _jobs(self, world: str) -> Jobs:
+        def train(name: str, **changes: object) -> None:
+            base = {"batch__sequences_per_step": 6, "batch__micro_batch_size": 2, "sample__max_new_tokens": 5}
+            base |= {"optimizer__learning_rate": 1e-3}
+            jobs[name] = ["train", *self.make(self.root / f"{world}-{name}", **base | changes)]
+
+        jobs: Jobs = {}
+        for name, architecture in SHAPES.items():
+            train(name, model__architecture=json.dumps(architecture))
+        for name, architecture in WITHOUT_DROPOUT.items():
+            once = {"train__max_steps": 1, "optimizer__max_grad_norm": "null", "model__architecture": architecture}
+            train(f"{name}-once", **once | {"model__architecture": json.dumps(architecture)})
+        # One window to validate on, two steps' worth of text and a last step of one sequence.
+        few = {"data__files": f"{self.corpus}/0[1-6].txt", "data__validation_files": f"{self.corpus}/00.txt"}
+        train("few", batch__sequences_per_step=7, data__test_size=None, train__max_steps=20, **few)
+        train("isolated", data__isolate_documents="true")
+        if not world.endswith("fsdp2"):
+            for name, architecture in SHAPES.items():
+                shape = {"model__architecture": json.dumps(architecture)}
+                train(f"{name}-bitwise", run__reproducible="bitwise", **shape)
+                if world != "3":
+                    for size in (1, 2, 4, 8):
+                        batch = {"batch__sequences_per_step": 8, "batch__micro_batch_size": size}
+                        without = {"model__architecture": json.dumps(WITHOUT_DROPOUT[name])}
+                        train(f"{name}-of-{size}", train__max_steps=10, **batch | without)
+            model = self.folder("1", "gpt2") if world != "1" else self.root / "1-gpt2"
+            for size in (1, 3, 7):
+                settings = self.make(self.root / "none", evaluation__batch_size=size)
+                jobs[f"evaluate-{size}"] = ["evaluate", "--model", str(model / "model"), *settings]
+        return jobs
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folder: Path) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), functools.partial(arguments_for, corpus, tokenizer_folder), corpus)
+
+
+def same(one: list[float], two: list[float], tolerance: float) -> None:
+    assert len(one) == len(two)
+    assert one == pytest.approx(two, rel=tolerance, abs=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TINY_MODELS)
-def test_losses_and_evaluation_do_not_depend_on_the_processes(
-    settings: Callable[..., list[str]], tmp_path: Path, name: str
-) -> None:
-    """Dropout on, three micro-batches a step on two processes, short last steps, two epochs."""
-    changes = {"model__architecture": json.dumps(TINY_MODELS[name]), "batch__micro_batch_size": 3}
-    steps, evaluations = [], []
-    for processes in (1, 2):
-        folder = tmp_path / f"on-{processes}"
-        result = launch(processes, ["train", *settings(run__output_dir=folder, **changes)])
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count("perplexity") == 1  # one process speaks
-        steps.append(events(folder, "step"))
-        evaluations.append(events(folder, "evaluation"))
-    assert [event["learning_rate"] for event in steps[0]] == [event["learning_rate"] for event in steps[1]]
-    assert [event["tokens"] for event in steps[0]] == [event["tokens"] for event in steps[1]]
-    losses = [[event["loss"] for event in each] for each in steps]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    for one, two in zip(*evaluations, strict=True):
-        assert one["tokens"] == two["tokens"]
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+@pytest.mark.parametrize("name", [*SHAPES, "isolated"])
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_losses_and_evaluations_do_not_depend_on_the_processes(runs: Runs, world: str, name: str) -> None:
+    for key in ("learning_rate", "tokens", "step", "epoch"):
+        assert runs.steps("1", name, key) == runs.steps(world, name, key)
+    assert len(runs.steps("1", name, "loss")) == 62 and min(runs.steps("1", name, "tokens")) <= 32
+    same(runs.steps("1", name, "loss"), runs.steps(world, name, "loss"), 1e-5)
+    one, other = (events(runs.folder(each, name), "evaluation") for each in ("1", world))
+    assert [event["tokens"] for event in one] == [event["tokens"] for event in other]
+    same([event["loss"] for event in one], [event["loss"] for event in other], 1e-6)
+    assert runs.made(world)[name].out.count("perplexity") == 1
+    truth = json.loads((runs.folder(world, name) / "truth.json").read_text())
+    assert truth["processes"]["present"] == truth["processes"]["asked"] == int(world[0])
+    assert truth["processes"]["parallelism"] == ("FSDP2" if "fsdp2" in world else "DDP")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+def test_sharded_weights_are_exported_and_kept_whole(runs: Runs, name: str) -> None:
+    for file in ("model/model.safetensors", "checkpoints/step-00000062/optimizer.safetensors"):
+        one, sharded = (load_file(runs.folder(world, name) / file) for world in ("1", "2-fsdp2"))
+        assert one.keys() == sharded.keys()
+        for key in one:
+            assert one[key].shape == sharded[key].shape
+            torch.testing.assert_close(one[key], sharded[key], rtol=1e-2, atol=1e-4)
+    samples = [[event["continuation"] for event in events(runs.folder(world, name), "sample")] for world in WORLDS]
+    assert samples[0] == samples[3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+def test_bitwise_means_the_same_bits_on_any_number_of_processes(runs: Runs, name: str) -> None:
+    kept: list[Any] = []
+    for world in DDP:
+        folder = runs.folder(world, f"{name}-bitwise")
+        weights = hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
+        losses = [(event["loss"], event["grad_norm"]) for event in events(folder, "step")]
+        kept.append((weights, losses, events(folder, "evaluation")))
+    assert len(kept[0][1]) == 62
+    assert kept[0] == kept[1] == kept[2]
+    same(runs.steps("1", f"{name}-bitwise", "loss"), runs.steps("1", name, "loss"), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("world", ["1", "2"])
+def test_micro_batches_of_any_size_give_the_same_losses(runs: Runs, world: str, name: str) -> None:
+    expected = runs.steps("1", f"{name}-of-8", "loss")
+    assert len(expected) == 10
+    for size in (1, 2, 4, 8):
+        same(expected, runs.steps(world, f"{name}-of-{size}", "loss"), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_fewer_micro_batches_and_windows_than_processes(runs: Runs, world: str) -> None:
+    targets = runs.steps("1", "few", "tokens")
+    assert min(targets) <= 32 < max(targets) and len(set(targets)) > 2  # a last step of one sequence; a short window
+    assert targets == runs.steps(world, "few", "tokens")
+    same(runs.steps("1", "few", "loss"), runs.steps(world, "few", "loss"), 1e-5)
+    one, other = (events(runs.folder(each, "few"), "evaluation") for each in ("1", world))
+    ledger = json.loads((runs.folder(world, "few") / "ledger.json").read_text())["validation"]
+    assert {event["tokens"] for event in [*one, *other]} == {ledger["trained_targets"]}
+    assert ledger["trained_targets"] < 32
+    same([event["loss"] for event in one], [event["loss"] for event in other], 1e-6)
+
+
+@pytest.mark.slow
+def test_evaluation_counts_every_target_once_on_any_processes(runs: Runs) -> None:
+    found = [json.loads(runs.made(world)[f"evaluate-{size}"].out) for world in DDP for size in (1, 3, 7)]
+    books = json.loads((runs.folder("1", "gpt2") / "ledger.json").read_text())["validation"]
+    assert {metrics["tokens"] for metrics in found} == {books["trained_targets"]}
+    losses = [metrics["loss"] for metrics in found]
+    assert max(losses) / min(losses) - 1 < 1e-7
+    at_one_size = [metrics for number, metrics in enumerate(found) if number % 3 == 1]
+    assert at_one_size[0] == at_one_size[1] == at_one_size[2]  # to the bit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_gradient_is_that_of_a_plain_float64_reference(runs: Runs, world: str, name: str) -> None:
+    """Read off AdamW's first moment after one step: (1 - beta1) times the gradient."""
+    folder = runs.folder(world, f"{name}-once")
+    moments = load_file(folder / "checkpoints" / "step-00000001" / "optimizer.safetensors")
+    settings = ["--config", str(folder / "config.yaml"), "--run.output_dir", str(folder.with_name("reference"))]
+    mine = loop.set_up(config.load(settings))
+    double = type(mine.model)(mine.model.config).double()
+    double.load_state_dict(mine.model.state_dict())
+    (batch,) = loader(mine.train, type(mine.plan)(mine.plan.blocks_per_epoch, 6, 6, 0).share(0, 0, 1))
+    logits = double(input_ids=batch.inputs, use_cache=False).logits
+    real = batch.targets != IGNORED
+    nll = -logits.log_softmax(-1).gather(2, batch.targets.clamp(min=0)[..., None])[..., 0][real]
+    nll.mean().backward()
+    for parameter, reference in double.named_parameters():
+        gradient = moments[f"{parameter}.exp_avg"].double() / (1 - 0.9)
+        assert reference.grad is not None
+        assert (gradient - reference.grad).norm() <= 1e-5 * reference.grad.norm(), parameter
 
 
 def test_a_mistake_is_one_line_on_several_processes(settings: Callable[..., list[str]], tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff")
-    result = launch(2, ["train", *settings(data__files=tmp_path / "a.txt")])
+    result = run(processes(2), ["train", *settings(data__files=tmp_path / "a.txt")], **ON_CPU)
     assert result.returncode != 0
     ours = [line for line in result.stderr.splitlines() if "train-loop: " in line]
     assert len(ours) == 1 and "not UTF-8 at byte 0" in ours[0]
