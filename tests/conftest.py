@@ -21,6 +21,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+import torch
 from hypothesis import settings as hypothesis_settings
 
 from train_loop.cli import main
@@ -100,8 +101,11 @@ def forget_accelerator() -> None:
 @pytest.fixture(autouse=True)
 def fresh_process() -> Iterator[None]:
     """Every test begins as a new process would."""
+    threads = torch.get_num_threads()
     yield
     forget_accelerator()
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
 
 
 class Command:

@@ -130,6 +130,8 @@ def evaluate(arguments: list[str]) -> int:
     its_tokenizer = processes.together(accelerator, "tokenizer", lambda: tokenizer.load(name))
     language_model = processes.together(accelerator, "load", lambda: model.load(name, config.model.attention))
     model.check_fits(language_model, its_tokenizer, config.data.block_size, f"model {name}")
+    if config.data.isolate_documents:
+        model.check_positions(language_model)
     shown = accelerator.is_local_main_process
     data = processes.together(accelerator, "prepare", lambda: store.prepare(config, its_tokenizer, shown=shown))
     eos = its_tokenizer.eos_token_id

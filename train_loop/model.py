@@ -5,6 +5,7 @@ originals.
 """
 
 import hashlib
+import inspect
 from typing import Any
 
 import torch
@@ -39,11 +40,26 @@ def build(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel
         model = initialise(config, tokenizer)
         source = "model.architecture"
     check_fits(model, tokenizer, config.data.block_size, source)
+    if config.data.isolate_documents:
+        check_positions(model)
     if config.model.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if config.model.compile:
         compile_layers(model)
     return model
+
+
+def check_positions(model: PreTrainedModel) -> None:
+    """Refuse a model that cannot be told where documents begin.
+
+    Raises:
+        InputError: naming it.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise InputError(
+            f"data.isolate_documents: {type(model).__name__} takes no positions, so it cannot be told where documents "
+            "begin; choose another model, or --data.isolate_documents false"
+        )
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -92,7 +108,7 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrained
         model = AutoModelForCausalLM.from_config(
             model_config, dtype=torch.float32, attn_implementation=config.model.attention
         )
-        model(torch.zeros(1, 2, dtype=torch.long))  # sizes that don't fit each other show themselves in use
+        model(torch.zeros(1, 1, dtype=torch.long))  # sizes that don't fit each other show themselves in use
     except InputError:
         raise
     except Exception as error:  # whatever a library makes of numbers that don't fit each other

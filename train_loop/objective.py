@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from train_loop.data.loader import IGNORED
+from train_loop.model import context_length
 
 _CHUNK = 1024  # positions whose logits are held at once
 _FUSED = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=_CHUNK, chunking_method=None)
@@ -151,7 +152,8 @@ def head_is_plain(model: PreTrainedModel) -> bool:
     handle = base.register_forward_hook(blow_up)
     try:
         device = head.weight.device
-        logits = model(input_ids=torch.arange(4, device=device)[None], use_cache=False).logits
+        tokens = torch.arange(min(4, context_length(model) or 4), device=device)[None]
+        logits = model(input_ids=tokens, use_cache=False).logits
         return bool(seen) and torch.allclose(logits.float(), head(seen[0]).float(), rtol=1e-3, atol=0.1)
     finally:
         handle.remove()
