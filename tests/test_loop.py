@@ -14,7 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 from pyarrow import parquet
+from safetensors.torch import load_file
 
 from tests.conftest import TINY_MODELS, Command, events, text
 from train_loop import config, loop
@@ -268,16 +270,71 @@ def test_trackers_of_accelerate(command: Command, settings: Callable[..., list[s
         assert expected in command.err
 
 
-@pytest.mark.parametrize("changes", [{"run__mixed_precision": "bf16"}, {"model__activation_checkpointing": "true"}])
-def test_other_ways_to_compute_the_same(
-    command: Command, settings: Callable[..., list[str]], tmp_path: Path, changes: dict[str, str]
+def losses(command: Command, arguments: list[str], folder: Path) -> list[float]:
+    """Of each step of a run in `folder`."""
+    assert command("train", *arguments, "--run.output_dir", folder) == 0, command.err
+    return [event["loss"] for event in events(folder, "step")]
+
+
+SHAPES = {"gpt2": TINY_MODELS["gpt2"], "llama": TINY_MODELS["llama"] | {"attention_dropout": 0.1}}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_bf16_trains_within_two_percent_of_fp32(
+    command: Command, settings: Callable[..., list[str]], tmp_path: Path, name: str
 ) -> None:
-    losses = []
-    for name, given in (("plain", {}), ("other", changes)):
-        assert command("train", *settings(run__output_dir=tmp_path / name, train__epochs=1, **given)) == 0
-        losses.append([event["loss"] for event in events(tmp_path / name, "step")])
-    tolerance = 2e-2 if "run__mixed_precision" in changes else 1e-5
-    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+    arguments = settings(
+        model__architecture=json.dumps(SHAPES[name]), train__max_steps=60, optimizer__learning_rate=3e-3
+    )
+    exact = losses(command, arguments, tmp_path / "fp32")
+    rounded = losses(command, [*arguments, "--run.mixed_precision", "bf16"], tmp_path / "bf16")
+    assert len(exact) == 60 and exact[-1] < exact[0] - 0.5 and rounded != exact
+    assert rounded == pytest.approx(exact, rel=2e-2)
+    assert not json.loads((tmp_path / "bf16" / "truth.json").read_text())["precision"]["loss_scaling"]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_activation_checkpointing_changes_neither_losses_nor_names(
+    command: Command, settings: Callable[..., list[str]], tmp_path: Path, name: str
+) -> None:
+    arguments = settings(model__architecture=json.dumps(SHAPES[name]), train__epochs=1, optimizer__learning_rate=1e-3)
+    expected = losses(command, arguments, tmp_path / "plain")
+    found = losses(command, [*arguments, "--model.activation_checkpointing", "true"], tmp_path / "less-memory")
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert weights(tmp_path / "plain").keys() == weights(tmp_path / "less-memory").keys()
+    assert json.loads((tmp_path / "less-memory" / "truth.json").read_text())["model"]["activation_checkpointing"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+def test_compiling_changes_neither_losses_nor_names(
+    command: Command, settings: Callable[..., list[str]], tmp_path: Path, name: str
+) -> None:
+    arguments = settings(
+        model__architecture=json.dumps(SHAPES[name]), train__max_steps=20, optimizer__learning_rate=1e-3
+    )
+    expected = losses(command, arguments, tmp_path / "plain")
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    found = losses(command, [*arguments, "--model.compile", "true"], tmp_path / "compiled")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs  # something was compiled
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert weights(tmp_path / "plain").keys() == weights(tmp_path / "compiled").keys()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of a run's exported model."""
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def test_the_same_bits_twice_and_a_curve_close_to_the_usual_one(
+    command: Command, settings: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    arguments = settings(batch__micro_batch_size=3, train__max_steps=30, optimizer__learning_rate=1e-3)
+    usual = losses(command, arguments, tmp_path / "usual")
+    bitwise = [*arguments, "--run.reproducible", "bitwise"]
+    first, second = (losses(command, bitwise, tmp_path / name) for name in ("first", "second"))
+    assert first == second and first == pytest.approx(usual, rel=1e-5)
+    assert "to the bit, on any number of processes" in command.err
 
 
 def test_pushing_to_the_hub_uploads_the_model_folder(

@@ -66,8 +66,8 @@ def train_step(
         seed: (run's seed, step), from which with the micro-batch's number each dropout mask follows.
         sums: where gradients are added up in fixed point.
     """
-    # Without a loss scaler Accelerate's wrapper only hands on, after looking for packages on disk each time.
-    inner = optimizer if accelerator.scaler else optimizer.optimizer
+    # Accelerate's wrapper looks for packages on disk before each step.
+    inner, scaler = optimizer.optimizer, accelerator.scaler
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     micro_batches = list(micro_batches)
     limit = max_grad_norm or math.inf
@@ -78,21 +78,22 @@ def train_step(
         loss = _gradient(accelerator, objective, micro_batches, targets, seed, sums)
         if sums is not None and not sums.finish(targets):
             continue
-        accelerator.unscale_gradients()
+        if scaler is not None:
+            scaler.unscale_(inner)
         norm = _number(torch.nn.utils.clip_grad_norm_(parameters, limit))
         taken = math.isfinite(loss) and math.isfinite(norm)
-        if taken or not math.isfinite(loss) or accelerator.scaler is None or accelerator.scaler.get_scale() <= 1:
+        if taken or not math.isfinite(loss) or scaler is None or scaler.get_scale() <= 1:
             break
         # Only the scaled loss was too large for fp16: no fault of the step, so it is computed again at half the scale.
         overflows += 1
-        accelerator.scaler.update()
+        scaler.update()
         inner.zero_grad()
     if taken:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        inner.step()
-    elif accelerator.scaler is not None:
-        accelerator.scaler.update()
+        inner.step() if scaler is None else scaler.step(inner)
+    if scaler is not None:
+        scaler.update()
     inner.zero_grad()
     return StepResult(loss, norm, taken, overflows)
 

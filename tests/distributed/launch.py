@@ -33,11 +33,11 @@ def run(
     arguments: Sequence[str],
     module: str = "train_loop",
     seconds: float = 300,
-    **environment: str,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """What a launched command printed, and its exit code.
 
-    `environment` is all that is set of Accelerate's variables.
+    `variables` is all that is set of Accelerate's.
     """
     return subprocess.run(
         command(launcher, arguments, module),
@@ -46,13 +46,14 @@ def run(
         timeout=seconds,
         check=False,
         cwd=ROOT,
-        env=_environment(environment),
+        env=environment(variables),
     )
 
 
-def _environment(changes: dict[str, str]) -> dict[str, str]:
+def environment(variables: dict[str, str]) -> dict[str, str]:
+    """The environment of this process, with no variables of Accelerate's but those given."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    return clean | {"OMP_NUM_THREADS": "1"} | changes
+    return clean | {"OMP_NUM_THREADS": "1"} | variables
 
 
 def processes(number: int) -> list[str]:
@@ -74,9 +75,9 @@ def several(number: int, commands: Sequence[Sequence[str]], fsdp2: bool = False,
         todo, done = Path(folder) / "todo.json", Path(folder) / "done.json"
         todo.write_text(json.dumps(commands))
         sharded = ["--config_file", str(CONFIGS / "fsdp2.yaml"), "--num_processes", str(number)]
-        environment = ON_CPU | ({"TESTS_FSDP2_ON_CPU": "true"} if fsdp2 else {})
+        variables = ON_CPU | ({"TESTS_FSDP2_ON_CPU": "true"} if fsdp2 else {})
         launcher = sharded if fsdp2 else processes(number)
-        result = run(launcher, [str(todo), str(done)], "tests.distributed.several", seconds, **environment)
+        result = run(launcher, [str(todo), str(done)], "tests.distributed.several", seconds, **variables)
         assert result.returncode == 0, result.stderr
         found: list[Any] = json.loads(done.read_text())
         return [Outcome(*each) for each in found]

@@ -1,0 +1,181 @@
+"""Every way of launching gives what it says, or stops with the command that does."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import Command, events
+from tests.distributed.launch import CONFIGS, ON_CPU, ROOT, command, environment, free_port, processes, run
+from train_loop import config
+from train_loop import processes as ours
+
+Settings = Callable[..., list[str]]
+CURE = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 -m train_loop"
+
+
+def complaints(result: subprocess.CompletedProcess[str]) -> list[str]:
+    assert result.returncode != 0 and "Traceback" not in result.stderr.split("train-loop: ")[0]
+    return [line for line in result.stderr.splitlines() if "train-loop: " in line]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "variables", "expected"),
+    [
+        (["--cpu", "--num_processes", "2"], {}, CURE),
+        (["--config_file", "MULTI_CPU"], {}, CURE),
+        (["--multi_gpu", "--num_processes", "2"], {}, CURE),
+        (["--config_file", str(CONFIGS / "fsdp2.yaml")], ON_CPU, "FSDP2 was asked for, but Accelerate does not shard"),
+    ],
+    ids=["--cpu", "MULTI_CPU", "--multi_gpu alone", "FSDP2"],
+)
+def test_a_launch_that_would_not_do_what_it_says_stops(
+    settings: Settings, tmp_path: Path, launcher: list[str], variables: dict[str, str], expected: str
+) -> None:
+    on_cpu = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_CPU", "use_cpu": True}
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(yaml.safe_dump(on_cpu | {"num_processes": 2, "num_machines": 1, "mixed_precision": "no"}))
+    launcher = [str(file) if part == "MULTI_CPU" else part for part in launcher]
+    result = run(launcher, ["train", *settings()], **variables)
+    found = complaints(result)
+    assert len(found) == 1 and expected in found[0], result.stderr
+    assert not (tmp_path / "run").exists() and not result.stdout
+
+
+def test_torchrun_without_the_variable_stops_and_with_it_works(settings: Settings, tmp_path: Path) -> None:
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    arguments = [*start, "-m", "train_loop", "train", *settings(train__max_steps=3)]
+    results = [
+        subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=ROOT, env=environment(variables))
+        for variables in ({}, ON_CPU)
+    ]
+    found = complaints(results[0])
+    assert len(found) == 1 and CURE in found[0]
+    assert results[1].returncode == 0, results[1].stderr
+    assert json.loads((tmp_path / "run" / "truth.json").read_text())["processes"]["present"] == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "changes", "expected"),
+    [
+        ({}, {"run__mixed_precision": "fp16"}, "run.mixed_precision fp16 needs a GPU"),
+        ({}, {"run__mixed_precision": "fp8"}, "fp8"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {}, "say --run.mixed_precision bf16, or launch with"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}, "--model.compile true"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "asks for DeepSpeed; train_loop shards with FSDP2"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "Megatron-LM"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "set fsdp_version: 2"),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, {}, "tp_size > 1"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+            {"run__reproducible": "bitwise"},
+            "bitwise does not go with FSDP2",
+        ),
+        ({}, {"run__reproducible": "bitwise", "run__mixed_precision": "fp16"}, "does not go with run.mixed_precision"),
+        ({}, {"run__reproducible": "bitwise", "model__compile": "true"}, "does not go with model.compile"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_in_one_line(
+    command: Command,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    changes: dict[str, str],
+    expected: str,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert command("train", *settings(**changes)) == 2
+    assert expected in command.err and len(command.err.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_number_of_accumulation_steps_from_the_launcher_divides_nothing(
+    command: Command, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = []
+    for number in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", number)
+        folder = tmp_path / number
+        assert command("train", *settings(run__output_dir=folder, train__max_steps=5)) == 0
+        losses.append([(event["loss"], event["grad_norm"]) for event in events(folder, "step")])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cpu", "gpus"])
+def test_the_configurations_of_one_machine_start_two_processes(settings: Settings, tmp_path: Path, name: str) -> None:
+    result = run(["--config_file", str(CONFIGS / f"{name}.yaml")], ["train", *settings(train__max_steps=3)], **ON_CPU)
+    assert result.returncode == 0, result.stderr
+    sheet = json.loads((tmp_path / "run" / "truth.json").read_text())
+    assert sheet["processes"]["present"] == 2 and sheet["processes"]["parallelism"] == "DDP"
+
+
+@pytest.mark.slow
+def test_machines_without_a_shared_disk(settings: Settings, tmp_path: Path) -> None:
+    """Two launchers on this machine, each with a cache of its own, stand for two hosts."""
+    port = str(free_port())
+    hosts = []
+    for rank in (0, 1):
+        launcher = [
+            "--config_file",
+            str(CONFIGS / "machines.yaml"),
+            "--num_processes",
+            "2",
+            "--machine_rank",
+            str(rank),
+        ]
+        start = command([*launcher, "--main_process_ip", "127.0.0.1"], ["train", *settings(train__max_steps=3)])
+        start[start.index("--main_process_port") + 1] = port
+        variables = ON_CPU | {"TRAIN_LOOP_CACHE": str(tmp_path / f"cache-{rank}")}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        hosts.append(subprocess.Popen(start, text=True, cwd=ROOT, env=environment(variables), **pipes))
+    outcomes = [host.communicate(timeout=200) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], outcomes
+    assert "perplexity" in outcomes[0][0] and outcomes[1][0] == ""
+    assert all((tmp_path / f"cache-{rank}" / "stores").is_dir() for rank in (0, 1))
+    assert json.loads((tmp_path / "run" / "truth.json").read_text())["processes"]["present"] == 2
+    assert len(events(tmp_path / "run", "step")) == 3
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_configuration_says_how_it_is_used(path: Path) -> None:
+    """The command in its header names this file, a configuration that is there, and settings that there are."""
+    lines = [line.removeprefix("#").strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    first = next(number for number, line in enumerate(lines) if "accelerate launch" in line)
+    last = next(number for number, line in enumerate(lines) if number >= first and not line.endswith("\\"))
+    parts = " ".join(line.rstrip("\\") for line in lines[first : last + 1]).split()
+    assert parts[parts.index("--config_file") + 1] == f"configs/accelerate/{path.name}"
+    arguments = parts[parts.index("train") + 1 :]
+    assert (ROOT / arguments[1]).is_file()
+    config.load(["--config", str(ROOT / arguments[1]), *arguments[2:]])
+
+
+def test_waiting_for_the_slowest_does_not_time_out() -> None:
+    """Collectives time out after two seconds here, and one process is busy for five, twice."""
+    patient = run(processes(2), ["together"], "tests.distributed.waiting", **ON_CPU)
+    assert patient.returncode == 0, patient.stderr
+    assert sorted(patient.stdout.split("\n")) == ["", *["done by 0"] * 2, *["done by 1"] * 2]
+    impatient = run(processes(2), ["barrier"], "tests.distributed.waiting", **ON_CPU)
+    assert impatient.returncode != 0 and "imed out" in impatient.stderr
+
+
+def test_a_mistake_on_one_host_is_everybodys() -> None:
+    result = run(processes(2), ["mistake"], "tests.distributed.waiting", **ON_CPU)
+    assert result.returncode == 0, result.stderr
+    said = [f"process {process}: a file is missing on this host" for process in (0, 1)]
+    assert sorted(filter(None, result.stdout.split("\n"))) == sorted(said * 2)
+
+
+def test_without_a_launcher_nothing_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert ours.asked_for() is None
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert ours.asked_for() == 3
+    assert "ACCELERATE_USE_CPU" in os.environ

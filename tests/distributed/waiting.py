@@ -1,0 +1,36 @@
+"""Run on two processes whose collectives time out after two seconds; one of them works for five.
+
+waiting.py together | barrier | mistake
+"""
+
+import sys
+import time
+from datetime import timedelta
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from train_loop.errors import InputError
+from train_loop.processes import together
+
+
+def work() -> str:
+    if accelerator.process_index == 1:
+        time.sleep(5)
+        if what == "mistake":
+            raise InputError("a file is missing on this host")
+    return f"done by {accelerator.process_index}"
+
+
+what = sys.argv[1]
+accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=2))])
+assert accelerator.num_processes == 2
+if what == "barrier":
+    work()
+    accelerator.wait_for_everyone()
+for _ in range(2):
+    try:
+        print(together(accelerator, "test", work), flush=True)
+    except InputError as error:
+        print(f"process {accelerator.process_index}: {error}", flush=True)
+accelerator.end_training()
