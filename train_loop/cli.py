@@ -137,7 +137,7 @@ def evaluate(arguments: list[str]) -> int:
     eos = its_tokenizer.eos_token_id
     assert isinstance(eos, int)
     windows = Windows(data.validation, config.data.block_size, eos, config.data.isolate_documents)
-    objective = accelerator.prepare(Objective(language_model.to(accelerator.device)))
+    objective = processes.prepare_to_evaluate(accelerator, Objective(language_model.to(accelerator.device)))
     if config.data.isolate_documents and truth.documents_cross(accelerator, objective, config):
         attention = str(language_model.config._attn_implementation)
         raise InputError(truth.cannot_isolate(type(language_model).__name__, attention))

@@ -234,6 +234,14 @@ def describe(accelerator: Accelerator) -> list[dict[str, Any]]:
     return gather_object([mine]) if accelerator.num_processes > 1 else [mine]
 
 
+def prepare_to_evaluate(accelerator: Accelerator, objective: nn.Module) -> nn.Module:
+    """A module that is not trained, prepared: sharded where FSDP2 is used, else as it is, with mixed precision."""
+    if accelerator.is_fsdp2:  # Accelerate shards a module together with its optimizer only
+        prepared, _ = accelerator.prepare(objective, torch.optim.SGD(objective.parameters(), lr=0.0))
+        return prepared
+    return accelerator.prepare_model(objective, evaluation_mode=True)
+
+
 @contextmanager
 def whole(objective: nn.Module) -> Iterator[None]:
     """Within this context the parts of a model may be called by themselves, also where FSDP2 sharded them.

@@ -7,6 +7,7 @@ micro-batches a step, which two processes cannot share evenly.
 import functools
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ class Runs:
         few = {"data__files": f"{self.corpus}/0[1-6].txt", "data__validation_files": f"{self.corpus}/00.txt"}
         train("few", batch__sequences_per_step=7, data__test_size=None, train__max_steps=20, **few)
         train("isolated", data__isolate_documents="true")
+        train("bf16", run__mixed_precision="bf16")
+        train("less-memory", model__activation_checkpointing="true")
         if not world.endswith("fsdp2"):
             for name, architecture in SHAPES.items():
                 shape = {"model__architecture": json.dumps(architecture)}
@@ -86,10 +89,15 @@ class Runs:
                         batch = {"batch__sequences_per_step": 8, "batch__micro_batch_size": size}
                         without = {"model__architecture": json.dumps(WITHOUT_DROPOUT[name])}
                         train(f"{name}-of-{size}", train__max_steps=10, **batch | without)
-            model = self.folder("1", "gpt2") if world != "1" else self.root / "1-gpt2"
-            for size in (1, 3, 7):
-                settings = self.make(self.root / "none", evaluation__batch_size=size)
-                jobs[f"evaluate-{size}"] = ["evaluate", "--model", str(model / "model"), *settings]
+        if world != "1":  # one process's run, cut off after its first epoch, goes on here
+            train("llama-resumed", model__architecture=json.dumps(SHAPES["llama"]))
+            folder = self.root / f"{world}-llama-resumed"
+            shutil.copytree(self.folder("1", "llama"), folder)
+            shutil.rmtree(folder / "checkpoints" / "step-00000062")
+            shutil.rmtree(folder / "model")
+        for size in (1, 3, 7):
+            settings = self.make(self.root / "none", evaluation__batch_size=size)
+            jobs[f"evaluate-{size}"] = ["evaluate", "--model", str(self.root / "1-gpt2" / "model"), *settings]
         return jobs
 
 
@@ -104,7 +112,7 @@ def same(one: list[float], two: list[float], tolerance: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*SHAPES, "isolated"])
+@pytest.mark.parametrize("name", [*SHAPES, "isolated", "less-memory"])
 @pytest.mark.parametrize("world", WORLDS[1:])
 def test_losses_and_evaluations_do_not_depend_on_the_processes(runs: Runs, world: str, name: str) -> None:
     for key in ("learning_rate", "tokens", "step", "epoch"):
@@ -173,13 +181,32 @@ def test_fewer_micro_batches_and_windows_than_processes(runs: Runs, world: str) 
 
 @pytest.mark.slow
 def test_evaluation_counts_every_target_once_on_any_processes(runs: Runs) -> None:
-    found = [json.loads(runs.made(world)[f"evaluate-{size}"].out) for world in DDP for size in (1, 3, 7)]
+    found = [json.loads(runs.made(world)[f"evaluate-{size}"].out) for world in WORLDS for size in (1, 3, 7)]
     books = json.loads((runs.folder("1", "gpt2") / "ledger.json").read_text())["validation"]
     assert {metrics["tokens"] for metrics in found} == {books["trained_targets"]}
     losses = [metrics["loss"] for metrics in found]
     assert max(losses) / min(losses) - 1 < 1e-7
     at_one_size = [metrics for number, metrics in enumerate(found) if number % 3 == 1]
-    assert at_one_size[0] == at_one_size[1] == at_one_size[2]  # to the bit
+    assert all(metrics == at_one_size[0] for metrics in at_one_size)  # to the bit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_a_run_goes_on_with_other_processes(runs: Runs, world: str) -> None:
+    assert "resuming from" in runs.made(world)["llama-resumed"].err
+    same(runs.steps("1", "llama", "loss"), runs.steps(world, "llama-resumed", "loss"), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", WORLDS)
+def test_bf16_stays_within_two_percent_and_keeps_fp32_where_it_belongs(runs: Runs, world: str) -> None:
+    same(runs.steps("1", "gpt2", "loss"), runs.steps(world, "bf16", "loss"), 2e-2)
+    precision = json.loads((runs.folder(world, "bf16") / "truth.json").read_text())["precision"]
+    assert precision["compute"] == "bfloat16"
+    assert set(precision["parameters"]) == set(precision["gradients"]) == set(precision["moments"]) == {"float32"}
+    # The loss itself is no bf16 number: those have 8 bits.
+    values = torch.tensor(runs.steps(world, "bf16", "loss"))
+    assert (values.bfloat16().float() != values).float().mean() > 0.9
 
 
 @pytest.mark.slow
