@@ -64,26 +64,34 @@ def asked_for() -> int | None:
     """How many processes the launcher was asked to start; None where there is no launcher."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
+    try:
+        arguments = _after_launch(psutil.Process(os.getppid()).cmdline())
+    except psutil.Error:
+        return None
+    if arguments is None:
+        return None
+    # Late, since it takes a while to load: how `accelerate launch` itself reads its command line and files.
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
     try:
-        command = psutil.Process(os.getppid()).cmdline()
-        names = [Path(part).name for part in command]
-        if "accelerate" in names[:3] and "launch" in names[:4]:
-            arguments = command[names.index("launch") + 1 :]
-        elif "accelerate.commands.launch" in names[:3]:
-            arguments = command[names.index("accelerate.commands.launch") + 1 :]
-        elif "accelerate-launch" in names[:2]:
-            arguments = command[names.index("accelerate-launch") + 1 :]
-        else:
-            return None
         given = launch_command_parser().parse_args(arguments)
         if given.num_processes is None and (given.config_file or os.path.isfile(default_config_file)):
             return int(load_config_from_file(given.config_file).num_processes)
         return given.num_processes
-    except (psutil.Error, OSError, ValueError, SystemExit):
+    except (OSError, ValueError, TypeError, SystemExit):
         return None
+
+
+def _after_launch(command: list[str]) -> list[str] | None:
+    """The arguments of a command line that is `accelerate launch` in one of its spellings."""
+    for number, part in enumerate(command[:4]):
+        name = Path(part).name
+        if name in ("accelerate-launch", "accelerate.commands.launch"):
+            return command[number + 1 :]
+        if name == "launch" and number and Path(command[number - 1]).name == "accelerate":
+            return command[number + 1 :]
+    return None
 
 
 def _check_launcher(run: RunConfig) -> None:

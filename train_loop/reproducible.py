@@ -22,6 +22,7 @@ from accelerate import Accelerator
 
 _BITS = 62  # of an int64, without its sign and one to spare
 _ROOM = 20  # components below 2^20 at first: those of a sum over tokens, in nats
+_LEAST_ROOM = -60  # 2^s has to fit into fp32
 TOLERANCE = 1e-6  # rounding to integers, relative to the gradient's norm: below the noise of fp32's own sums
 
 
@@ -45,6 +46,8 @@ class FixedPointSums:
         self.total = torch.zeros(sum(sizes), dtype=torch.int64, device=accelerator.device)
         self.parts = list(self.total.split(sizes))
         self.peak = torch.zeros((), device=accelerator.device)
+        # On a CPU, intermediate numbers had better stay in its cache.
+        self.chunk = 2**18 if accelerator.device.type == "cpu" else 2**28
         self.rounding = 0.0
         self._room = _ROOM
 
@@ -63,7 +66,10 @@ class FixedPointSums:
         self.peak = torch.maximum(self.peak, torch.where(peak.isfinite(), peak, math.inf))
         for parameter, part in zip(self.parameters, self.parts, strict=True):
             if parameter.grad is not None:
-                part += (parameter.grad.flatten().double() * self.scale).round_().long()
+                gradient = parameter.grad.flatten()
+                for integers, values in zip(part.split(self.chunk), gradient.split(self.chunk), strict=True):
+                    # Multiplied by a power of two, which is exact in fp32, too.
+                    integers += (values * self.scale).round_().long()
                 parameter.grad = None
 
     @torch.no_grad()
@@ -80,15 +86,18 @@ class FixedPointSums:
             torch.distributed.all_reduce(self.total)
             torch.distributed.all_reduce(self.peak, torch.distributed.ReduceOp.MAX)
         peak = float(self.peak)
-        fitting = math.frexp(peak)[1]  # the peak is below 2^fitting
+        fitting = max(math.frexp(peak)[1], _LEAST_ROOM)  # the peak is below 2^fitting
         if math.isfinite(peak) and fitting > self._room:
             self.begin(self.terms, fitting)
             return False
         norms = []
         for parameter, part in zip(self.parameters, self.parts, strict=True):
-            gradient = part.double()
-            norms.append(gradient.norm())
-            parameter.grad = gradient.div_(self.scale * targets).view_as(parameter).to(parameter.dtype)
+            parameter.grad = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+            gradient = parameter.grad.flatten()
+            for integers, values in zip(part.split(self.chunk), gradient.split(self.chunk), strict=True):
+                exact = integers.double()
+                norms.append(exact.norm())
+                values.copy_(exact.div_(self.scale * targets))
             if not math.isfinite(peak):
                 parameter.grad.fill_(math.nan)
         norm = float(torch.stack(norms).norm())  # in units of 1 / scale, the step of the integers

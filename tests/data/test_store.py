@@ -1,6 +1,7 @@
 """The token store: its books add up, it is built once, and it leaves nothing half written."""
 
 import json
+import shutil
 import socket
 import threading
 from collections.abc import Callable
@@ -160,6 +161,23 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, tokenizer_folder: Path)
     with pytest.raises(InputError, match="not UTF-8"):
         store.prepare(configured(tmp_path, tokenizer_folder), shown=False)
     assert [path for path in (tmp_path / "cache" / "stores").iterdir() if path.is_dir()] == []
+
+
+def test_another_host_may_be_faster_on_a_shared_disk(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock need not hold across hosts: then both build, and the later one takes what is there."""
+    write(tmp_path, ["good"], ["held out"])
+    rename = store.os.rename
+
+    def late(source: Path, target: Path) -> None:
+        shutil.copytree(source, target)
+        rename(source, target)
+
+    monkeypatch.setattr(store.os, "rename", late)
+    prepared = store.prepare(configured(tmp_path, tokenizer_folder), shown=False)
+    assert prepared.train.ledger.documents == 1
+    assert [path.name for path in prepared.folder.parent.iterdir() if "tmp" in path.name] == []
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -173,6 +173,26 @@ def test_a_mistake_on_one_host_is_everybodys() -> None:
     assert sorted(filter(None, result.stdout.split("\n"))) == sorted(said * 2)
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("python /bin/accelerate launch --cpu --num_processes 2 -m train_loop train --num_processes 9", 2),
+        ("/bin/accelerate launch --num_processes=3 train.py", 3),
+        ("python -m accelerate.commands.launch --num_processes 4 -m train_loop", 4),
+        ("accelerate-launch --config_file configs/accelerate/machines.yaml -m train_loop", 16),
+        ("accelerate launch --config_file nowhere.yaml -m train_loop", None),
+        ("accelerate config", None),
+        ("bash -c train-loop train", None),
+    ],
+)
+def test_what_the_launcher_was_asked_is_read_from_its_command_line(
+    monkeypatch: pytest.MonkeyPatch, line: str, expected: int | None
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(ours.psutil.Process, "cmdline", lambda self: line.split())
+    assert ours.asked_for() == expected
+
+
 def test_without_a_launcher_nothing_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert ours.asked_for() is None

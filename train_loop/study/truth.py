@@ -19,7 +19,7 @@ from torch import nn
 from train_loop import checkpoint, model, optimizer, processes
 from train_loop.config import Config
 from train_loop.data.loader import IGNORED
-from train_loop.errors import InputError
+from train_loop.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from train_loop.loop import Run
@@ -30,12 +30,21 @@ _SAME_LOSS = {"no": 1e-5, "bf16": 2e-2, "fp16": 2e-3, "fp8": 5e-2}
 
 
 def measure(run: "Run") -> dict[str, Any]:
-    """The truth sheet of a run that has been set up. All processes must call this."""
+    """The truth sheet of a run that has been set up. All processes must call this.
+
+    Raises:
+        InputError: where bitwise reproducibility was asked for and a kernel can't give it.
+    """
     config, accelerator = run.config, run.accelerator
-    with model.eagerly():
-        loss = _loss_difference(run)
-        cross = documents_cross(accelerator, run.objective, config)
-        dtypes = _dtypes(run)
+    try:
+        with model.eagerly():
+            loss = _loss_difference(run)
+            cross = documents_cross(accelerator, run.objective, config)
+            dtypes = _dtypes(run)
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise InputError(f"run.reproducible bitwise: not with this model on this device ({one_line(error)})") from None
     return {
         "processes": {
             "asked": processes.asked_for() or 1,
