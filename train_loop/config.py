@@ -6,6 +6,7 @@ Their docstrings, with units, are what `train-loop train --help` prints; `settin
 """
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -389,6 +390,17 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         if not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
         and flat_old.get(key) != flat_new.get(key)
     ]
+
+
+def shared_digest(config: Config) -> str:
+    """A hash of the settings that all processes of a run must share; where files lie may differ between hosts."""
+    values = to_dict(config)
+    for section, key in (
+        *(("run", "output_dir"), ("model", "name_or_path"), ("tokenizer", "name_or_path"), ("data", "name")),
+        *(("data", "files"), ("data", "validation_files"), ("data", "cache_dir"), ("data", "num_workers")),
+    ):
+        del values[section][key]
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

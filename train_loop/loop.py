@@ -13,7 +13,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from train_loop import checkpoint, model, optimizer, processes
-from train_loop.config import Config, to_dict
+from train_loop.config import Config, shared_digest, to_dict
 from train_loop.data.loader import Windows, loader
 from train_loop.data.order import Plan, share
 from train_loop.data.store import Prepared, prepare
@@ -124,6 +124,7 @@ def set_up(config: Config) -> Run:
     folder.check(config)
     check_trackers(config.run.log_with)
     accelerator = processes.start(config.run, folder.path)
+    processes.check_same(accelerator, "the configuration", shared_digest(config), "give every host the same settings")
     data = processes.together(accelerator, "prepare", lambda: prepare(config, shown=accelerator.is_local_main_process))
     language_model = processes.together(accelerator, "build", lambda: model.build(config, data.tokenizer))
     processes.check_same(accelerator, "the data", data.fingerprint, "give every host the same documents and tokenizer")
@@ -153,6 +154,8 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 def _resume(run: Run) -> int:
     """Load the newest whole checkpoint, if there is one; returns its step."""
     found, passed = checkpoint.newest(run.folder.checkpoints)
+    place = "run.output_dir has to be on a disk that all hosts share"
+    processes.check_same(run.accelerator, "the step to resume from", found.step if found else 0, place)
     if run.accelerator.is_main_process:
         for line in passed:
             say(line)

@@ -201,6 +201,8 @@ def together(accelerator: Accelerator, purpose: str, work: Callable[[], Result])
         result = work()
     except InputError as error:
         mistake = str(error)
+        if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):  # which of the hosts?
+            mistake += f" (on {socket.gethostname()})"
     arrived = store.add(f"{purpose}/done", 0)
     round_ = arrived // processes  # the same work may be done again later
     if mistake:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -117,31 +118,51 @@ def test_the_configurations_of_one_machine_start_two_processes(settings: Setting
     assert sheet["processes"]["present"] == 2 and sheet["processes"]["parallelism"] == "DDP"
 
 
-@pytest.mark.slow
-def test_machines_without_a_shared_disk(settings: Settings, tmp_path: Path) -> None:
-    """Two launchers on this machine, each with a cache of its own, stand for two hosts."""
+def two_hosts(tmp_path: Path, *arguments: list[str]) -> list[tuple[int, str, str]]:
+    """What a run on two hosts comes to: two launchers on this machine, each with a cache of its own, stand for them."""
     port = str(free_port())
     hosts = []
     for rank in (0, 1):
-        launcher = [
-            "--config_file",
-            str(CONFIGS / "machines.yaml"),
-            "--num_processes",
-            "2",
-            "--machine_rank",
-            str(rank),
-        ]
-        start = command([*launcher, "--main_process_ip", "127.0.0.1"], ["train", *settings(train__max_steps=3)])
+        launcher = ["--config_file", str(CONFIGS / "machines.yaml"), "--machine_rank", str(rank)]
+        start = command([*launcher, "--num_processes", "2", "--main_process_ip", "127.0.0.1"], arguments[rank])
         start[start.index("--main_process_port") + 1] = port
-        variables = ON_CPU | {"TRAIN_LOOP_CACHE": str(tmp_path / f"cache-{rank}")}
+        variables = environment(ON_CPU | {"TRAIN_LOOP_CACHE": str(tmp_path / f"cache-{rank}")})
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        hosts.append(subprocess.Popen(start, text=True, cwd=ROOT, env=environment(variables), **pipes))
-    outcomes = [host.communicate(timeout=200) for host in hosts]
-    assert [host.returncode for host in hosts] == [0, 0], outcomes
-    assert "perplexity" in outcomes[0][0] and outcomes[1][0] == ""
+        hosts.append(subprocess.Popen(start, text=True, cwd=ROOT, env=variables, **pipes))
+    said = [host.communicate(timeout=200) for host in hosts]
+    return [(host.returncode, *each) for host, each in zip(hosts, said, strict=True)]
+
+
+@pytest.mark.slow
+def test_machines_without_a_shared_disk(settings: Settings, tmp_path: Path) -> None:
+    arguments = ["train", *settings(train__max_steps=3)]
+    first, second = two_hosts(tmp_path, arguments, arguments)
+    assert first[0] == second[0] == 0, (first, second)
+    assert "perplexity" in first[1] and second[1] == ""
     assert all((tmp_path / f"cache-{rank}" / "stores").is_dir() for rank in (0, 1))
     assert json.loads((tmp_path / "run" / "truth.json").read_text())["processes"]["present"] == 2
     assert len(events(tmp_path / "run", "step")) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"optimizer__learning_rate": 1.0}, "the configuration differs"),
+        ({"data__files": "00.txt 01.txt 02.txt 03.txt 04.txt 05.txt"}, "the data differs"),
+        ({"data__files": "nowhere.txt"}, "no such file (on "),
+    ],
+)
+def test_hosts_that_differ_are_told_apart(
+    settings: Settings, tmp_path: Path, corpus: Path, changes: dict[str, Any], expected: str
+) -> None:
+    if "data__files" in changes:
+        changes = {"data__files": json.dumps([f"{corpus}/{name}" for name in changes["data__files"].split()])}
+    outcomes = two_hosts(tmp_path, ["train", *settings()], ["train", *settings(**changes)])
+    assert all(code != 0 for code, _, _ in outcomes)
+    found = [line for line in outcomes[0][2].splitlines() if "train-loop: " in line]
+    assert len(found) == 1 and expected in found[0], outcomes
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -121,6 +121,7 @@ def table(sheet: dict[str, Any]) -> str:
     hosts = Counter(each["host"] for each in found["each"])
     devices = Counter(each["name"] for each in found["each"])
     rates = sheet["learning_rate"]
+    idle = max(0, found["present"] - batch["micro_batches_per_step"])
     processes_ = f"{found['present']} of {found['asked']} asked, {found['parallelism']}, on "
     computing = f"{precision['asked']} asked; computes in {precision['compute']}, weights "
     computing += f"{_kinds(precision['parameters'])}, gradients {_kinds(precision['gradients'])}, moments "
@@ -148,7 +149,8 @@ def table(sheet: dict[str, Any]) -> str:
         "documents": ("isolated" if sheet["documents"]["isolated"] else "packed")
         + (": one crosses into the next" if sheet["documents"]["cross"] else ": none reaches another"),
         "a step": f"{batch['sequences_per_step']} sequences of {batch['block_size']} in {micro_batches}, at most "
-        f"{batch['micro_batches_per_process']} a process",
+        f"{batch['micro_batches_per_process']} a process"
+        + (f"; {idle} processes have nothing to do: lower batch.micro_batch_size" if idle else ""),
         "the run": f"{batch['steps']:,} steps, {batch['steps_per_epoch']:,} an epoch; {batch['targets']:,} targets, "
         f"{batch['targets_per_epoch']:,} an epoch",
         "learning rate": f"{rates['first_step']:.3g} at first, {rates['after_warmup']:.3g} after "
