@@ -275,7 +275,7 @@ def _evaluate(run: Run, log: MetricsLog, step: int, epoch: float) -> None:
         settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p, seed=config.run.seed
     )
     # Sharded weights are gathered layer by layer, so then all processes have to sample along.
-    with processes.whole(run.objective), model.eagerly():
+    with processes.whole(run.objective), model.eagerly(config):
         for prompt in _prompts(run) if main or run.accelerator.is_fsdp2 else []:
             text = sample(run.model, run.data.tokenizer, prompt, chosen)
             log.write("sample", step, prompt=prompt, continuation=text)

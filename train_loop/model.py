@@ -6,6 +6,7 @@ originals.
 
 import hashlib
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -73,9 +74,10 @@ def compile_layers(model: PreTrainedModel) -> None:
         layer.compile(options={"fallback_random": True})
 
 
-def eagerly() -> Any:
+def eagerly(config: Config) -> Any:
     """A context in which compiled layers run as they are: for odd shapes that are not worth compiling."""
-    return torch.compiler.set_stance("force_eager")
+    # Without compiled layers, the compiler need not even be loaded, which takes a second.
+    return torch.compiler.set_stance("force_eager") if config.model.compile else nullcontext()
 
 
 def digest(model: PreTrainedModel) -> str:

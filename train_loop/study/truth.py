@@ -37,7 +37,7 @@ def measure(run: "Run") -> dict[str, Any]:
     """
     config, accelerator = run.config, run.accelerator
     try:
-        with model.eagerly():
+        with model.eagerly(config):
             loss = _loss_difference(run)
             cross = documents_cross(accelerator, run.objective, config)
             dtypes = _dtypes(run)
