@@ -76,7 +76,9 @@ class Runs:
             train(f"{name}-once", **once | {"model__architecture": json.dumps(architecture)})
         # One window to validate on, two steps' worth of text and a last step of one sequence.
         few = {"data__files": f"{self.corpus}/0[1-6].txt", "data__validation_files": f"{self.corpus}/00.txt"}
-        train("few", batch__sequences_per_step=7, data__test_size=None, train__max_steps=20, **few)
+        few |= {"batch__sequences_per_step": "7", "train__max_steps": "20"}
+        for name, architecture in SHAPES.items():
+            train(f"{name}-few", data__test_size=None, model__architecture=json.dumps(architecture), **few)
         train("isolated", data__isolate_documents="true")
         train("bf16", run__mixed_precision="bf16")
         train("less-memory", model__activation_checkpointing="true")
@@ -95,9 +97,10 @@ class Runs:
             shutil.copytree(self.folder("1", "llama"), folder)
             shutil.rmtree(folder / "checkpoints" / "step-00000062")
             shutil.rmtree(folder / "model")
-        for size in (1, 3, 7):
-            settings = self.make(self.root / "none", evaluation__batch_size=size)
-            jobs[f"evaluate-{size}"] = ["evaluate", "--model", str(self.root / "1-gpt2" / "model"), *settings]
+        for name in SHAPES:
+            for size in (1, 3, 7):
+                settings = self.make(self.root / "none", evaluation__batch_size=size)
+                jobs[f"{name}-evaluate-{size}"] = ["evaluate", "--model", f"{self.root}/1-{name}/model", *settings]
         return jobs
 
 
@@ -166,23 +169,26 @@ def test_micro_batches_of_any_size_give_the_same_losses(runs: Runs, world: str, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("world", WORLDS[1:])
-def test_fewer_micro_batches_and_windows_than_processes(runs: Runs, world: str) -> None:
-    targets = runs.steps("1", "few", "tokens")
+def test_fewer_micro_batches_and_windows_than_processes(runs: Runs, world: str, name: str) -> None:
+    targets = runs.steps("1", f"{name}-few", "tokens")
     assert min(targets) <= 32 < max(targets) and len(set(targets)) > 2  # a last step of one sequence; a short window
-    assert targets == runs.steps(world, "few", "tokens")
-    same(runs.steps("1", "few", "loss"), runs.steps(world, "few", "loss"), 1e-5)
-    one, other = (events(runs.folder(each, "few"), "evaluation") for each in ("1", world))
-    ledger = json.loads((runs.folder(world, "few") / "ledger.json").read_text())["validation"]
+    assert targets == runs.steps(world, f"{name}-few", "tokens")
+    same(runs.steps("1", f"{name}-few", "loss"), runs.steps(world, f"{name}-few", "loss"), 1e-5)
+    one, other = (events(runs.folder(each, f"{name}-few"), "evaluation") for each in ("1", world))
+    ledger = json.loads((runs.folder(world, f"{name}-few") / "ledger.json").read_text())["validation"]
     assert {event["tokens"] for event in [*one, *other]} == {ledger["trained_targets"]}
     assert ledger["trained_targets"] < 32
     same([event["loss"] for event in one], [event["loss"] for event in other], 1e-6)
 
 
 @pytest.mark.slow
-def test_evaluation_counts_every_target_once_on_any_processes(runs: Runs) -> None:
-    found = [json.loads(runs.made(world)[f"evaluate-{size}"].out) for world in WORLDS for size in (1, 3, 7)]
-    books = json.loads((runs.folder("1", "gpt2") / "ledger.json").read_text())["validation"]
+@pytest.mark.parametrize("name", SHAPES)
+def test_evaluation_counts_every_target_once_on_any_processes(runs: Runs, name: str) -> None:
+    jobs = [(world, f"{name}-evaluate-{size}") for world in WORLDS for size in (1, 3, 7)]
+    found = [json.loads(runs.made(world)[job].out) for world, job in jobs]
+    books = json.loads((runs.folder("1", name) / "ledger.json").read_text())["validation"]
     assert {metrics["tokens"] for metrics in found} == {books["trained_targets"]}
     losses = [metrics["loss"] for metrics in found]
     assert max(losses) / min(losses) - 1 < 1e-7
