@@ -236,6 +236,9 @@ def test_a_run_that_diverges_fails_with_a_clear_error(
     steps = events(tmp_path / "run", "step")
     assert [event.get("skipped", False) for event in steps] == [False, False, True, True, True]
     assert steps[-1]["loss"] is None  # JSON has no NaN
+    plan = loop.set_up(config.load(settings(run__output_dir=tmp_path / "other"))).plan
+    assert [event.get("blocks") for event in steps[2:]] == [plan.blocks(step).tolist() for step in (2, 3, 4)]
+    assert "blocks" not in steps[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

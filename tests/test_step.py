@@ -193,7 +193,7 @@ class TestLossScaling:
         assert result.loss == expected.loss and result.grad_norm == pytest.approx(expected.grad_norm, rel=1e-6)
         for mine, theirs in zip(run.model.parameters(), plain.model.parameters(), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
-        remarks = loop._remarks(run, result)
+        remarks = loop._remarks(run, 0, result)
         assert remarks == {"loss_scale": run.accelerator.scaler.get_scale(), "overflows": result.overflows}
 
     def test_a_step_that_is_bad_at_any_scale_is_skipped(self, settings: Callable[..., list[str]]) -> None:

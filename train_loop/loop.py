@@ -214,7 +214,7 @@ def _loop(run: Run, log: MetricsLog, start: int, stop: StopRequest) -> int:
                 grad_norm=result.grad_norm,
                 tokens=targets,
                 tokens_per_second=speed,
-                **_remarks(run, result),
+                **_remarks(run, step, result),
             )
             progress.update(1, f"loss {result.loss:.4f}, {speed:,.0f} tokens/s")
             bad_steps = 0 if result.taken else bad_steps + 1
@@ -233,11 +233,11 @@ def _loop(run: Run, log: MetricsLog, start: int, stop: StopRequest) -> int:
     return run.total_steps
 
 
-def _remarks(run: Run, result: StepResult) -> dict[str, Any]:
+def _remarks(run: Run, step: int, result: StepResult) -> dict[str, Any]:
     """What a step's line in the log says only where there is something to say."""
     remarks: dict[str, Any] = {}
     if not result.taken:
-        remarks["skipped"] = True
+        remarks |= {"skipped": True, "blocks": run.plan.blocks(step).tolist()}
     if run.accelerator.scaler is not None:
         remarks |= {"loss_scale": run.accelerator.scaler.get_scale(), "overflows": result.overflows}
     if run.sums is not None and run.sums.rounding > TOLERANCE:
