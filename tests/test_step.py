@@ -231,6 +231,18 @@ def test_a_mask_depends_on_step_and_micro_batch_alone(settings: Callable[..., li
     assert loss(5) == loss(5, 1, 2) and loss(5) != loss(6)
 
 
+@pytest.mark.parametrize("reproducible", ["no", "bitwise"])
+def test_a_step_without_a_target_has_no_loss_and_no_gradient(
+    settings: Callable[..., list[str]], reproducible: str
+) -> None:
+    run = set_up(settings, "gpt2", run__reproducible=reproducible)
+    batches = [
+        batch._replace(targets=batch.targets * 0 + IGNORED) for batch in loader(run.train, run.plan.share(0, 0, 1))
+    ]
+    arguments = (run.accelerator, run.objective, run.optimizer, batches, len(batches), 0, 1e-2, 1.0, (0, 0), run.sums)
+    assert train_step(*arguments) == (0.0, 0.0, True, 0)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     settings: Callable[..., list[str]], poison: float

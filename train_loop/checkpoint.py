@@ -3,7 +3,7 @@
     checkpoints/step-00000100/
         model.safetensors       weights, each once (a tied one under its first name)
         optimizer.safetensors   per parameter: exp_avg, exp_avg_sq, and the number of its updates
-        state.json              step, fingerprint of the data, versions
+        state.json              step, fingerprint of the data, processes, scale of an fp16 loss, versions
         manifest.json           size and SHA-256 of every file above; written last
 
 Written into a temporary folder, synced, completed by the manifest, renamed; only then are older ones removed. What is

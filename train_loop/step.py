@@ -71,6 +71,7 @@ def train_step(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     micro_batches = list(micro_batches)
     limit = max_grad_norm or math.inf
+    targets = max(targets, 1)  # where documents are isolated, blocks of first tokens alone have none
     overflows = 0
     if sums is not None:
         sums.begin(count)
@@ -107,7 +108,7 @@ def _gradient(
     sums: FixedPointSums | None,
 ) -> float:
     """Forward and backward of one step; returns its loss, the same on all processes."""
-    weight = accelerator.num_processes / max(targets, 1) if sums is None else 1
+    weight = accelerator.num_processes / targets if sums is None else 1
     nll = []
     for number, batch in enumerate(micro_batches, 1):
         seed_torch(accelerator.device, "dropout", *seed, batch.number)
@@ -123,7 +124,7 @@ def _gradient(
     each = torch.stack(nll)
     if accelerator.num_processes > 1:
         each = accelerator.gather(each)
-    return math.fsum(each.tolist()) / max(targets, 1)  # exact, so the order of processes makes no difference
+    return math.fsum(each.tolist()) / targets  # exact, so the order of processes makes no difference
 
 
 def _number(norm: torch.Tensor) -> float:

@@ -1,1 +1,1 @@
-"""What is watched: the metrics log. The loop calls it; it never changes what the loop computes."""
+"""What is watched: truth sheet and metrics log. The loop calls them; they never change what it computes."""

@@ -122,20 +122,20 @@ def table(sheet: dict[str, Any]) -> str:
     devices = Counter(each["name"] for each in found["each"])
     rates = sheet["learning_rate"]
     idle = max(0, found["present"] - batch["micro_batches_per_step"])
-    processes_ = f"{found['present']} of {found['asked']} asked, {found['parallelism']}, on "
+    started = f"{found['present']} of {found['asked']} asked, {found['parallelism']}, on "
     computing = f"{precision['asked']} asked; computes in {precision['compute']}, weights "
     computing += f"{_kinds(precision['parameters'])}, gradients {_kinds(precision['gradients'])}, moments "
-    model_ = f"{sheet['model']['class']}, attention {sheet['model']['attention']}"
+    built = f"{sheet['model']['class']}, attention {sheet['model']['attention']}"
     micro_batches = f"{batch['micro_batches_per_step']} micro-batches of {batch['micro_batch_size']}"
     rows = {
-        "processes": processes_ + ", ".join(f"{host} ({count})" for host, count in hosts.items()),
+        "processes": started + ", ".join(f"{host} ({count})" for host, count in hosts.items()),
         "devices": ", ".join(f"{count} x {name}" for name, count in devices.items())
         + f", {found['each'][0]['threads']} CPU threads each",
         "precision": computing + _kinds(precision["moments"]) + (", loss scaled" if precision["loss_scaling"] else ""),
         "reproducible": "to the bit, on any number of processes"
         if sheet["reproducible"] == "bitwise"
         else "to rounding",
-        "model": model_
+        "model": built
         + (", compiled" if sheet["model"]["compiled"] else "")
         + (", activations recomputed" if sheet["model"]["activation_checkpointing"] else ""),
         "parameters": f"{parameters['total']:,}"
