@@ -37,7 +37,7 @@ def test_the_same_at_every_batch_size_and_as_a_float64_sum(run: loop.Run) -> Non
             correct += int((logits.argmax(-1) == batch.targets)[real].sum())
             count += int(real.sum())
     assert len(run.validation) > 64
-    found = {size: evaluate(run.accelerator, run.objective, run.validation, size, False) for size in (1, 3, 7, 64)}
+    found = {size: evaluate(run.accelerator, run.objective, run.validation, size) for size in (1, 3, 7, 64)}
     books = run.data.validation.ledger
     for metrics in found.values():
         assert metrics["loss"] == pytest.approx(nll / count, rel=1e-7)
@@ -52,7 +52,7 @@ def test_the_same_at_every_batch_size_and_as_a_float64_sum(run: loop.Run) -> Non
 
 def test_dropout_is_off_and_the_mode_is_put_back(run: loop.Run) -> None:
     run.objective.train()
-    first, second = (evaluate(run.accelerator, run.objective, run.validation, 8, False) for _ in range(2))
+    first, second = (evaluate(run.accelerator, run.objective, run.validation, 8) for _ in range(2))
     assert first == second and run.objective.training
 
 
@@ -82,7 +82,7 @@ def test_no_logits_are_kept(settings: Callable[..., list[str]], monkeypatch: pyt
     run = loop.set_up(config.load(settings()))
     seen: list[int] = []
     run.model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
-    evaluate(Accelerator(), run.objective, run.validation, 8, False)
+    evaluate(Accelerator(), run.objective, run.validation, 8)
     assert seen and max(seen) <= 50
 
 

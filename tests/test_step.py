@@ -12,8 +12,9 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from tests.conftest import NO_DROPOUT, TINY_MODELS, events
-from train_loop import config, loop, optimizer
+from train_loop import checkpoint, config, loop, optimizer
 from train_loop.data.loader import IGNORED, loader
+from train_loop.saver import Saver
 from train_loop.signals import StopRequest
 from train_loop.step import train_step
 from train_loop.study.metrics import MetricsLog
@@ -87,7 +88,7 @@ def test_losses_and_weights_are_those_of_trainer(settings: Callable[..., list[st
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     log = MetricsLog(run.accelerator, run.folder.metrics, 0)
-    loop._loop(run, log, 0, StopRequest())
+    loop._loop(run, log, Saver(run.accelerator, run.folder.checkpoints, 1, True), 0, StopRequest())
     mine_losses = [event["loss"] for event in events(run.folder.path, "step")]
     assert len(theirs) == len(mine_losses) == 50
     assert max(event["grad_norm"] for event in events(run.folder.path, "step")) > 0.5  # it did clip
@@ -212,7 +213,9 @@ class TestLossScaling:
     def test_the_scale_is_kept_in_checkpoints(self, settings: Callable[..., list[str]], tmp_path: Path) -> None:
         _, run = self.step(settings, 2.0**30)
         _, other = self.step(settings, 2.0**10)
-        loop._checkpoint(run, 1)
+        log = MetricsLog(run.accelerator, tmp_path / "metrics.jsonl", 0)
+        loop._secure(run, log, Saver(run.accelerator, run.folder.checkpoints, 1, True), 1)
+        other.found, _ = checkpoint.newest(run.folder.checkpoints)
         assert loop._resume(other) == 1
         assert 2.0**10 < other.accelerator.scaler.get_scale() == run.accelerator.scaler.get_scale() < 2.0**30
 
@@ -240,7 +243,7 @@ def test_a_step_without_a_target_has_no_loss_and_no_gradient(
         batch._replace(targets=batch.targets * 0 + IGNORED) for batch in loader(run.train, run.plan.share(0, 0, 1))
     ]
     arguments = (run.accelerator, run.objective, run.optimizer, batches, len(batches), 0, 1e-2, 1.0, (0, 0), run.sums)
-    assert train_step(*arguments) == (0.0, 0.0, True, 0)
+    assert train_step(*arguments) == (0.0, 0.0, True, 0, False)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -1,10 +1,14 @@
 """Durable checkpoints of the one state there is: weights, optimizer moments, step.
 
     checkpoints/step-00000100/
-        model.safetensors       weights, each once (a tied one under its first name)
-        optimizer.safetensors   per parameter: exp_avg, exp_avg_sq, and the number of its updates
-        state.json              step, fingerprint of the data, processes, scale of an fp16 loss, versions
-        manifest.json           size and SHA-256 of every file above; written last
+        model-00001-of-00002.safetensors       weights, each once (a tied one under its first name)
+        optimizer-00001-of-00002.safetensors   per parameter: exp_avg, exp_avg_sq, and the number of its updates
+        state.json                             step, data, configuration, processes, versions
+        manifest.json                          size and SHA-256 of every file above, and of itself; written last
+
+One process, or several with DDP, write one part. Where FSDP2 shards the state, each process writes the rows that it
+holds, so nobody ever gathers the whole; "rows" in a file's header says where they belong. Whoever reads takes the rows
+that it needs out of the parts, so a checkpoint fits any number of processes, sharded or not.
 
 Written into a temporary folder, synced, completed by the manifest, renamed; only then are older ones removed. What is
 damaged is named and passed over. Nothing is pickled: to read a checkpoint can run no code.
@@ -13,23 +17,47 @@ damaged is named and passed over. Nothing is pickled: to read a checkpoint can r
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import safetensors
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from train_loop.data.store import sync
 
-_PREFIX = "step-"
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+Optimizer: TypeAlias = torch.optim.Optimizer | AcceleratedOptimizer
+Sums = dict[str, dict[str, Any]]
+"""Size and checksum of files: {name: {"bytes", "sha256"}}."""
+
+KINDS = ("model", "optimizer")
+_PREFIX, _TEMPORARY = "step-", "tmp-"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Piece(NamedTuple):
+    """What a process holds of a tensor: some of its rows (all, unless it is sharded).
+
+    values [rows, ...]; first: number of the first of them; of: rows of the whole tensor, None where these are all.
+    """
+
+    values: torch.Tensor
+    first: int = 0
+    of: int | None = None
+
+
+Pieces = dict[str, dict[str, Piece]]
+"""What a process writes: {"model": {name: piece}, "optimizer": {name: piece}}."""
 
 
 @dataclass(frozen=True)
@@ -45,74 +73,148 @@ class Found:
         return int(self.state["step"])
 
 
-Tensors = dict[str, torch.Tensor]
-
-
-def collect(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer | AcceleratedOptimizer, keep: bool = True
-) -> tuple[Tensors, Tensors]:
-    """Weights and moments by name, whole. Where they are sharded, all processes must call this.
+def pieces(model: nn.Module, optimizer: Optimizer, main: bool = True) -> Pieces:
+    """What this process has to write of the state: nothing is copied or sent.
 
     Args:
         model: unwrapped, so that its names are those of an exported model.
         optimizer: AdamW over the same parameters.
-        keep: whether this process wants them; else it only lends its shards, and gets nothing.
+        main: whether this is the main process, which writes what all of them hold.
     """
-    return weights_of(model, keep), _moments(model, optimizer, keep)
+    state = _inner(optimizer).state
+    weights = _once(model)
+    moments: dict[str, torch.Tensor] = {}
+    for name, parameter in weights.items():
+        if parameter in state:
+            moments |= {f"{name}.{moment}": state[parameter][moment] for moment in _MOMENTS}
+            moments[f"{name}.step"] = state[parameter]["step"].reshape(1)  # a number of updates
+    found: Pieces = {"model": {}, "optimizer": {}}
+    for kind, tensors in (("model", weights), ("optimizer", moments)):
+        for name, tensor in tensors.items():
+            piece = _piece(tensor.detach())
+            writes = main if piece.of is None else _first_copy(tensor) and len(piece.values)
+            if writes:
+                found[kind][name] = piece
+    return found
 
 
-def save(folder: Path, weights: Tensors, moments: Tensors, state: dict[str, Any]) -> Path:
-    """Write a checkpoint below `folder`, whole or not at all.
+def write_part(folder: Path, part: int, parts: int, held: Pieces) -> Sums:
+    """Write what one process holds, so that the disk has it.
+
+    Args:
+        folder: the checkpoint's temporary folder.
+        part: number of this part, from 0.
+        parts: how many there are.
+        held: from `pieces`.
+
+    Returns:
+        Size and checksum of the files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sums: Sums = {}
+    for kind in KINDS:
+        rows = {name: [piece.first, piece.of] for name, piece in held[kind].items() if piece.of is not None}
+        path = folder / _part_name(kind, part, parts)
+        tensors = {name: piece.values.contiguous() for name, piece in held[kind].items()}
+        save_file(tensors, path, {"rows": json.dumps(rows)})
+        sync(path)
+        sums[path.name] = _sums(path)
+    return sums
+
+
+def complete(folder: Path, state: dict[str, Any], sums: Sums) -> Path:
+    """Turn the temporary folder with all parts in it into the checkpoint.
 
     Args:
         folder: the run's `checkpoints`.
-        weights, moments: from `collect`.
-        state: plain values; "step" names the checkpoint.
+        state: plain values; "step" names the checkpoint, "parts" says how many there are.
+        sums: of all parts.
 
     Returns:
         Where it is.
+
+    Raises:
+        OSError: where a part is missing.
     """
-    final = folder / f"{_PREFIX}{state['step']:08d}"
-    temporary = folder / f"tmp-{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(weights, temporary / "model.safetensors")
-    save_file(moments, temporary / "optimizer.safetensors")
-    (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    manifest = {path.name: _sums(path) for path in sorted(temporary.iterdir())}
-    for path in temporary.iterdir():
-        sync(path)
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    sync(temporary / "manifest.json")
+    temporary, final = temporary_folder(folder, state["step"]), _folder(folder, state["step"])
+    for name, expected in sums.items():
+        if not (temporary / name).is_file() or (temporary / name).stat().st_size != expected["bytes"]:
+            raise OSError(f"{name} is not here; run.output_dir has to be on a disk that all hosts share")
+    _write_json(temporary / "state.json", state)
+    files = sums | {"state.json": _sums(temporary / "state.json")}
+    _write_json(temporary / "manifest.json", {"files": files, "sha256": _digest(files)})
     sync(temporary)
-    if final.exists():
-        shutil.rmtree(final)
+    if final.exists():  # a damaged one that was passed over
+        _remove(final)
     os.rename(temporary, final)
     sync(folder)
     return final
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what a killed process left half written."""
-    for stale in [*_newest_first(folder)[keep:], *folder.glob("tmp-*")]:
+def save(folder: Path, held: Pieces, state: dict[str, Any]) -> Path:
+    """Write a checkpoint below `folder` in one part, whole or not at all; see `pieces` and `complete`."""
+    temporary = temporary_folder(folder, state["step"])
+    shutil.rmtree(temporary, ignore_errors=True)
+    return complete(folder, state | {"parts": 1}, write_part(temporary, 0, 1, held))
+
+
+def temporary_folder(folder: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is whole."""
+    return folder / f"{_TEMPORARY}{_folder(folder, step).name}"
+
+
+def clear(folder: Path) -> None:
+    """Remove what a killed process left half written or half removed."""
+    for stale in folder.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def newest(folder: Path) -> tuple[Found | None, list[str]]:
-    """The newest whole checkpoint, and a line about each damaged one that was passed over."""
-    passed: list[str] = []
+def prune(folder: Path, keep: int, step: int, spared: Collection[int] = (), damaged: Collection[int] = ()) -> None:
+    """Remove all but the newest `keep` checkpoints.
+
+    Args:
+        folder: the run's `checkpoints`.
+        keep: how many of the newest stay.
+        step: of the newest; later ones are not this run's past, and are replaced when their step comes.
+        spared: steps whose checkpoints stay, too; so do those that were made for study.
+        damaged: steps whose checkpoints were passed over: they go, and don't count.
+    """
+    past = []
+    for each in _newest_first(folder):
+        if _step_of(each) in damaged:
+            _remove(each)
+        elif _step_of(each) <= step:
+            past.append(each)
+    for old in past[keep:]:
+        if _step_of(old) not in spared and not _for_study(old):
+            _remove(old)
+
+
+def newest(folder: Path) -> tuple[Found | None, dict[int, str]]:
+    """The newest whole checkpoint, and of each later one, by its step, how it is damaged."""
+    passed: dict[int, str] = {}
     for candidate in _newest_first(folder):
         if (damage := find_damage(candidate)) is None:
-            return Found(candidate, json.loads((candidate / "state.json").read_text(encoding="utf-8"))), passed
-        passed.append(f"checkpoint {candidate}: {damage}; passed over")
+            return _found(candidate), passed
+        passed[_step_of(candidate)] = f"checkpoint {candidate}: {damage}"
     return None, passed
+
+
+def of_step(folder: Path, step: int) -> tuple[Found | None, str]:
+    """The checkpoint of a step if it is whole, else what is wrong with it."""
+    candidate = _folder(folder, step)
+    damage = find_damage(candidate) if candidate.is_dir() else "is not there"
+    return (_found(candidate), "") if damage is None else (None, f"checkpoint {candidate}: {damage}")
 
 
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, file by file; None when it is whole."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        for name, expected in manifest.items():
+        files = manifest["files"]
+        if manifest["sha256"] != _digest(files):
+            return "manifest.json has another checksum than when it was written"
+        for name, expected in files.items():
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
@@ -120,100 +222,59 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
             if _sums(path) != expected:
                 return f"{name} has another checksum than when it was written"
-        missing = {"model.safetensors", "optimizer.safetensors", "state.json"} - manifest.keys()
-        return f"manifest.json does not list {', '.join(sorted(missing))}" if missing else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json is missing or damaged"
+    # What a manifest vouches for may still be something else than what its name says.
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        parts, _ = int(state["parts"]), int(state["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "state.json is no state of a run"
+    for name in (_part_name(kind, part, parts) for kind in KINDS for part in range(parts)):
+        if name not in files:
+            return f"manifest.json does not list {name}"
+        try:
+            with safe_open(folder / name, "pt") as file:
+                json.loads((file.metadata() or {})["rows"])
+        except (SafetensorError, ValueError, KeyError):
+            return f"{name} is no file of safetensors"
+    return None
 
 
-def load(found: Found, model: PreTrainedModel, optimizer: torch.optim.Optimizer | AcceleratedOptimizer) -> None:
+def load(found: Found, model: nn.Module, optimizer: Optimizer) -> None:
     """Put a checkpoint's weights and moments into a model and its optimizer.
+
+    Each process reads the rows that it holds, whatever processes wrote them.
 
     Raises:
         ValueError: when it belongs to another model; nothing was changed then.
     """
-    weights = load_file(found.folder / "model.safetensors")
-    moments = load_file(found.folder / "optimizer.safetensors")
-    expected = {name: tensor.shape for name, tensor in _once(model).items()}
-    if expected != {name: tensor.shape for name, tensor in weights.items()}:
-        raise ValueError(f"{found.folder} holds another model's weights")
-    with torch.no_grad():
-        for name, tensor in _once(model).items():
-            tensor.copy_(_like(tensor, weights[name]))
+    load_weights(found, model)
     state = _inner(optimizer).state
-    for name, parameter in model.named_parameters():
-        if f"{name}.exp_avg" in moments:
-            exp_avg, exp_avg_sq, step = (moments[f"{name}.{moment}"] for moment in _MOMENTS)
+    with _open(found, "optimizer") as moments:
+        for name, parameter in _once(model).items():
+            if f"{name}.step" not in moments.shapes:
+                continue
             # Fused AdamW counts its updates in a tensor beside the parameter.
-            state[parameter] = {
-                "step": step.reshape(()).to(parameter.device),
-                "exp_avg": _like(parameter, exp_avg),
-                "exp_avg_sq": _like(parameter, exp_avg_sq),
-            }
+            state[parameter] = {"step": moments.read(f"{name}.step").reshape(()).to(parameter.device)}
+            for moment in _MOMENTS:
+                state[parameter][moment] = torch.zeros_like(parameter.detach())
+                moments.read_into(state[parameter][moment], f"{name}.{moment}")
 
 
-def weights_of(model: nn.Module, keep: bool = True) -> Tensors:
-    """Parameters and buffers by name, whole, those that share memory once; see `collect`."""
-    return _whole(_once(model), keep)
+def load_weights(found: Found, model: nn.Module) -> None:
+    """Put a checkpoint's weights into a model; see `load`."""
+    with _open(found, "model") as parts, torch.no_grad():
+        if {name: tuple(tensor.shape) for name, tensor in _once(model).items()} != parts.shapes:
+            raise ValueError(f"{found.folder} holds another model's weights")
+        for name, tensor in _once(model).items():
+            parts.read_into(tensor.detach(), name)
 
 
-def _once(model: nn.Module) -> Tensors:
-    """Parameters and buffers by name, those that share memory under their first."""
-    tensors: Tensors = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        memory = id(tensor) if isinstance(tensor, DTensor) else tensor.data_ptr()
-        if memory not in seen or tensor.numel() == 0:
-            seen.add(memory)
-            tensors[name] = tensor
-    return tensors
-
-
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer | AcceleratedOptimizer, keep: bool) -> Tensors:
-    state = _inner(optimizer).state
-    return _whole(
-        {
-            f"{name}.{moment}": state[parameter][moment].reshape(1) if moment == "step" else state[parameter][moment]
-            for name, parameter in model.named_parameters()
-            if parameter in state
-            for moment in _MOMENTS
-        },
-        keep,
-    )
-
-
-def _whole(tensors: Tensors, keep: bool) -> Tensors:
-    """Tensors without their shards' boundaries, on the CPU where they had such."""
-    kept: Tensors = {}
-    for name, tensor in tensors.items():
-        full = tensor.detach()
-        if isinstance(full, DTensor):
-            full = full.full_tensor()
-            full = full.cpu() if keep else full
-        if keep:
-            kept[name] = full.contiguous()
-    return kept
-
-
-def _like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Values on the device, and with the sharding, of a tensor."""
-    values = values.to(tensor.device)
-    if isinstance(tensor, DTensor):  # every process has read all values and takes its own
-        return distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    return values
-
-
-def _inner(optimizer: torch.optim.Optimizer | AcceleratedOptimizer) -> torch.optim.Optimizer:
-    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob(f"{_PREFIX}*") if path.is_dir()), reverse=True)
-
-
-def _sums(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def tensors(found: Found, kind: str = "model") -> dict[str, torch.Tensor]:
+    """All weights (or, of kind "optimizer", moments) by name, whole, on the CPU; tied ones once."""
+    with _open(found, kind) as parts:
+        return {name: parts.read(name) for name in parts.shapes}
 
 
 def versions() -> dict[str, str]:
@@ -227,3 +288,135 @@ def versions() -> dict[str, str]:
         "accelerate": accelerate.__version__,
         "safetensors": safetensors.__version__,
     }
+
+
+class _Parts:
+    """The tensors of one kind, put together from the files of all parts."""
+
+    def __init__(self, files: list[Any]) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._where: dict[str, list[tuple[int, int | None, Any]]] = {}  # first row, end, file
+        for file in files:
+            rows = json.loads((file.metadata() or {}).get("rows", "{}"))
+            for name in file.keys():
+                shape = tuple(file.get_slice(name).get_shape())
+                first, of = rows.get(name, (0, None))
+                self.shapes[name] = shape if of is None else (of, *shape[1:])
+                self._where.setdefault(name, []).append((first, None if of is None else first + shape[0], file))
+
+    def read(self, name: str, first: int = 0, end: int | None = None) -> torch.Tensor:
+        """Rows `first` to `end` of a tensor; all of them without an end."""
+        where = self._where[name]
+        if where[0][1] is None:  # in one piece
+            whole = where[0][2].get_tensor(name)
+            return whole if end is None else whole[first:end]
+        end = self.shapes[name][0] if end is None else end
+        return torch.cat(
+            [
+                file.get_slice(name)[max(first, begins) - begins : min(end, ends) - begins]
+                for begins, ends, file in sorted(where, key=lambda each: each[0])
+                if begins < end and ends is not None and first < ends
+            ]
+        )
+
+    def read_into(self, tensor: torch.Tensor, name: str) -> None:
+        """Fill a tensor, or the rows that this process holds of it."""
+        piece = _piece(tensor)
+        if piece.of is None:
+            piece.values.copy_(self.read(name))
+        elif len(piece.values):
+            piece.values.copy_(self.read(name, piece.first, piece.first + len(piece.values)))
+
+
+@contextmanager
+def _open(found: Found, kind: str) -> Iterator[_Parts]:
+    parts = found.state["parts"]
+    yield _Parts([safe_open(found.folder / _part_name(kind, part, parts), "pt") for part in range(parts)])
+
+
+def _piece(tensor: torch.Tensor) -> Piece:
+    """What this process holds of a tensor; FSDP2 shards along rows."""
+    if not isinstance(tensor, DTensor):
+        return Piece(tensor)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    assert tuple(shape[1:]) == tuple(tensor.shape[1:]), "sharded along something else than rows"
+    return Piece(tensor.to_local(), offset[0], len(tensor))
+
+
+def _first_copy(tensor: torch.Tensor) -> bool:
+    """Whether this process is the first of those that hold the same rows (hybrid sharding has several)."""
+    assert isinstance(tensor, DTensor)
+    coordinates: Sequence[int] = tensor.device_mesh.get_coordinate() or []
+    return not any(
+        place for place, kind in zip(coordinates, tensor.placements, strict=True) if isinstance(kind, Replicate)
+    )
+
+
+def _once(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, those that share memory under their first.
+
+    They come from the state dict, before which FSDP2 puts its shards back: after a forward pass alone, the parameters
+    of its outermost group are whole tensors, of which the optimizer knows nothing.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        memory = id(tensor) if isinstance(tensor, DTensor) else tensor.data_ptr()
+        if memory not in seen or tensor.numel() == 0:
+            seen.add(memory)
+            tensors[name] = tensor
+    return tensors
+
+
+def _inner(optimizer: Optimizer) -> torch.optim.Optimizer:
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def _found(folder: Path) -> Found:
+    return Found(folder, json.loads((folder / "state.json").read_text(encoding="utf-8")))
+
+
+def _folder(folder: Path, step: int) -> Path:
+    return folder / f"{_PREFIX}{step:08d}"
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(_PREFIX))
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _for_study(folder: Path) -> bool:
+    try:
+        return bool(_found(folder).state.get("for_study"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint in such a way that no moment shows half of one."""
+    hidden = folder.with_name(f"{_TEMPORARY}removed-{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(folder, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _part_name(kind: str, part: int, parts: int) -> str:
+    return f"{kind}-{part + 1:05d}-of-{parts:05d}.safetensors"
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    sync(path)
+
+
+def _digest(files: Sums) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _sums(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

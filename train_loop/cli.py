@@ -37,6 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         _complain(error)
         return EXIT_FAILED
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        # On whichever process it happened.
+        print(
+            "train-loop: out of memory; lower batch.micro_batch_size (or say auto), evaluation.batch_size, or use "
+            "--model.activation_checkpointing true; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        return EXIT_FAILED
     except BrokenPipeError:  # the reader of our output has seen enough, as in `train-loop train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
@@ -49,6 +59,14 @@ def _complain(error: object) -> None:
     # Launchers start the command once per process: one line is enough.
     if os.environ.get("RANK", "0") == "0":
         print(f"train-loop: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    if "torch" not in sys.modules:
+        return False
+    from train_loop.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _overview() -> str:
@@ -103,6 +121,8 @@ def train(arguments: list[str]) -> int:
             print(f"stopped by {summary.stopped} at step {summary.step} of {run.total_steps}; the same command resumes")
         if last:
             books = run.data.validation.ledger
+            if summary.exported is not None and run.config.export.from_ == "best":
+                print(f"best step        {summary.exported} of {summary.step}")
             print(f"validation loss  {last['loss']:.4f} nats per token, over {last['tokens']:,} tokens")
             print(f"perplexity       {last['perplexity']:.3f}")
             print(f"bits per byte    {last['bits_per_byte']:.4f} (gzip -9: {8 * books.gzip_bytes / books.bytes:.4f})")
@@ -141,7 +161,8 @@ def evaluate(arguments: list[str]) -> int:
     if config.data.isolate_documents and truth.documents_cross(accelerator, objective, config):
         attention = str(language_model.config._attn_implementation)
         raise InputError(truth.cannot_isolate(type(language_model).__name__, attention))
-    metrics = evaluation.evaluate(accelerator, objective, windows, config.evaluation_batch_size)
+    batch_size = config.evaluation.batch_size or config.micro_batch_size
+    metrics = evaluation.evaluate(accelerator, objective, windows, batch_size)
     if accelerator.is_main_process:
         print(json.dumps(metrics))
     accelerator.end_training()

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 
 from train_loop.errors import InputError
-from train_loop.settings import Range, fill, override, read_yaml, split_arguments
+from train_loop.settings import Range, fill, key_of, override, read_yaml, split_arguments
 
 PositiveInt = Annotated[int, Range("> 0", lambda value: value > 0)]
 NonNegativeInt = Annotated[int, Range(">= 0", lambda value: value >= 0)]
@@ -133,11 +133,12 @@ class BatchConfig:
     Args:
         sequences_per_step: sequences of one optimizer step, over all processes: a training decision.
         micro_batch_size: sequences of one forward pass: a memory decision that does not change the result;
-            all of sequences_per_step when null.
+            all of sequences_per_step when null. "auto" starts with a process's share of the step and halves it until
+            a step fits into memory (not with FSDP2).
     """
 
     sequences_per_step: PositiveInt = 8
-    micro_batch_size: PositiveInt | None = None
+    micro_batch_size: PositiveInt | Literal["auto"] | None = None
 
 
 @dataclass
@@ -183,11 +184,13 @@ class TrainConfig:
     Args:
         epochs: passes over the training data.
         max_steps: optimizer steps; where given, it decides and epochs does not.
+        patience: evaluations in a row without a new lowest loss, after which training ends early; null never does.
         max_bad_steps: steps in a row with a non-finite loss or gradient, each skipped, after which the run fails.
     """
 
     epochs: PositiveInt = 3
     max_steps: PositiveInt | None = None
+    patience: PositiveInt | None = None
     max_bad_steps: PositiveInt = 10
 
 
@@ -228,23 +231,34 @@ class CheckpointConfig:
     """Checkpoints of (weights, moments, step), from which the same command resumes.
 
     Args:
-        every: "epoch", or a number of optimizer steps; the last step is always kept.
+        every: "epoch", or a number of optimizer steps; the last step is always kept, and that with the lowest
+            validation loss, too.
         keep: how many of the newest to keep.
+        at: "log" makes checkpoints of the steps 0, 1, 2, 4, 8, ... as well, to study, and keeps them all.
+        background: go on with training while a copy of the state is written; needs memory of the CPU for the copy, 12
+            bytes a parameter.
     """
 
     every: PositiveInt | Literal["epoch"] = "epoch"
     keep: PositiveInt = 2
+    at: Literal["log"] | None = None
+    background: bool = True
 
 
 @dataclass
 class ExportConfig:
-    """What happens to the finished model beside being written to output_dir/model.
+    """What becomes of the finished model, beside being written to output_dir/model.
 
     Args:
+        from: "last" exports the weights of the last step, "best" those with the lowest validation loss.
+        verify: load the exported model in a clean process without this package, offline, and call the run complete
+            only if its weights, its loss and its greedy tokens are the trained model's.
         push_to_hub: upload it to the Hugging Face Hub (needs a login).
         hub_model_id: repository to push to (name or user/name); the name of output_dir when null.
     """
 
+    from_: Literal["last", "best"] = "last"
+    verify: bool = True
     push_to_hub: bool = False
     hub_model_id: str | None = None
 
@@ -274,13 +288,9 @@ class Config:
 
     @property
     def micro_batch_size(self) -> int:
-        """Sequences of one forward pass in training."""
-        return min(self.batch.micro_batch_size or self.batch.sequences_per_step, self.batch.sequences_per_step)
-
-    @property
-    def evaluation_batch_size(self) -> int:
-        """Sequences of one forward pass in evaluation."""
-        return self.evaluation.batch_size or self.micro_batch_size
+        """Sequences of one forward pass in training, as far as the settings say it."""
+        chosen = self.batch.micro_batch_size
+        return chosen if isinstance(chosen, int) else self.batch.sequences_per_step
 
 
 # Settings that do not change what a run computes. A run may be continued with other values of these; any other
@@ -352,7 +362,7 @@ def check(config: Config) -> None:
             raise InputError(f"{key} goes with data.source {source}, but data.source is {data.source}")
     if data.streaming and "[" in data.split + (data.validation_split or ""):
         raise InputError("data.split: a stream has no slices; use data.max_documents, or data.streaming false")
-    if batch.micro_batch_size and batch.micro_batch_size > batch.sequences_per_step:
+    if isinstance(batch.micro_batch_size, int) and batch.micro_batch_size > batch.sequences_per_step:
         raise InputError(
             f"batch.micro_batch_size {batch.micro_batch_size} is larger than "
             f"batch.sequences_per_step {batch.sequences_per_step}"
@@ -371,7 +381,7 @@ def check(config: Config) -> None:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The settings as plain nested dictionaries."""
-    return dataclasses.asdict(config)
+    return dataclasses.asdict(config, dict_factory=lambda pairs: {key_of(name): value for name, value in pairs})
 
 
 def to_yaml(config: Config) -> str:
@@ -384,10 +394,13 @@ def to_yaml(config: Config) -> str:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What differs between two configurations beyond `FREE_KEYS`, as lines `key: old -> new`."""
     flat_old, flat_new = dict(_flatten(old)), dict(_flatten(new))
+    free = set(FREE_KEYS)
+    if flat_new.get("train.patience"):  # then evaluations decide how long the run goes
+        free = free - {"evaluation"} | {"evaluation.batch_size"}
     return [
         f"{key}: {flat_old.get(key)} -> {flat_new.get(key)}"
         for key in sorted(flat_old.keys() | flat_new.keys())
-        if not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+        if not any(key == each or key.startswith(f"{each}.") for each in free)
         and flat_old.get(key) != flat_new.get(key)
     ]
 

@@ -8,6 +8,7 @@ tokens of a short last batch more; a gathered, padded last batch would count som
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,17 @@ from accelerate import Accelerator
 from torch import nn
 
 from train_loop.data.loader import Windows, loader
-from train_loop.data.order import cut, share
+from train_loop.data.order import Ids, cut, share
 from train_loop.progress import Progress
 
 
-@torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, objective: nn.Module, windows: Windows, batch_size: int, shown: bool = True
-) -> dict[str, Any]:
+    accelerator: Accelerator,
+    objective: nn.Module,
+    windows: Windows,
+    batch_size: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
     """Metrics of a model on all windows of a store.
 
     Args:
@@ -31,29 +35,52 @@ def evaluate(
         objective: the prepared `Objective`; its mode (train or eval) is put back afterwards.
         windows: the validation data.
         batch_size: windows of one forward pass.
-        shown: whether progress is printed.
+        stop: asked after each batch, on all processes; True ends the evaluation.
 
     Returns:
-        loss (nats per target), perplexity, bits_per_byte, accuracy, tokens (the number of targets).
+        loss (nats per target), perplexity, bits_per_byte, accuracy, tokens (the number of targets); None if it was
+        ended early.
     """
     # Imported here: the library takes seconds to load, and the first evaluation is late.
     from train_loop.metric import LanguageModelMetric
 
-    batches = share(cut(np.arange(len(windows)), batch_size), accelerator.process_index, accelerator.num_processes)
-    training = objective.training
-    objective.eval()
-    rows = []
-    with Progress("evaluating", "batch", len(batches), shown=shown and accelerator.is_main_process) as progress:
-        for batch in loader(windows, batches, pin_memory=accelerator.device.type == "cuda"):
-            batch = batch.to(accelerator.device)
-            statistics = objective(batch.inputs, batch.targets, batch.positions, statistics=True)
-            rows.append(torch.stack([each.double() for each in statistics]))  # counts are exact up to 2^53 tokens
-            progress.update(1)
-    objective.train(training)
-    sums = accelerator.gather(torch.stack(rows)) if accelerator.num_processes > 1 else torch.stack(rows)
-    nll, correct, targets = (math.fsum(column) for column in sums.T.tolist())
+    sums = measure(accelerator, objective, windows, np.arange(len(windows)), batch_size, stop)
+    if sums is None:
+        return None
+    nll, correct, targets = sums
     metrics = LanguageModelMetric(keep_in_memory=True).compute(
         nll=[nll], correct=[int(correct)], targets=[int(targets)], utf8_bytes=[windows.store.ledger.predicted_bytes]
     )
     assert metrics is not None
     return metrics
+
+
+@torch.no_grad()
+def measure(
+    accelerator: Accelerator,
+    objective: nn.Module,
+    windows: Windows,
+    blocks: Ids,
+    batch_size: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[float, float, float] | None:
+    """Summed nll in nats, correct and all targets of some windows; see `evaluate`."""
+    batches = share(cut(blocks, batch_size), accelerator.process_index, accelerator.num_processes)
+    training = objective.training
+    objective.eval()
+    rows = []
+    stopped = False
+    with Progress("evaluating", "batch", len(batches), shown=accelerator.is_main_process) as progress:
+        for batch in loader(windows, batches, pin_memory=accelerator.device.type == "cuda"):
+            batch = batch.to(accelerator.device)
+            statistics = objective(batch.inputs, batch.targets, batch.positions, statistics=True)
+            rows.append(torch.stack([each.double() for each in statistics]))  # counts are exact up to 2^53 tokens
+            progress.update(1)
+            if stopped := stop():
+                break
+    objective.train(training)
+    if stopped:
+        return None
+    sums = accelerator.gather(torch.stack(rows)) if accelerator.num_processes > 1 else torch.stack(rows)
+    nll, correct, targets = (math.fsum(column) for column in sums.T.tolist())
+    return nll, correct, targets

@@ -13,11 +13,12 @@ import yaml
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from train_loop.config import Config, to_yaml
+from train_loop.data.store import sync
 from train_loop.errors import InputError, one_line
 from train_loop.model import context_length
 
 
-def export(
+def write(
     folder: Path,
     model: PreTrainedModel,
     weights: dict[str, torch.Tensor],
@@ -25,28 +26,36 @@ def export(
     config: Config,
     ledger: dict[str, Any],
     evaluations: list[dict[str, Any]],
+    step: int,
 ) -> None:
-    """Write the model folder beside its final name and swap it in when it is whole.
+    """Write a model folder.
 
     Args:
-        folder: where.
+        folder: where; what is there is removed.
         model: for its configuration.
-        weights: its weights by name, tied ones once (`checkpoint.weights_of`).
+        weights: its weights by name, tied ones once (`checkpoint.tensors`).
         tokenizer, config, ledger, evaluations: what else belongs into the folder and its card.
+        step: that the weights are of.
     """
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     if config.model.activation_checkpointing:
         model.activation_checkpointing_disable()
     model.generation_config = generation_config(config, tokenizer)
-    model.save_pretrained(temporary, state_dict=weights)
+    model.save_pretrained(folder, state_dict=weights)
     context = context_length(model)
     if context is not None:
         tokenizer.model_max_length = context
-    tokenizer.save_pretrained(temporary)
-    (temporary / "README.md").write_text(model_card(config, ledger, evaluations), encoding="utf-8")
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(model_card(config, ledger, evaluations, step), encoding="utf-8")
+    for path in folder.iterdir():
+        sync(path)
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Put a model folder that is whole in its place."""
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
+    sync(folder.parent)
 
 
 def generation_config(config: Config, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
@@ -67,7 +76,7 @@ def generation_config(config: Config, tokenizer: PreTrainedTokenizerFast) -> Gen
     )
 
 
-def model_card(config: Config, ledger: dict[str, Any], evaluations: list[dict[str, Any]]) -> str:
+def model_card(config: Config, ledger: dict[str, Any], evaluations: list[dict[str, Any]], step: int) -> str:
     """README.md of the model folder: what it was trained on, how, and with what result."""
     header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["train_loop"]}
     base = config.model.name_or_path
@@ -102,7 +111,8 @@ def model_card(config: Config, ledger: dict[str, Any], evaluations: list[dict[st
             "",
             "## Results on held-out documents",
             "",
-            "Every target token of the validation data counts once. Perplexity is exp(loss).",
+            f"Every target token of the validation data counts once. Perplexity is exp(loss). The weights here are "
+            f"those of step {step:,}.",
             "",
             "| step | epoch | loss (nats per token) | perplexity | bits per byte | accuracy |",
             "|---:|---:|---:|---:|---:|---:|",

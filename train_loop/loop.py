@@ -1,6 +1,7 @@
-"""The run: set up, epochs of steps, and when to log, evaluate, checkpoint, sample and stop.
+"""The run: epochs of steps, and when to log, evaluate, checkpoint, sample and stop.
 
-`train` is the whole job in order; `_loop` is the training loop, on one screen. One optimizer step is in `step.py`.
+`train` is the whole job in order; `_loop` is the training loop, on one screen. One optimizer step is in `step.py`, what
+comes before the first one in `run.py`, what comes after the last one in `finish.py`.
 """
 
 import itertools
@@ -8,69 +9,41 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from torch import nn
-
-from train_loop import checkpoint, model, optimizer, processes
-from train_loop.config import Config, shared_digest, to_dict
-from train_loop.data.loader import Windows, loader
-from train_loop.data.order import Plan, share
-from train_loop.data.store import Prepared, prepare
-from train_loop.errors import TrainingError
+from train_loop import checkpoint, finish, model, optimizer, processes
+from train_loop.config import Config, to_dict
+from train_loop.data.loader import loader
+from train_loop.data.order import share
+from train_loop.errors import InputError, TrainingError
 from train_loop.evaluation import evaluate
-from train_loop.export import export, push
-from train_loop.objective import Objective
 from train_loop.progress import Progress, say
-from train_loop.reproducible import TOLERANCE, FixedPointSums
-from train_loop.run_folder import RunFolder
-from train_loop.sampler import Sampling, check_prompt, prompt_ids, sample
-from train_loop.signals import StopRequest
+from train_loop.reproducible import TOLERANCE
+from train_loop.run import Run, set_up
+from train_loop.sampler import Sampling, sample
+from train_loop.saver import Saver
+from train_loop.signals import Question, StopRequest, agree
 from train_loop.step import StepResult, train_step
 from train_loop.study import truth
-from train_loop.study.metrics import MetricsLog, check_trackers
-
-
-@dataclass
-class Run:
-    """Everything a run is made of, after setting up. Its state is in `objective` and `optimizer`; the rest is fixed."""
-
-    config: Config
-    folder: RunFolder
-    accelerator: Accelerator
-    data: Prepared
-    train: Windows
-    validation: Windows
-    plan: Plan
-    total_steps: int
-    objective: nn.Module
-    optimizer: AcceleratedOptimizer
-    sums: FixedPointSums | None
-
-    @property
-    def model(self) -> Any:
-        """The language model itself, without what was wrapped around it."""
-        return self.accelerator.unwrap_model(self.objective).model
-
-    def due(self, every: int | str, step: int) -> bool:
-        """Whether something that happens every `every` ("epoch" or steps) happens after `step` finished steps."""
-        period = self.plan.steps_per_epoch if every == "epoch" else int(every)
-        return step % period == 0 or step == self.total_steps
+from train_loop.study.metrics import MetricsLog, start_trackers
 
 
 @dataclass
 class Summary:
-    """How a run ended: `stopped` names the signal that ended it early, `evaluation` is the last one."""
+    """How a run ended.
+
+    step: of how many; stopped: the signal that ended it early; evaluation: that of the exported weights, or the last
+    one; exported: the step of the exported weights; hub: the model's address there.
+    """
 
     run: Run
     step: int
     stopped: str | None
     evaluation: dict[str, Any] | None
+    exported: int | None = None
     hub: str | None = None
 
 
 def train(config: Config) -> Summary:
-    """The whole job: prepare, train (resuming where it was cut off), evaluate, export.
+    """The whole job: prepare, train (resuming where it was cut off), evaluate, export, verify.
 
     Raises:
         InputError: for a mistake in the configuration or the data; nothing was written to the run's folder then.
@@ -80,70 +53,42 @@ def train(config: Config) -> Summary:
     main = run.accelerator.is_main_process
     sheet = truth.measure(run)
     truth.check(sheet)
-    step = 0
+    step, saver = 0, None
     if main:
         run.folder.claim(config, run.data.ledger(), sheet)
         say(truth.table(sheet))
     run.accelerator.wait_for_everyone()
-    if config.run.log_with:
-        run.accelerator.init_trackers("train_loop", config=_flat(to_dict(config)))
     try:
-        step = _resume(run)
-        log = MetricsLog(run.accelerator, run.folder.metrics, step)
-        if main:
-            run.folder.set_status("running", step)
         with StopRequest() as stop:
-            step = _loop(run, log, step, stop)
-        log.close()
-        last = log.evaluations[-1] if log.evaluations else None
-        summary = Summary(run, step, stop.name if step < run.total_steps else None, last)
-        if summary.stopped is None:
-            weights = checkpoint.weights_of(run.model, keep=main)
+            step = _resume(run)
+            if config.run.log_with:
+                start_trackers(run.accelerator, run.folder.path, step, _flat(to_dict(config)))
+            log = MetricsLog(run.accelerator, run.folder.metrics, step)
+            settings = config.checkpoint
+            saver = Saver(run.accelerator, run.folder.checkpoints, settings.keep, settings.background, run.damaged)
+            saver.step = None if run.found is None else step
             if main:
-                ledger, tokenizer = run.data.ledger(), run.data.tokenizer
-                export(run.folder.model, run.model, weights, tokenizer, config, ledger, log.evaluations)
-                if config.export.push_to_hub:
-                    summary.hub = push(run.folder.model, config)
-        if main:
-            run.folder.set_status("stopped" if summary.stopped else "complete", step, summary.stopped or "")
+                run.folder.set_status("running", step)
+            step, stopped = _loop(run, log, saver, step, stop)
+            _secure(run, log, saver, step)
+            finished = None if stopped else finish.finish(run, log, step, stop)
+        log.close()
+        if main and finished is None:
+            run.folder.set_status("stopped", step, stop.name or "")
+        elif main:
+            early = f"no lower validation loss in {config.train.patience} evaluations"
+            run.folder.set_status("complete", step, early if step < run.total_steps else "")
     except BaseException as error:
+        if saver is not None:
+            saver.give_up()
         if main:
             run.folder.set_status("failed", step, f"{type(error).__name__}: {error}")
         raise
     run.accelerator.end_training()
-    return summary
-
-
-def set_up(config: Config) -> Run:
-    """Data, model, optimizer and processes of a run, checked; nothing is written to the run's folder.
-
-    Raises:
-        InputError: for whatever doesn't fit.
-    """
-    folder = RunFolder(config.output_dir)
-    folder.check(config)
-    check_trackers(config.run.log_with)
-    accelerator = processes.start(config.run, folder.path)
-    processes.check_same(accelerator, "the configuration", shared_digest(config), "give every host the same settings")
-    data = processes.together(accelerator, "prepare", lambda: prepare(config, shown=accelerator.is_local_main_process))
-    language_model = processes.together(accelerator, "build", lambda: model.build(config, data.tokenizer))
-    processes.check_same(accelerator, "the data", data.fingerprint, "give every host the same documents and tokenizer")
-    digest = model.digest(language_model)
-    processes.check_same(accelerator, "the initial weights' digest", digest, "give every host the same model")
-    filler = data.tokenizer.eos_token_id
-    assert isinstance(filler, int)
-    windows, validation = (
-        Windows(side, config.data.block_size, filler, config.data.isolate_documents)
-        for side in (data.train, data.validation)
-    )
-    plan = Plan(len(windows), config.batch.sequences_per_step, config.micro_batch_size, config.run.seed)
-    objective = Objective(language_model.to(accelerator.device))
-    for prompt in config.sample.prompts or []:
-        check_prompt(objective.model, prompt_ids(data.tokenizer, prompt))
-    prepared, adamw = accelerator.prepare(objective, optimizer.build(objective, config.optimizer))
-    sums = FixedPointSums(accelerator, objective.parameters()) if config.run.reproducible == "bitwise" else None
-    total_steps = config.train.max_steps or config.train.epochs * plan.steps_per_epoch
-    return Run(config, folder, accelerator, data, windows, validation, plan, total_steps, prepared, adamw, sums)
+    if finished is None:
+        return Summary(run, step, stop.name, log.evaluations[-1] if log.evaluations else None)
+    exported = [event for event in log.evaluations if event["step"] == finished.step]
+    return Summary(run, step, None, exported[-1] if exported else None, finished.step, finished.hub)
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
@@ -152,16 +97,14 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resume(run: Run) -> int:
-    """Load the newest whole checkpoint, if there is one; returns its step."""
-    found, passed = checkpoint.newest(run.folder.checkpoints)
-    place = "run.output_dir has to be on a disk that all hosts share"
-    processes.check_same(run.accelerator, "the step to resume from", found.step if found else 0, place)
-    if run.accelerator.is_main_process:
-        for line in passed:
-            say(line)
+    """Load the checkpoint to go on from, if there is one; returns its step."""
+    found = run.found
     if found is None:
         return 0
-    checkpoint.load(found, run.model, run.optimizer)
+    try:
+        checkpoint.load(found, run.model, run.optimizer)
+    except ValueError as error:
+        raise InputError(f"{error}; model.name_or_path has changed since; name another run.output_dir") from None
     if run.accelerator.scaler is not None and found.state.get("loss_scale"):
         run.accelerator.scaler.load_state_dict(found.state["loss_scale"])
     if run.accelerator.is_main_process:
@@ -169,8 +112,12 @@ def _resume(run: Run) -> int:
     return found.step
 
 
-def _loop(run: Run, log: MetricsLog, start: int, stop: StopRequest) -> int:
-    """Train from step `start` to the end, or until a signal; returns the number of finished steps."""
+def _loop(run: Run, log: MetricsLog, saver: Saver, start: int, stop: StopRequest) -> tuple[int, bool]:
+    """Train from step `start` to the end, or until a signal.
+
+    Returns:
+        The number of finished steps, and whether a signal ended it.
+    """
     config, accelerator, plan = run.config, run.accelerator, run.plan
     process, others = accelerator.process_index, accelerator.num_processes
     # The plan of a step is needed twice: by the loader, which may read ahead, and here.
@@ -183,10 +130,13 @@ def _loop(run: Run, log: MetricsLog, start: int, stop: StopRequest) -> int:
             pin_memory=accelerator.device.type == "cuda",
         )
     )
-    bad_steps = 0
     run.objective.train()
+    # What a signal or a crash has left undone after the step that the run resumes from.
+    stopping = _between_steps(run, log, saver, start, False, stop)
     with Progress("training", "step", run.total_steps, start, accelerator.is_main_process) as progress:
         for step, micro_batches in enumerate(plans, start):
+            if stopping or _enough(run, log):
+                return step, stopping
             began = time.perf_counter()
             targets = sum(run.train.targets(micro_batch.blocks) for micro_batch in micro_batches)
             rate = optimizer.learning_rate(step, run.total_steps, config.optimizer.learning_rate, config.schedule)
@@ -201,14 +151,14 @@ def _loop(run: Run, log: MetricsLog, start: int, stop: StopRequest) -> int:
                 max_grad_norm=config.optimizer.max_grad_norm,
                 seed=(config.run.seed, step),
                 sums=run.sums,
+                stop=stop.asked,
             )
             speed = targets / (time.perf_counter() - began)
             done = step + 1
-            epoch = done / plan.steps_per_epoch
             log.write(
                 "step",
                 done,
-                epoch=epoch,
+                epoch=done / plan.steps_per_epoch,
                 loss=result.loss,
                 learning_rate=rate,
                 grad_norm=result.grad_norm,
@@ -217,20 +167,47 @@ def _loop(run: Run, log: MetricsLog, start: int, stop: StopRequest) -> int:
                 **_remarks(run, step, result),
             )
             progress.update(1, f"loss {result.loss:.4f}, {speed:,.0f} tokens/s")
-            bad_steps = 0 if result.taken else bad_steps + 1
-            if bad_steps == config.train.max_bad_steps:
-                raise TrainingError(
-                    f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}, not finite for "
-                    f"{bad_steps} steps in a row; try a lower optimizer.learning_rate or more warm-up"
-                )
-            if run.due(config.evaluation.every, done):
-                _evaluate(run, log, done, epoch)
-            stopping = _agree(run, stop)
-            if run.due(config.checkpoint.every, done) or stopping:
-                _checkpoint(run, done)
-            if stopping:
-                return done
-    return run.total_steps
+            if log.skipped >= config.train.max_bad_steps:
+                _fail(run, log, saver, done, result)
+            stopping = _between_steps(run, log, saver, done, stop.hear(result.stop), stop)
+    return run.total_steps, stopping
+
+
+def _between_steps(run: Run, log: MetricsLog, saver: Saver, step: int, stopping: bool, stop: StopRequest) -> bool:
+    """Evaluate, sample and checkpoint after `step` finished steps, where that is due; returns whether to stop.
+
+    Whoever is asked to stop does not evaluate any more: that comes first when the run is resumed.
+    """
+    if run.due(run.config.evaluation.every, step) and not stopping:
+        stopping = _evaluate(run, log, step, stop)
+    is_best = log.best is not None and log.best["step"] == step
+    if stopping or is_best or run.due(run.config.checkpoint.every, step) or _for_study(run, step) or _enough(run, log):
+        _checkpoint(run, log, saver, step)
+    return stopping
+
+
+def _enough(run: Run, log: MetricsLog) -> bool:
+    """Whether the last `train.patience` evaluations brought no lower loss."""
+    if run.config.train.patience is None or log.best is None:
+        return False
+    since = sum(event["step"] > log.best["step"] for event in log.evaluations)
+    return since >= run.config.train.patience
+
+
+def _for_study(run: Run, step: int) -> bool:
+    """Whether the step is 0 or a power of two, and such checkpoints are wanted."""
+    return run.config.checkpoint.at == "log" and step & (step - 1) == 0
+
+
+def _fail(run: Run, log: MetricsLog, saver: Saver, step: int, result: StepResult) -> None:
+    """End a run whose steps are not finite any more, with a checkpoint from before them: they changed nothing."""
+    before = step - log.skipped
+    if before > (saver.step or 0):
+        _secure(run, log, saver, before)
+    raise TrainingError(
+        f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}, not finite for {log.skipped} steps in a "
+        f"row; the weights are those of step {before}; try a lower optimizer.learning_rate or more warm-up"
+    )
 
 
 def _remarks(run: Run, step: int, result: StepResult) -> dict[str, Any]:
@@ -245,42 +222,42 @@ def _remarks(run: Run, step: int, result: StepResult) -> dict[str, Any]:
     return remarks
 
 
-def _agree(run: Run, stop: StopRequest) -> bool:
-    """Whether any process was asked to stop: all must leave the loop after the same step."""
-    if run.accelerator.num_processes == 1:
-        return stop.name is not None
-    import torch
+def _evaluate(run: Run, log: MetricsLog, step: int, stop: StopRequest) -> bool:
+    """Evaluate, and sample a text or two, as far as the log doesn't have them yet; both go to the log and to stderr.
 
-    asked = torch.tensor(float(stop.name is not None), device=run.accelerator.device)
-    if run.accelerator.reduce(asked, "sum") > 0:
-        stop.name = stop.name or "a signal to another process"
-        return True
-    return False
-
-
-def _evaluate(run: Run, log: MetricsLog, step: int, epoch: float) -> None:
-    """Evaluate, and sample a text or two; both go to the log and to stderr."""
-    config = run.config
-    main = run.accelerator.is_main_process
-    metrics = evaluate(run.accelerator, run.objective, run.validation, config.evaluation_batch_size)
-    log.write("evaluation", step, epoch=epoch, **metrics)
-    if main:
-        say(
-            f"step {step}, epoch {epoch:.2f}: validation loss {metrics['loss']:.4f}, "
-            f"perplexity {metrics['perplexity']:.3f}, {metrics['bits_per_byte']:.4f} bits per byte, "
-            f"accuracy {metrics['accuracy']:.4f}"
-        )
+    Returns:
+        Whether some process was asked to stop meanwhile.
+    """
+    config, accelerator = run.config, run.accelerator
+    main = accelerator.is_main_process
+    if not log.evaluations or log.evaluations[-1]["step"] != step:
+        asking = Question(accelerator, stop)
+        metrics = evaluate(accelerator, run.objective, run.validation, run.evaluation_batch_size, asking)
+        if metrics is None:
+            return True
+        epoch = step / run.plan.steps_per_epoch
+        log.write("evaluation", step, epoch=epoch, **metrics)
+        if main:
+            say(
+                f"step {step}, epoch {epoch:.2f}: validation loss {metrics['loss']:.4f}, "
+                f"perplexity {metrics['perplexity']:.3f}, {metrics['bits_per_byte']:.4f} bits per byte, "
+                f"accuracy {metrics['accuracy']:.4f}"
+            )
     settings = config.sample
     chosen = Sampling(
         settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p, seed=config.run.seed
     )
     # Sharded weights are gathered layer by layer, so then all processes have to sample along.
+    asking = Question(accelerator, stop, alone=not accelerator.is_fsdp2)
     with processes.whole(run.objective), model.eagerly(config):
-        for prompt in _prompts(run) if main or run.accelerator.is_fsdp2 else []:
-            text = sample(run.model, run.data.tokenizer, prompt, chosen)
+        for prompt in _prompts(run)[log.samples :] if main or accelerator.is_fsdp2 else []:
+            text = sample(run.model, run.data.tokenizer, prompt, chosen, stop=asking)
+            if asking():
+                break
             log.write("sample", step, prompt=prompt, continuation=text)
             if main:
                 say(f"  sample: {prompt}{text}")
+    return agree(accelerator, stop)
 
 
 def _prompts(run: Run) -> list[str]:
@@ -290,18 +267,37 @@ def _prompts(run: Run) -> list[str]:
     return [""] if run.data.tokenizer.bos_token_id is not None else []
 
 
-def _checkpoint(run: Run, step: int) -> None:
-    """Save the state and drop old ones; the main process writes, the others wait."""
-    main, scaler = run.accelerator.is_main_process, run.accelerator.scaler
-    weights, moments = checkpoint.collect(run.model, run.optimizer, keep=main)
-    if main:
-        state = {
-            "step": step,
-            "fingerprint": run.data.fingerprint,
-            "processes": run.accelerator.num_processes,
-            "loss_scale": None if scaler is None else scaler.state_dict(),
-            "versions": checkpoint.versions(),
-        }
-        checkpoint.save(run.folder.checkpoints, weights, moments, state)
-        checkpoint.prune(run.folder.checkpoints, run.config.checkpoint.keep)
-    run.accelerator.wait_for_everyone()
+def _checkpoint(run: Run, log: MetricsLog, saver: Saver, step: int) -> None:
+    """Begin to save the state after `step` finished steps, unless that is the one that was saved last."""
+    if saver.step == step:
+        return
+    scaler = run.accelerator.scaler
+    state = {
+        "step": step,
+        "fingerprint": run.data.fingerprint,
+        "processes": run.accelerator.num_processes,
+        "micro_batch_size": run.plan.micro_batch_size,
+        "loss_scale": None if scaler is None else scaler.state_dict(),
+        "for_study": _for_study(run, step),
+        "config": to_dict(run.config),
+        "versions": checkpoint.versions(),
+    }
+    best = [] if log.best is None else [log.best["step"]]
+    saver.begin(run.model, run.optimizer, state, spared=best, before=log.flush)
+
+
+def _secure(run: Run, log: MetricsLog, saver: Saver, step: int) -> None:
+    """Have a whole checkpoint of the state after `step` finished steps, or fail.
+
+    Raises:
+        TrainingError: when it cannot be written.
+    """
+    for _ in range(2):
+        _checkpoint(run, log, saver, step)
+        problem = saver.wait()
+        if problem is None:
+            return
+    raise TrainingError(
+        f"step {step}: the checkpoint could not be written ({problem}); make room for it in {run.folder.path}, and the "
+        "same command goes on from the last one that is whole"
+    )

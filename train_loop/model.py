@@ -87,13 +87,15 @@ def digest(model: PreTrainedModel) -> str:
 
 
 def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
-    """A model from the Hub or a local folder. Code from the Hub is never run.
+    """A model from the Hub or a local folder. Its code is never run, and pickles, which may be code, are not read.
 
     Raises:
         InputError: when there is none.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32, attn_implementation=attention)
+        return AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=torch.float32, attn_implementation=attention, use_safetensors=True
+        )
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
         raise InputError(f"model {name_or_path}: cannot be loaded ({one_line(error)})") from None
 

@@ -4,6 +4,7 @@ Some ways of launching quietly give something else than they say: one process in
 be alone, plain data parallelism where FSDP was meant. All of them stop here, with the command that does it.
 """
 
+import json
 import os
 import socket
 import time
@@ -15,12 +16,12 @@ from typing import Any, TypeVar
 import psutil
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import GradientAccumulationPlugin, gather_object
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from train_loop.config import RunConfig
-from train_loop.errors import InputError, one_line
+from train_loop.errors import InputError, TrainingError, one_line
 
 Result = TypeVar("Result")
 
@@ -190,29 +191,70 @@ def together(accelerator: Accelerator, purpose: str, work: Callable[[], Result])
         work: what to do; its result is returned.
 
     Raises:
-        InputError: where `work` raised one on any process.
+        InputError, TrainingError: where `work` raised one on any process.
     """
     if accelerator.num_processes == 1:
         return work()
     store = torch.distributed.distributed_c10d._get_default_store()
     processes = accelerator.num_processes
-    mistake, result = "", None
+    mistake, kind, result = "", "", None
     try:
         result = work()
-    except InputError as error:
-        mistake = str(error)
+    except (InputError, TrainingError) as error:
+        mistake, kind = str(error), type(error).__name__
         if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):  # which of the hosts?
             mistake += f" (on {socket.gethostname()})"
     arrived = store.add(f"{purpose}/done", 0)
     round_ = arrived // processes  # the same work may be done again later
     if mistake:
-        store.set(f"{purpose}/{round_}/mistake", mistake)
+        store.set(f"{purpose}/{round_}/mistake", json.dumps([kind, mistake]))
     store.add(f"{purpose}/done", 1)
     while store.add(f"{purpose}/done", 0) < (round_ + 1) * processes:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     if store.check([f"{purpose}/{round_}/mistake"]):
-        raise InputError(store.get(f"{purpose}/{round_}/mistake").decode())
+        kind, mistake = json.loads(store.get(f"{purpose}/{round_}/mistake"))
+        raise InputError(mistake) if kind == InputError.__name__ else TrainingError(mistake)
     return result  # type: ignore[return-value]
+
+
+class Board:
+    """A board in the launcher's key-value store, for threads that must not take part in the training's collectives.
+
+    Args:
+        accelerator: the processes.
+        topic: a name that is used once.
+    """
+
+    def __init__(self, accelerator: Accelerator, topic: str) -> None:
+        self.store = torch.distributed.distributed_c10d._get_default_store()
+        self.keys = [f"{topic}/{process}" for process in range(accelerator.num_processes)]
+
+    def write(self, process: int, text: str) -> None:
+        """Put up a process's text."""
+        self.store.set(self.keys[process], text)
+
+    def read_all(self, pause: Callable[[float], bool], seconds: float) -> list[str]:
+        """Wait for the texts of all processes and take them off.
+
+        Args:
+            pause: waits for that many seconds; True ends the waiting.
+            seconds: between two looks.
+
+        Raises:
+            OSError: when the waiting ended before they were there.
+        """
+        while not self.store.check(self.keys):
+            if pause(seconds):
+                raise OSError("another process did not answer")
+        texts = [self.store.get(key).decode() for key in self.keys]
+        for key in self.keys:
+            self.store.delete_key(key)
+        return texts
+
+
+def from_main(accelerator: Accelerator, value: Result) -> Result:
+    """The main process's value, on all of them."""
+    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
 
 
 def check_same(accelerator: Accelerator, what: str, value: object, cure: str) -> None:

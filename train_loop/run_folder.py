@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from train_loop.config import Config, differences, to_dict, to_yaml
-from train_loop.errors import InputError
+from train_loop.errors import InputError, one_line
+from train_loop.progress import say
 from train_loop.settings import parse_yaml
 
 
@@ -69,9 +70,18 @@ class RunFolder:
         """Write down whose folder this is, and its ledger and truth sheet.
 
         Raises:
-            InputError: when the run in it was on other data.
+            InputError: when the run in it was on other data, or the folder can't be written to.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._claim(config, ledger, truth)
+        except OSError as error:
+            raise InputError(
+                f"run.output_dir {self.path}: cannot be written to ({one_line(error)}); "
+                "name another folder, or make room"
+            ) from None
+
+    def _claim(self, config: Config, ledger: dict[str, Any], truth: dict[str, Any]) -> None:
         books = self.path / "ledger.json"
         if (self.path / "config.yaml").exists() and books.exists():
             before = json.loads(books.read_text(encoding="utf-8"))["fingerprint"]
@@ -85,8 +95,11 @@ class RunFolder:
         _replace(self.path / "config.yaml", to_yaml(config))
 
     def set_status(self, state: str, step: int, reason: str = "") -> None:
-        """Write status.json."""
-        _replace(self.path / "status.json", json.dumps({"state": state, "step": step, "reason": reason}) + "\n")
+        """Write status.json; on a full disk, only say so."""
+        try:
+            _replace(self.path / "status.json", json.dumps({"state": state, "step": step, "reason": reason}) + "\n")
+        except OSError as error:
+            say(f"status.json: {one_line(error)}; the run's state is {state}, step {step}")
 
 
 def _replace(path: Path, text: str) -> None:

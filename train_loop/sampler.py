@@ -161,6 +161,7 @@ def sample(
     prompt: str,
     sampling: Sampling,
     on_text: Callable[[str], None] = lambda text: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> str:
     """The text that continues a prompt, without the prompt.
 
@@ -169,6 +170,7 @@ def sample(
         prompt: the beginning of the text.
         sampling: how tokens are chosen.
         on_text: called with each new stretch of text as soon as its characters are whole.
+        stop: asked after each token; True ends the text there.
     """
     ids = prompt_ids(tokenizer, prompt)
     given = tokenizer.decode(ids)
@@ -185,6 +187,8 @@ def sample(
             if not text.endswith("\ufffd"):  # half a character: wait for its other bytes
                 on_text(text[written:])
                 written = len(text)
+            if stop():
+                break
     finally:
         model.train(training)
     on_text(text[written:])

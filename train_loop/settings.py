@@ -6,6 +6,7 @@ their docstrings are the help.
 
 import dataclasses
 import difflib
+import keyword
 import re
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -100,7 +101,16 @@ def keys(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         if dataclasses.is_dataclass(each.type):
             yield from keys(each.type, f"{prefix}{each.name}.")
         else:
-            yield f"{prefix}{each.name}", each.type
+            yield f"{prefix}{key_of(each.name)}", each.type
+
+
+def key_of(field: str) -> str:
+    """The key of a field: `from_` stands for `from`, which Python keeps for itself."""
+    return field.removesuffix("_")
+
+
+def _field_of(key: str) -> str:
+    return f"{key}_" if keyword.iskeyword(key) else key
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
@@ -116,7 +126,7 @@ def fill(settings: Any, values: dict[str, Any], where: str, prefix: str = "", ro
         InputError: for an unknown key (naming the nearest) or a wrong type; `where` says in which file.
     """
     root = root or type(settings)
-    kinds = {each.name: each.type for each in dataclasses.fields(settings)}
+    kinds = {key_of(each.name): each.type for each in dataclasses.fields(settings)}
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in kinds:
@@ -124,7 +134,7 @@ def fill(settings: Any, values: dict[str, Any], where: str, prefix: str = "", ro
             hint = f"did you mean {elsewhere[0]}?" if len(elsewhere) == 1 else nearest(str(name), list(kinds))
             raise InputError(f"{where}unknown key {key}; {hint}")
         if not dataclasses.is_dataclass(kinds[name]):
-            setattr(settings, name, _convert(value, kinds[name], f"{where}{key}"))
+            setattr(settings, _field_of(name), _convert(value, kinds[name], f"{where}{key}"))
         elif isinstance(value, dict):
             fill(getattr(settings, name), value, where, f"{key}.", root)
         elif value is not None:
@@ -151,7 +161,7 @@ def override(settings: Any, key: str, text: str) -> None:
     # Text stays as it was typed ("def f(x):" would be a mapping to YAML); everything else is a YAML value.
     is_text = str in plain and text != "null" and not (list in plain and text.startswith("["))
     value = text if is_text else parse_yaml(text, f"{where}: ")
-    setattr(getattr(settings, section_name), name, _convert(value, kinds[key], where))
+    setattr(getattr(settings, section_name), _field_of(name), _convert(value, kinds[key], where))
 
 
 def _plain_types(kind: Any) -> set[Any]:
@@ -235,6 +245,6 @@ def help_text(cls: Any) -> str:
         for each in dataclasses.fields(kind):
             default = getattr(kind(), each.name)
             shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
-            lines.append(f"  --{section.name}.{each.name}  ({describe(each.type)}; default {shown})")
-            lines.append(f"      {' '.join(meanings[each.name].split())}")
+            lines.append(f"  --{section.name}.{key_of(each.name)}  ({describe(each.type)}; default {shown})")
+            lines.append(f"      {' '.join(meanings[key_of(each.name)].split())}")
     return "\n".join(lines)

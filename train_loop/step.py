@@ -31,13 +31,15 @@ class StepResult(NamedTuple):
     """What a step was.
 
     loss in nats per target; grad_norm, of the gradient before clipping; taken: whether the weights were updated;
-    overflows: how often it was computed again because the scaled fp16 loss was too large.
+    overflows: how often it was computed again because the scaled fp16 loss was too large; stop: whether a process had
+    been asked to stop.
     """
 
     loss: float
     grad_norm: float
     taken: bool
     overflows: int = 0
+    stop: bool = False
 
 
 def train_step(
@@ -51,8 +53,12 @@ def train_step(
     max_grad_norm: float | None,
     seed: tuple[int, int],
     sums: FixedPointSums | None = None,
+    stop: bool = False,
 ) -> StepResult:
     """Take one optimizer step.
+
+    Whether it is taken is decided by all processes together, from the losses of all micro-batches and the norm of the
+    summed gradient: the same numbers everywhere, read from the device at one time.
 
     Args:
         accelerator: devices, processes, precision.
@@ -65,6 +71,7 @@ def train_step(
         max_grad_norm: gradients are scaled down to this global norm; None leaves them.
         seed: (run's seed, step), from which with the micro-batch's number each dropout mask follows.
         sums: where gradients are added up in fixed point.
+        stop: whether this process was asked to stop; all are told together with the losses.
     """
     # Accelerate's wrapper looks for packages on disk before each step.
     inner, scaler = optimizer.optimizer, accelerator.scaler
@@ -76,12 +83,18 @@ def train_step(
     if sums is not None:
         sums.begin(count)
     while True:
-        loss = _gradient(accelerator, objective, micro_batches, targets, seed, sums)
+        told = _gradient(accelerator, objective, micro_batches, targets, seed, sums, stop)
         if sums is not None and not sums.finish(targets):
             continue
         if scaler is not None:
             scaler.unscale_(inner)
-        norm = _number(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        clipped = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        # That of sharded gradients is the square root of a sum over the processes.
+        clipped = clipped.full_tensor() if isinstance(clipped, DTensor) else clipped
+        numbers = torch.cat([told.flatten(), clipped.reshape(1)]).cpu()
+        losses, wishes = numbers[:-1].view(told.shape).split([len(micro_batches), 1], dim=1)
+        loss = math.fsum(losses.flatten().tolist()) / targets  # exact, so the order of processes makes no difference
+        norm, stop = float(numbers[-1]), bool(wishes.any())
         taken = math.isfinite(loss) and math.isfinite(norm)
         if taken or not math.isfinite(loss) or scaler is None or scaler.get_scale() <= 1:
             break
@@ -96,7 +109,7 @@ def train_step(
     if scaler is not None:
         scaler.update()
     inner.zero_grad()
-    return StepResult(loss, norm, taken, overflows)
+    return StepResult(loss, norm, taken, overflows, stop)
 
 
 def _gradient(
@@ -106,8 +119,13 @@ def _gradient(
     targets: int,
     seed: tuple[int, int],
     sums: FixedPointSums | None,
-) -> float:
-    """Forward and backward of one step; returns its loss, the same on all processes."""
+    stop: bool,
+) -> torch.Tensor:
+    """Forward and backward of one step.
+
+    Returns:
+        Of each process, the nll of its micro-batches and whether it was asked to stop [processes, micro-batches + 1].
+    """
     weight = accelerator.num_processes / targets if sums is None else 1
     nll = []
     for number, batch in enumerate(micro_batches, 1):
@@ -121,12 +139,5 @@ def _gradient(
         if sums is not None:
             sums.add()
         nll.append(nll_sum.detach())
-    each = torch.stack(nll)
-    if accelerator.num_processes > 1:
-        each = accelerator.gather(each)
-    return math.fsum(each.tolist()) / targets  # exact, so the order of processes makes no difference
-
-
-def _number(norm: torch.Tensor) -> float:
-    """A norm as a number; that of sharded gradients is the square root of a sum over the processes."""
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    mine = torch.stack([*nll, nll[0].new_tensor(stop)])[None]
+    return accelerator.gather(mine) if accelerator.num_processes > 1 else mine

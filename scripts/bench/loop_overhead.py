@@ -28,6 +28,7 @@ def main() -> None:
 
     from train_loop import config, loop
     from train_loop.data.loader import loader
+    from train_loop.saver import Saver
     from train_loop.signals import StopRequest
     from train_loop.study.metrics import MetricsLog
 
@@ -46,13 +47,14 @@ def main() -> None:
     shares = (run.plan.share(step, 0, 1) for step in range(given.steps))
     batches = list(loader(run.train, itertools.chain.from_iterable(shares)))
     # Evaluation and checkpoint of the last step are not part of a step.
-    loop._evaluate = lambda *_: None
+    loop._evaluate = lambda *_: False
     loop._checkpoint = lambda *_: None
+    saver = Saver(run.accelerator, run.folder.checkpoints, keep=1, background=True)
 
     def with_loop() -> float:
         log = MetricsLog(run.accelerator, run.folder.metrics, 0)
         began = time.process_time()
-        loop._loop(run, log, 0, StopRequest())
+        loop._loop(run, log, saver, 0, StopRequest())
         return time.process_time() - began
 
     def bare() -> float:

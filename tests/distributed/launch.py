@@ -62,14 +62,15 @@ def processes(number: int) -> list[str]:
 
 
 class Outcome(NamedTuple):
-    """What a command of `several` came to."""
+    """What a command of `several` came to; `codes` are those of all processes, the rest is the first one's."""
 
     code: int
     out: str
     err: str
+    codes: list[int]
 
 
-def several(number: int, commands: Sequence[Sequence[str]], fsdp2: bool = False, seconds: float = 500) -> list[Outcome]:
+def several(number: int, commands: Sequence[Sequence[Any]], fsdp2: bool = False, seconds: float = 500) -> list[Outcome]:
     """Runs commands one after the other in the same `number` processes: to start them takes longer than to train."""
     with tempfile.TemporaryDirectory() as folder:
         todo, done = Path(folder) / "todo.json", Path(folder) / "done.json"
@@ -79,5 +80,5 @@ def several(number: int, commands: Sequence[Sequence[str]], fsdp2: bool = False,
         launcher = sharded if fsdp2 else processes(number)
         result = run(launcher, [str(todo), str(done)], "tests.distributed.several", seconds, **variables)
         assert result.returncode == 0, result.stderr
-        found: list[Any] = json.loads(done.read_text())
-        return [Outcome(*each) for each in found]
+        found = [json.loads(done.with_name(f"{done.name}.{rank}").read_text()) for rank in range(number)]
+        return [Outcome(*each[0], codes=[code for code, _, _ in each]) for each in zip(*found, strict=True)]

@@ -1,4 +1,7 @@
-"""Run by `launch.several` on each process: the commands of one file, their outcomes into another."""
+"""Run by `launch.several` on each process: the commands of one file, their outcomes into another.
+
+A command is its arguments; after them may come {"fault": name, "process": number, "at": step} of `tests.faults`.
+"""
 
 import contextlib
 import io
@@ -6,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from train_loop.cli import main
 
@@ -18,14 +22,22 @@ def shard_on_cpu() -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def run(arguments: list[str]) -> tuple[int, str, str]:
+def run(command: list[Any]) -> tuple[int, str, str]:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     if os.environ.get("TESTS_FSDP2_ON_CPU"):
         shard_on_cpu()
+    *arguments, last = command
+    broken: Any = contextlib.nullcontext()
+    if isinstance(last, dict):
+        from tests.faults import fault
+
+        broken = fault(last["fault"], last["process"], last["at"])
+    else:
+        arguments.append(last)
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), broken:
         code = main(arguments)
     return code, out.getvalue(), err.getvalue()
 
@@ -38,6 +50,5 @@ if __name__ == "__main__":
     PartialState.destroy_process_group = lambda *_: None  # type: ignore[method-assign]
     todo, done = map(Path, sys.argv[1:])
     outcomes = [run(arguments) for arguments in json.loads(todo.read_text())]
-    if os.environ.get("RANK", "0") == "0":
-        done.write_text(json.dumps(outcomes))
+    done.with_name(f"{done.name}.{os.environ.get('RANK', '0')}").write_text(json.dumps(outcomes))
     destroy(PartialState())

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import NO_DROPOUT, TINY_MODELS, arguments_for, events
 from tests.distributed.launch import ON_CPU, Outcome, processes, run, several
-from train_loop import config, loop
+from train_loop import checkpoint, config, loop
 from train_loop.data.loader import IGNORED, loader
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -134,8 +134,13 @@ def test_losses_and_evaluations_do_not_depend_on_the_processes(runs: Runs, world
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_sharded_weights_are_exported_and_kept_whole(runs: Runs, name: str) -> None:
-    for file in ("model/model.safetensors", "checkpoints/step-00000062/optimizer.safetensors"):
-        one, sharded = (load_file(runs.folder(world, name) / file) for world in ("1", "2-fsdp2"))
+    folders = [runs.folder(world, name) for world in ("1", "2-fsdp2")]
+    kept = [checkpoint.newest(folder / "checkpoints")[0] for folder in folders]
+    assert kept[0] and kept[1] and (kept[0].state["parts"], kept[1].state["parts"]) == (1, 2)
+    for one, sharded in (
+        [load_file(folder / "model" / "model.safetensors") for folder in folders],
+        [checkpoint.tensors(each, "optimizer") for each in kept if each],
+    ):
         assert one.keys() == sharded.keys()
         for key in one:
             assert one[key].shape == sharded[key].shape
@@ -221,7 +226,9 @@ def test_bf16_stays_within_two_percent_and_keeps_fp32_where_it_belongs(runs: Run
 def test_the_gradient_is_that_of_a_plain_float64_reference(runs: Runs, world: str, name: str) -> None:
     """Read off AdamW's first moment after one step: (1 - beta1) times the gradient."""
     folder = runs.folder(world, f"{name}-once")
-    moments = load_file(folder / "checkpoints" / "step-00000001" / "optimizer.safetensors")
+    found, _ = checkpoint.newest(folder / "checkpoints")
+    assert found is not None
+    moments = checkpoint.tensors(found, "optimizer")
     settings = ["--config", str(folder / "config.yaml"), "--run.output_dir", str(folder.with_name("reference"))]
     mine = loop.set_up(config.load(settings))
     double = type(mine.model)(mine.model.config).double()

@@ -8,6 +8,7 @@ There is nothing to collate and no sampler: `order.py` says which blocks make up
 to fetch them (in other processes, ahead of time, where data.num_workers asks for it).
 """
 
+import signal
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from train_loop.data.order import Ids, MicroBatch
 from train_loop.data.store import TokenStore, window_count
+from train_loop.signals import STOP_SIGNALS
 
 IGNORED = -100
 """Target of a position that is not predicted: the filling of a short window or of an empty micro-batch."""
@@ -120,4 +122,11 @@ def loader(
         sampler=_Identity(micro_batches),
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_training,
     )
+
+
+def _leave_signals_to_training(worker: int) -> None:
+    """Launchers and terminals signal every process; a worker that ends would take the training with it."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,57 +1,119 @@
 """metrics.jsonl: one JSON object a line for each step, evaluation and sample; and Accelerate's trackers beside it."""
 
+import hashlib
+import itertools
 import json
 import math
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from train_loop.errors import InputError
+from train_loop.data.store import sync
+from train_loop.errors import InputError, one_line
+from train_loop.processes import from_main
+from train_loop.progress import say
 from train_loop.settings import nearest
 
 
 class MetricsLog:
     """Appends events to metrics.jsonl on the main process, and hands their numbers to the trackers.
 
+    A full disk ends no run: lines wait in memory until there is room.
+
     Args:
         accelerator: its trackers get every step and evaluation.
         path: the file.
         step: the run goes on after this step: later lines, of a run that was cut off, are removed, so that no step
             stands twice.
+
+    Attributes:
+        evaluations: all evaluations so far, the same on all processes.
+        samples: how many texts were sampled after the last step.
+        skipped: how many steps in a row, up to the last one, were not taken.
     """
 
     def __init__(self, accelerator: Accelerator, path: Path, step: int) -> None:
         self.accelerator = accelerator
-        self.evaluations: list[dict[str, Any]] = []
-        self.file = None
+        self.file: int | None = None
+        self._waiting = b""
+        self._writing = threading.Lock()
+        self._full = False
+        kept: list[dict[str, Any]] = []
         if accelerator.is_main_process:
             kept = [event for event in read(path) if event["step"] <= step]
-            self.evaluations = [event for event in kept if event["event"] == "evaluation"]
             temporary = path.with_name(f"{path.name}.tmp")
             temporary.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
+            sync(temporary)
             os.replace(temporary, path)
-            self.file = open(path, "a", encoding="utf-8", buffering=1)  # line by line
+            self.file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        steps = [event for event in kept if event["event"] == "step"]
+        evaluations = [event for event in kept if event["event"] == "evaluation"]
+        samples = sum(event["event"] == "sample" and event["step"] == step for event in kept)
+        skipped = sum(1 for _ in itertools.takewhile(lambda event: event.get("skipped"), reversed(steps)))
+        self.evaluations, self.samples, self.skipped = from_main(accelerator, (evaluations, samples, skipped))
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The evaluation with the lowest loss, the first of equals; None before there is one with a finite loss."""
+        finite = [event for event in self.evaluations if event["loss"] is not None]
+        return min(finite, key=lambda event: event["loss"], default=None)
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """One line. Numbers that JSON doesn't know (NaN, infinity) become null."""
         line = {"event": event, "step": step} | {name: _plain(value) for name, value in values.items()}
-        if self.file is not None:
-            self.file.write(json.dumps(line) + "\n")
-        if event == "evaluation":
+        if event == "step":
+            self.samples, self.skipped = 0, self.skipped + 1 if values.get("skipped") else 0
+        elif event == "evaluation":
             self.evaluations.append(line)
+        else:
+            self.samples += 1
+        if self.file is not None:
+            with self._writing:
+                self._waiting += (json.dumps(line) + "\n").encode()
+            self._write()
         if self.accelerator.trackers:
             prefix = "train" if event == "step" else event
             numbers = {f"{prefix}/{name}": value for name, value in line.items() if isinstance(value, int | float)}
             self.accelerator.log(numbers if event != "sample" else {}, step=step)
 
-    def close(self) -> None:
-        """Have the disk hold what was written."""
+    def _write(self) -> None:
+        assert self.file is not None
+        with self._writing:
+            try:
+                while self._waiting:
+                    self._waiting = self._waiting[os.write(self.file, self._waiting) :]
+                self._full = False
+            except OSError as error:
+                if not self._full:
+                    say(f"metrics.jsonl: {one_line(error)}; its lines wait in memory")
+                self._full = True
+
+    def flush(self) -> None:
+        """Have the disk hold what was written; may be called in another thread.
+
+        Raises:
+            OSError: when it can't.
+        """
         if self.file is not None:
-            os.fsync(self.file.fileno())
-            self.file.close()
+            self._write()
+            if self._waiting:
+                raise OSError("no room for the lines of metrics.jsonl")
+            os.fsync(self.file)
+
+    def close(self) -> None:
+        """Write what waits, and have the disk hold it.
+
+        Raises:
+            OSError: when it can't.
+        """
+        if self.file is not None:
+            self.flush()
+            os.close(self.file)
+            self.file = None
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -69,6 +131,25 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def start_trackers(accelerator: Accelerator, run: Path, step: int, settings: dict[str, Any]) -> None:
+    """Have Accelerate's trackers go on after a step, where they can, so that no step stands in them twice.
+
+    TensorBoard drops what it has of later steps. Weights & Biases goes on with the same run and keeps what it has.
+
+    Args:
+        accelerator: made with the trackers' names.
+        run: the run's folder.
+        step: after which the run goes on.
+        settings: flat and plain, for those that show them.
+    """
+    identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+    options = {
+        "tensorboard": {"purge_step": step + 1},
+        "wandb": {"id": identity, "name": run.name, "resume": "allow"},
+    }
+    accelerator.init_trackers("train_loop", config=settings, init_kwargs=options)
 
 
 def check_trackers(names: list[str]) -> None:

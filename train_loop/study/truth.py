@@ -225,21 +225,13 @@ def _dtypes(run: "Run") -> dict[str, Any]:
     inputs = _tokens(run.accelerator, run.objective, 1, run.config.data.block_size)
     inner = run.optimizer.optimizer
     trained = [parameter for group in inner.param_groups for parameter in group["params"]]
-    run.objective(inputs, inputs).backward()
+    with optimizer.without_effect(inner) as step:
+        run.objective(inputs, inputs).backward()
+        gradients = Counter(_name(parameter.grad.dtype) for parameter in trained if parameter.grad is not None)
+        step()
+        states = inner.state.values()
+        moments = Counter(_name(state[name].dtype) for state in states for name in ("exp_avg", "exp_avg_sq"))
     handle.remove()
-    gradients = Counter(_name(parameter.grad.dtype) for parameter in trained if parameter.grad is not None)
-    rates = [group["lr"] for group in inner.param_groups]
-    for parameter in trained:
-        if parameter.grad is not None:
-            parameter.grad.zero_()
-    for group in inner.param_groups:
-        group["lr"] = 0.0
-    inner.step()  # a gradient of zero at a rate of zero: moments come into being, weights stay
-    moments = Counter(_name(state[name].dtype) for state in inner.state.values() for name in ("exp_avg", "exp_avg_sq"))
-    inner.state.clear()
-    inner.zero_grad()
-    for group, rate in zip(inner.param_groups, rates, strict=True):
-        group["lr"] = rate
     return {
         "compute": computed[0],
         "parameters": Counter(_name(parameter.dtype) for parameter in run.objective.parameters()),

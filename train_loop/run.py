@@ -1,0 +1,148 @@
+"""A run: everything that it is made of, set up and checked before anything is written."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+
+from train_loop import checkpoint, memory, model, optimizer, processes
+from train_loop.config import Config, shared_digest
+from train_loop.data.loader import Windows
+from train_loop.data.order import Plan
+from train_loop.data.store import Prepared, prepare
+from train_loop.errors import InputError
+from train_loop.objective import Objective
+from train_loop.progress import say
+from train_loop.reproducible import FixedPointSums
+from train_loop.run_folder import RunFolder
+from train_loop.sampler import check_prompt, prompt_ids
+from train_loop.study.metrics import check_trackers
+
+
+@dataclass
+class Run:
+    """Everything a run is made of, after setting up. Its state is in `objective` and `optimizer`; the rest is fixed."""
+
+    config: Config
+    folder: RunFolder
+    accelerator: Accelerator
+    data: Prepared
+    train: Windows
+    validation: Windows
+    plan: Plan
+    total_steps: int
+    objective: nn.Module
+    optimizer: AcceleratedOptimizer
+    sums: FixedPointSums | None
+    found: checkpoint.Found | None
+    damaged: dict[int, str]
+
+    @property
+    def model(self) -> Any:
+        """The language model itself, without what was wrapped around it."""
+        return self.accelerator.unwrap_model(self.objective).model
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Sequences of one forward pass in evaluation."""
+        return self.config.evaluation.batch_size or self.plan.micro_batch_size
+
+    def due(self, every: int | str, step: int) -> bool:
+        """Whether something that happens every `every` ("epoch" or steps) happens after `step` finished steps."""
+        period = self.plan.steps_per_epoch if every == "epoch" else int(every)
+        return step > 0 and (step % period == 0 or step == self.total_steps)
+
+
+def set_up(config: Config) -> Run:
+    """Data, model, optimizer and processes of a run, checked; nothing is written to the run's folder.
+
+    Raises:
+        InputError: for whatever doesn't fit.
+    """
+    folder = RunFolder(config.output_dir)
+    folder.check(config)
+    check_trackers(config.run.log_with)
+    accelerator = processes.start(config.run, folder.path)
+    processes.check_same(accelerator, "the configuration", shared_digest(config), "give every host the same settings")
+    data = processes.together(accelerator, "prepare", lambda: prepare(config, shown=accelerator.is_local_main_process))
+    language_model = processes.together(accelerator, "build", lambda: model.build(config, data.tokenizer))
+    processes.check_same(accelerator, "the data", data.fingerprint, "give every host the same documents and tokenizer")
+    found, damaged = _to_resume(accelerator, folder)
+    digest = model.digest(language_model)
+    processes.check_same(accelerator, "the initial weights' digest", digest, "give every host the same model")
+    filler = data.tokenizer.eos_token_id
+    assert isinstance(filler, int)
+    windows, validation = (
+        Windows(side, config.data.block_size, filler, config.data.isolate_documents)
+        for side in (data.train, data.validation)
+    )
+    objective = Objective(language_model.to(accelerator.device))
+    for prompt in config.sample.prompts or []:
+        check_prompt(objective.model, prompt_ids(data.tokenizer, prompt))
+    prepared, adamw = accelerator.prepare(objective, optimizer.build(objective, config.optimizer))
+    sums = FixedPointSums(accelerator, objective.parameters()) if config.run.reproducible == "bitwise" else None
+    size = config.micro_batch_size
+    if config.batch.micro_batch_size == "auto":
+        size = _fitting(config, accelerator, prepared, adamw, found)
+    plan = Plan(len(windows), config.batch.sequences_per_step, size, config.run.seed)
+    return Run(
+        config,
+        folder,
+        accelerator,
+        data,
+        windows,
+        validation,
+        plan,
+        total_steps=config.train.max_steps or config.train.epochs * plan.steps_per_epoch,
+        objective=prepared,
+        optimizer=adamw,
+        sums=sums,
+        found=found,
+        damaged=damaged,
+    )
+
+
+def _to_resume(accelerator: Accelerator, folder: RunFolder) -> tuple[checkpoint.Found | None, dict[int, str]]:
+    """The newest whole checkpoint, and which later ones are damaged; the main process looks, all get the same.
+
+    Raises:
+        InputError: when there are checkpoints, but none is whole.
+    """
+    main = accelerator.is_main_process
+    looked = processes.together(accelerator, "look", lambda: checkpoint.newest(folder.checkpoints) if main else None)
+    found, damaged = processes.from_main(accelerator, looked) or (None, {})
+    if main:
+        for line in damaged.values():
+            say(f"{line}; passed over")
+    if found is None and damaged:
+        raise InputError(
+            f"run.output_dir {folder.path}: no checkpoint is whole ({'; '.join(damaged.values())}); put one back from "
+            f"a copy, or remove {folder.checkpoints} to start again from the first step"
+        )
+    if found is not None:
+        place = "run.output_dir has to be on a disk that all hosts share"
+        here = (found.folder / "manifest.json").is_file()
+        processes.check_same(accelerator, f"whether checkpoint {found.folder} is there", here, place)
+    return found, damaged
+
+
+def _fitting(
+    config: Config,
+    accelerator: Accelerator,
+    objective: nn.Module,
+    adamw: AcceleratedOptimizer,
+    found: checkpoint.Found | None,
+) -> int:
+    """The size that batch.micro_batch_size auto comes to; that of the checkpoint, if it fits."""
+    if accelerator.is_fsdp2:
+        raise InputError(
+            "batch.micro_batch_size auto does not go with FSDP2, where a process that runs out of memory leaves the "
+            "others waiting; give a number"
+        )
+    largest = -(-config.batch.sequences_per_step // accelerator.num_processes)
+    if found is not None:
+        largest = min(config.batch.sequences_per_step, int(found.state["micro_batch_size"]))
+    with model.eagerly(config):
+        return memory.largest_micro_batch(accelerator, objective, adamw.optimizer, config.data.block_size, largest)
