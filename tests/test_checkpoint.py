@@ -2,16 +2,22 @@
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from tests.conftest import TINY_MODELS, Command, events
+from tests.faults import signal_in_step
 from train_loop import checkpoint, config, loop
 from train_loop.data.loader import loader
+from train_loop.evaluation import evaluate
 from train_loop.step import train_step
 
 
@@ -58,22 +64,35 @@ PARTS = ("model-00001-of-00001.safetensors", "optimizer-00001-of-00001.safetenso
 FILES = (*PARTS, "state.json", "manifest.json")
 
 
+def hurt(path: Path, damage: str) -> None:
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if damage == "removed":
+        path.unlink()
+        return
+    path.write_bytes(
+        {
+            "truncated": content[:-3],
+            "flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+            "emptied": b"",
+            "pickled": pickle.dumps(Bomb()),
+        }[damage]
+    )
+
+
+def without_speeds(folder: Path) -> list[dict[str, Any]]:
+    """A run's metrics, but for the speeds."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "tokens_per_second"} for line in lines]
+
+
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "removed", "pickled"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(
     checkpoints: tuple[loop.Run, Path], file: str, damage: str
 ) -> None:
     _, folder = checkpoints
-    path = folder / "step-00000002" / file
-    content = path.read_bytes()
-    if damage == "removed":
-        path.unlink()
-    elif damage == "pickled":
-        path.write_bytes(pickle.dumps(Bomb()))
-    else:
-        middle = len(content) // 2
-        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        path.write_bytes({"truncated": content[:-3], "flipped": flipped, "emptied": b""}[damage])
+    hurt(folder / "step-00000002" / file, damage)
     found, passed = checkpoint.newest(folder)
     assert found is not None and found.step == 1
     assert passed.keys() == {2} and "step-00000002" in passed[2] and file in passed[2]
@@ -86,12 +105,91 @@ class Bomb:
         return pytest.fail, ("a checkpoint was unpickled",)
 
 
-def test_none_is_whole(checkpoints: tuple[loop.Run, Path]) -> None:
-    _, folder = checkpoints
-    for manifest in folder.glob("*/manifest.json"):
-        manifest.unlink()
+@pytest.mark.parametrize("file", FILES[:3])
+def test_a_pickle_that_the_manifest_vouches_for_is_refused(checkpoints: tuple[loop.Run, Path], file: str) -> None:
+    """Somebody who can write the folder writes the manifest, too."""
+    run, folder = checkpoints
+    newest = folder / "step-00000002"
+    (newest / file).write_bytes(pickle.dumps(Bomb()))
+    files = json.loads((newest / "manifest.json").read_text())["files"]
+    files[file] = checkpoint._sums(newest / file)
+    (newest / "manifest.json").write_text(json.dumps({"files": files, "sha256": checkpoint._digest(files)}))
     found, passed = checkpoint.newest(folder)
-    assert found is None and len(passed) == 2
+    assert found is not None and found.step == 1
+    assert f"{file} is no " in passed[2]
+    with pytest.raises((SafetensorError, UnicodeDecodeError)):  # nor is it loaded by who doesn't look first
+        loaded = checkpoint.Found(newest, {"parts": 1}) if file in PARTS else checkpoint._found(newest)
+        checkpoint.load(loaded, run.model, run.optimizer)
+
+
+def test_every_file_that_a_run_writes_can_be_read_without_running_anything(
+    command: Command, settings: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    assert command("train", *settings(train__max_steps=3)) == 0
+    readers = {
+        ".safetensors": lambda path: load_file(path) and safe_open(path, "pt").keys(),
+        ".json": lambda path: json.loads(path.read_text()),
+        ".jsonl": lambda path: [json.loads(line) for line in path.read_text().splitlines()],
+        ".yaml": lambda path: yaml.safe_load(path.read_text()),
+        ".md": lambda path: path.read_text(),
+    }
+    kinds = set()
+    for path in (tmp_path / "run").rglob("*"):
+        if path.is_file():
+            assert readers[path.suffix](path), path
+            kinds.add(path.suffix)
+    assert kinds == readers.keys()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_pickle_under_the_name_of_a_models_weights_is_refused(
+    command: Command, settings: Callable[..., list[str]], model_folder: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Bomb()}, tmp_path / "model" / name)
+    changes = {"model__name_or_path": tmp_path / "model", "model__architecture": "null"}
+    assert command("train", *settings(**changes)) == 2
+    assert f"train-loop: model {tmp_path / 'model'}: cannot be loaded from safetensors (" in command.err
+    assert command("evaluate", "--model", tmp_path / "model", *settings()) == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "removed"])
+def test_a_run_goes_on_from_the_checkpoint_before_and_says_why(
+    command: Command, settings: Callable[..., list[str]], tmp_path: Path, damage: str
+) -> None:
+    arguments = settings(train__max_steps=10, checkpoint__every=4, evaluation__every=5)
+    assert command("train", *arguments) == 0
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    shutil.copytree(run, whole)
+    for file in FILES:
+        hurt(run / "checkpoints" / "step-00000010" / file, damage)
+        assert command("train", *arguments) == 0
+        assert f"step-00000010: {file} " in command.err and "; passed over" in command.err
+        assert f"resuming from {run / 'checkpoints' / 'step-00000008'}" in command.err
+        assert without_speeds(run) == without_speeds(whole)
+        assert (run / "model" / "model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+        assert checkpoint.find_damage(run / "checkpoints" / "step-00000010") is None
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000008", "step-00000010"]
+
+
+def test_when_no_checkpoint_is_whole_nothing_is_overwritten(
+    command: Command, settings: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    assert command("train", *settings(train__max_steps=10, checkpoint__every=4)) == 0
+    for folder in (tmp_path / "run" / "checkpoints").iterdir():
+        hurt(folder / PARTS[0], "flipped")
+
+    def content() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    before = content()
+    # A setting that may change: not even that is written down.
+    assert command("train", *settings(train__max_steps=10, checkpoint__every=5)) == 2
+    complaint = [line for line in command.err.splitlines() if line.startswith("train-loop: ")]
+    assert len(complaint) == 1 and "no checkpoint is whole" in complaint[0] and "remove" in complaint[0]
+    assert complaint[0].count(PARTS[0]) == 2
+    assert content() == before
 
 
 def test_a_half_written_checkpoint_is_never_seen(
@@ -145,17 +243,86 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
     assert json.loads((tmp_path / "cut" / "status.json").read_text())["state"] == "failed"
     monkeypatch.undo()
     assert command("train", *cut) == 0 and "resuming from" in command.err
-    for kind in ("step", "evaluation"):
-        expected, found = (events(tmp_path / name, kind) for name in ("whole", "cut"))
-        for event in [*expected, *found]:
-            event.pop("tokens_per_second", None)
-        assert found == expected
+    assert without_speeds(tmp_path / "cut") == without_speeds(tmp_path / "whole")
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
 
 
-def test_only_the_newest_are_kept(command: Command, settings: Callable[..., list[str]], tmp_path: Path) -> None:
-    assert command("train", *settings(checkpoint__every=5, checkpoint__keep=2)) == 0
-    total = len(events(tmp_path / "run", "step"))
-    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert names == [f"step-{total // 5 * 5:08d}", f"step-{total:08d}"]
+def test_only_the_newest_and_the_best_are_kept(
+    command: Command, settings: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([5.0, 4.0, 4.5, 4.0, 4.6, 4.7])
+    monkeypatch.setattr(loop, "evaluate", lambda *arguments: evaluate(*arguments) | {"loss": next(losses)})
+    arguments = settings(train__max_steps=30, evaluation__every=5, checkpoint__every=7, checkpoint__keep=2)
+    assert command("train", *arguments, "--export.from", "best") == 0
+    # 28 and 30 are the newest; of 10 and 20, which are equally good, the first one is the best.
+    assert names(tmp_path / "run") == [10, 28, 30]
+    assert "best step        10 of 30" in command.out and "validation loss  4.0000" in command.out
+    assert "those of step 10" in " ".join((tmp_path / "run" / "model" / "README.md").read_text().split())
+    best, _ = checkpoint.of_step(tmp_path / "run" / "checkpoints", 10)
+    assert best is not None
+    exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    kept = checkpoint.tensors(best)
+    assert all(torch.equal(exported[name], kept[name]) for name in exported.keys() & kept.keys()) and exported
+    # The same command without it exports the last weights; with the best one damaged, the next best.
+    assert command("train", *arguments) == 0 and "best step" not in command.out
+    last = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert not all(torch.equal(exported[name], last[name]) for name in exported)
+    hurt(best.folder / PARTS[0], "truncated")
+    assert command("train", *arguments, "--export.from", "best") == 0
+    assert "exporting the weights of step 30 instead" in command.err and "step-00000010: model-" in command.err
+
+
+def names(run: Path) -> list[int]:
+    """Steps of a run's checkpoints."""
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())
+
+
+def test_training_ends_when_evaluations_bring_nothing_any_more(
+    command: Command, settings: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a run that was cut off while it waited ends at the same step."""
+    given = {4: 5.0, 8: 4.0, 12: 4.5, 16: 4.2, 20: 4.1, 24: 1.0}
+    monkeypatch.setattr(
+        loop, "evaluate", lambda *arguments: evaluate(*arguments) | {"loss": given[arguments[0].last_step]}
+    )
+    write = loop.MetricsLog.write
+
+    def remember(self: Any, event: str, step: int, **values: Any) -> None:
+        self.accelerator.last_step = step
+        write(self, event, step, **values)
+
+    monkeypatch.setattr(loop.MetricsLog, "write", remember)
+    for name in ("whole", "cut"):
+        arguments = settings(
+            run__output_dir=tmp_path / name, train__max_steps=30, evaluation__every=4, train__patience=3
+        )
+        if name == "cut":
+            with pytest.MonkeyPatch.context() as patch:
+                signal_in_step(patch, 0, 14)
+                assert command("train", *arguments) == 3
+        assert command("train", *arguments) == 0
+        assert [event["step"] for event in events(tmp_path / name, "step")] == list(range(1, 21))
+        status = json.loads((tmp_path / name / "status.json").read_text())
+        assert status == {"state": "complete", "step": 20, "reason": "no lower validation loss in 3 evaluations"}
+        before = without_speeds(tmp_path / name)
+        assert command("train", *arguments) == 0 and without_speeds(tmp_path / name) == before
+    assert without_speeds(tmp_path / "whole") == without_speeds(tmp_path / "cut")
+    assert command("train", *arguments, "--evaluation.every", 5) == 2  # with patience it decides about the end
+    assert "evaluation.every: 4 -> 5" in command.err
+
+
+def test_early_checkpoints_for_study_are_kept(
+    command: Command, settings: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    arguments = settings(train__max_steps=20, checkpoint__every=6, checkpoint__keep=1, evaluation__every=20)
+    assert command("train", *arguments, "--checkpoint.at", "log") == 0
+    assert names(tmp_path / "run") == [0, 1, 2, 4, 8, 16, 20]
+    first, _ = checkpoint.of_step(tmp_path / "run" / "checkpoints", 0)
+    assert first is not None and checkpoint.tensors(first) and not checkpoint.tensors(first, "optimizer")
+    # A run that goes on from any of them is the same run; without the setting, they still are not removed.
+    expected = without_speeds(tmp_path / "run")
+    for step in (1, 2, 4, 8, 16, 20):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+    assert command("train", *arguments) == 0 and "resuming from" in command.err
+    assert without_speeds(tmp_path / "run") == expected and names(tmp_path / "run") == [0, 20]

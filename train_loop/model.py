@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -96,8 +97,8 @@ def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype=torch.float32, attn_implementation=attention, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
-        raise InputError(f"model {name_or_path}: cannot be loaded ({one_line(error)})") from None
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError, SafetensorError) as error:
+        raise InputError(f"model {name_or_path}: cannot be loaded from safetensors ({one_line(error)})") from None
 
 
 def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

@@ -47,7 +47,7 @@ class Saver:
         self, accelerator: Accelerator, folder: Path, keep: int, background: bool, damaged: Collection[int] = ()
     ) -> None:
         self.accelerator, self.folder, self.keep, self.background = accelerator, folder, keep, background
-        self.damaged = damaged
+        self.damaged = set(damaged)
         self.step: int | None = None
         self._number = 0  # of the checkpoints begun, the same on all processes
         self._thread: threading.Thread | None = None
@@ -140,6 +140,7 @@ class Saver:
             if main:
                 before()
                 checkpoint.complete(self.folder, state, sums)
+                self.damaged.discard(step)
         except (OSError, SafetensorError) as error:
             self._problem = one_line(error)
             if main:
