@@ -41,7 +41,7 @@ def write(
     if config.model.activation_checkpointing:
         model.activation_checkpointing_disable()
     model.generation_config = generation_config(config, tokenizer)
-    model.save_pretrained(folder, state_dict=weights)
+    model.save_pretrained(folder, state_dict=dict(weights))  # it empties the one that it is given
     context = context_length(model)
     if context is not None:
         tokenizer.model_max_length = context

@@ -151,7 +151,7 @@ def _loop(run: Run, log: MetricsLog, saver: Saver, start: int, stop: StopRequest
                 max_grad_norm=config.optimizer.max_grad_norm,
                 seed=(config.run.seed, step),
                 sums=run.sums,
-                stop=stop.asked,
+                stop=lambda: stop.asked,
             )
             speed = targets / (time.perf_counter() - began)
             done = step + 1
@@ -264,7 +264,8 @@ def _prompts(run: Run) -> list[str]:
     """What to continue after each evaluation: as configured, else one text from its beginning, where it has one."""
     if run.config.sample.prompts is not None:
         return run.config.sample.prompts
-    return [""] if run.data.tokenizer.bos_token_id is not None else []
+    room = model.context_length(run.model) != 1  # for a token after the first one
+    return [""] if room and run.data.tokenizer.bos_token_id is not None else []
 
 
 def _checkpoint(run: Run, log: MetricsLog, saver: Saver, step: int) -> None:

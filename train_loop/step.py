@@ -12,7 +12,7 @@ when the last micro-batch is short or a process had an empty one. A mean per mic
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ def train_step(
     max_grad_norm: float | None,
     seed: tuple[int, int],
     sums: FixedPointSums | None = None,
-    stop: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> StepResult:
     """Take one optimizer step.
 
@@ -71,7 +71,8 @@ def train_step(
         max_grad_norm: gradients are scaled down to this global norm; None leaves them.
         seed: (run's seed, step), from which with the micro-batch's number each dropout mask follows.
         sums: where gradients are added up in fixed point.
-        stop: whether this process was asked to stop; all are told together with the losses.
+        stop: whether this process was asked to stop, asked after its last micro-batch; all are told together with the
+            losses.
     """
     # Accelerate's wrapper looks for packages on disk before each step.
     inner, scaler = optimizer.optimizer, accelerator.scaler
@@ -94,7 +95,7 @@ def train_step(
         numbers = torch.cat([told.flatten(), clipped.reshape(1)]).cpu()
         losses, wishes = numbers[:-1].view(told.shape).split([len(micro_batches), 1], dim=1)
         loss = math.fsum(losses.flatten().tolist()) / targets  # exact, so the order of processes makes no difference
-        norm, stop = float(numbers[-1]), bool(wishes.any())
+        norm, stopping = float(numbers[-1]), bool(wishes.any())
         taken = math.isfinite(loss) and math.isfinite(norm)
         if taken or not math.isfinite(loss) or scaler is None or scaler.get_scale() <= 1:
             break
@@ -109,7 +110,7 @@ def train_step(
     if scaler is not None:
         scaler.update()
     inner.zero_grad()
-    return StepResult(loss, norm, taken, overflows, stop)
+    return StepResult(loss, norm, taken, overflows, stopping)
 
 
 def _gradient(
@@ -119,7 +120,7 @@ def _gradient(
     targets: int,
     seed: tuple[int, int],
     sums: FixedPointSums | None,
-    stop: bool,
+    stop: Callable[[], bool],
 ) -> torch.Tensor:
     """Forward and backward of one step.
 
@@ -139,5 +140,5 @@ def _gradient(
         if sums is not None:
             sums.add()
         nll.append(nll_sum.detach())
-    mine = torch.stack([*nll, nll[0].new_tensor(stop)])[None]
+    mine = torch.stack([*nll, nll[0].new_tensor(stop())])[None]
     return accelerator.gather(mine) if accelerator.num_processes > 1 else mine
