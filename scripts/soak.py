@@ -7,7 +7,7 @@ all processes or of one, at a moment of one of these kinds, in turn:
 
     training     after some more steps            start        while libraries, data and checkpoint are loaded
     save         while a checkpoint is written    evaluation   after a step that is evaluated and sampled from
-    preparation  while the token store is written
+    preparation  while the token store is written               finish       while the model is exported
 
 At the end the metrics (all but the speeds) and the exported weights must be the uninterrupted run's; exit code 1 if
 they are not. Also printed: what the kills hit, and how long it took from each to the next step. Further arguments are
@@ -33,11 +33,11 @@ from typing import Any
 
 import psutil
 
-KINDS = ("training", "save", "evaluation", "start", "save", "training", "preparation", "evaluation")
+KINDS = ("training", "save", "evaluation", "start", "save", "training", "preparation", "finish", "evaluation")
 SETTINGS = {
     "model.architecture": "{model_type: gpt2, n_layer: 2, n_embd: 64, n_head: 2}",  # dropout 0.1
     "tokenizer.train_vocab_size": "512",
-    "data.max_documents": "14",
+    "data.max_documents": "12",
     "data.test_size": "0.2",
     "data.block_size": "64",
     "batch.sequences_per_step": "8",
@@ -144,6 +144,8 @@ def moment(kind: str, victim: Victim, draw: random.Random, total: int) -> bool:
         return wait_until(victim, lambda: time.monotonic() - began > seconds)
     if kind == "preparation":
         found = wait_until(victim, lambda: any((victim.cache / "stores").glob("*.tmp-*")))
+    elif kind == "finish":
+        found = wait_until(victim, (victim.folder / "model.tmp").exists)
     elif kind == "save":
         after = first + draw.randrange(0, max(1, total // 10))
         found = wait_until(

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 
 from train_loop import checkpoint, processes
 from train_loop.checkpoint import Pieces, Sums
@@ -131,7 +130,7 @@ class Saver:
         return copies
 
     def _write(self, held: Pieces, state: dict[str, Any], spared: Collection[int], before: Callable[[], None]) -> None:
-        """What a process does for a checkpoint; nothing that goes wrong here ends a run."""
+        """What a process does for a checkpoint; nothing that goes wrong here ends a run, whatever it is."""
         step, parts, main = int(state["step"]), int(state["parts"]), self.accelerator.is_main_process
         temporary = checkpoint.temporary_folder(self.folder, step)
         part = self.accelerator.process_index if parts > 1 else 0
@@ -141,9 +140,9 @@ class Saver:
                 before()
                 checkpoint.complete(self.folder, state, sums)
                 self.damaged.discard(step)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:
             self._problem = one_line(error)
-            if main:
+            if main and not self._given_up.is_set():
                 shutil.rmtree(temporary, ignore_errors=True)  # room for others
                 say(f"step {step}: the checkpoint could not be written ({self._problem}); training goes on")
             return
@@ -163,7 +162,7 @@ class Saver:
             return write()
         try:
             answer: dict[str, Any] = {"sums": write()}
-        except (OSError, SafetensorError) as error:
+        except Exception as error:
             answer = {"problem": f"process {part}: {one_line(error)}"}
         board = processes.Board(self.accelerator, f"checkpoint {self._number}")
         board.write(part, json.dumps(answer))
