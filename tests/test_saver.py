@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from tests.conftest import Command, events
 from tests.test_checkpoint import names, without_speeds
-from train_loop import checkpoint, loop
+from train_loop import checkpoint, finish, loop
 
 WRITE = checkpoint.write_part
 
@@ -94,6 +95,34 @@ def test_a_run_that_would_end_without_its_checkpoint_fails(
     monkeypatch.undo()
     assert command("train", *arguments) == 0 and "step-00000016" in command.err
     assert names(tmp_path / "run") == [16, 20]
+
+
+def test_whatever_goes_wrong_while_writing_is_no_checkpoint(
+    command: Command, settings: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake in a thread must not look like a checkpoint that was written."""
+    monkeypatch.setattr(checkpoint, "_digest", lambda files: files["nothing"])
+    assert command("train", *settings(train__max_steps=5)) == 1
+    assert "step 5: the checkpoint could not be written ('nothing')" in command.err
+    assert not (tmp_path / "run" / "model").exists() and names(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: no space")])
+def test_a_model_that_cannot_be_exported_is_one_line_and_the_run_goes_on_there(
+    command: Command,
+    settings: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def write(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(finish.export, "write", write)
+    assert command("train", *settings(train__max_steps=5)) == 1
+    assert command.err.splitlines()[-1].startswith("train-loop: export: ") and "goes on from here" in command.err
+    monkeypatch.undo()
+    assert command("train", *settings(train__max_steps=5)) == 0 and (tmp_path / "run" / "model").is_dir()
 
 
 @pytest.fixture

@@ -39,6 +39,8 @@ def test_a_signal_at_any_moment_loses_nothing(
     assert names(tmp_path / "cut")[-1] == status["step"] and not (tmp_path / "cut" / "model").exists()
     evaluated = {event["step"] for event in events(tmp_path / "cut", "evaluation")}
     assert (8 in evaluated) == (name != "evaluation")
+    if name == "sampling":  # the second text was broken off
+        assert len(events(tmp_path / "cut", "sample")) == 1
     assert command("train", *cut) == 0
     assert without_speeds(tmp_path / "cut") == without_speeds(tmp_path / "whole")
     weights = {(tmp_path / each / "model" / "model.safetensors").read_bytes() for each in ("whole", "cut")}
@@ -169,6 +171,34 @@ def test_micro_batches_are_halved_until_a_step_fits_into_memory(
     truth = json.loads((tmp_path / "run" / "truth.json").read_text())
     assert truth["batch"]["micro_batch_size"] == 2
     assert events(tmp_path / "run", "step")[-1]["loss"] == found[-1]["loss"]
+
+
+def test_too_little_memory_in_the_middle_of_a_run_halves_too(
+    command: Command, settings: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What others take of the memory changes; the step that failed is taken again, and none is lost or stands twice."""
+    without = settings(
+        model__architecture=json.dumps(TINY_MODELS["gpt2"] | NO_DROPOUT),
+        train__max_steps=10,
+        optimizer__learning_rate=1e-3,
+        evaluation__every=5,
+    )
+    assert command("train", *without, "--run.output_dir", tmp_path / "whole") == 0
+    take = loop.train_step
+
+    def train_step(*arguments: Any, **named: Any) -> Any:
+        if named["seed"][1] == 6:
+            out_of_memory_beyond(5, monkeypatch)
+        return take(*arguments, **named)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    assert command("train", *without, "--batch.micro_batch_size", "auto") == 0
+    assert "out of memory with 8 sequences; goes on with 4" in command.err
+    expected, found = (events(tmp_path / name, "step") for name in ("whole", "run"))
+    assert [event["step"] for event in found] == list(range(1, 11))
+    assert [event["loss"] for event in found] == pytest.approx([event["loss"] for event in expected], rel=1e-5)
+    assert [event["loss"] for event in found[:6]] == [event["loss"] for event in expected[:6]]
+    assert len(events(tmp_path / "run", "evaluation")) == 2
 
 
 def test_too_little_memory_is_one_line(

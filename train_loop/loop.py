@@ -6,10 +6,10 @@ comes before the first one in `run.py`, what comes after the last one in `finish
 
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from train_loop import checkpoint, finish, model, optimizer, processes
+from train_loop import checkpoint, finish, memory, model, optimizer, processes
 from train_loop.config import Config, to_dict
 from train_loop.data.loader import loader
 from train_loop.data.order import share
@@ -69,7 +69,13 @@ def train(config: Config) -> Summary:
             saver.step = None if run.found is None else step
             if main:
                 run.folder.set_status("running", step)
-            step, stopped = _loop(run, log, saver, step, stop)
+            while True:
+                try:
+                    step, stopped = _loop(run, log, saver, step, stop)
+                    break
+                except RuntimeError as error:
+                    _halve(run, error)  # or raise it
+                    step = log.step
             _secure(run, log, saver, step)
             finished = None if stopped else finish.finish(run, log, step, stop)
         log.close()
@@ -110,6 +116,22 @@ def _resume(run: Run) -> int:
     if run.accelerator.is_main_process:
         say(f"resuming from {found.folder}")
     return found.step
+
+
+def _halve(run: Run, error: RuntimeError) -> None:
+    """Let a run that is out of memory go on with smaller micro-batches from the step that it failed in.
+
+    Raises:
+        RuntimeError: the error, where it is another one, or smaller ones are not possible: with several processes, the
+            others wait for this one in the middle of the step.
+    """
+    size, automatic = run.plan.micro_batch_size, run.config.batch.micro_batch_size == "auto"
+    if not automatic or size == 1 or run.accelerator.num_processes > 1 or not memory.is_out_of_memory(error):
+        raise error
+    run.plan = replace(run.plan, micro_batch_size=size // 2)
+    run.optimizer.optimizer.zero_grad()
+    memory.clear_device_cache(garbage_collection=True)
+    say(f"batch.micro_batch_size auto: out of memory with {size} sequences; goes on with {size // 2}")
 
 
 def _loop(run: Run, log: MetricsLog, saver: Saver, start: int, stop: StopRequest) -> tuple[int, bool]:

@@ -23,7 +23,11 @@ from train_loop.study.metrics import check_trackers
 
 @dataclass
 class Run:
-    """Everything a run is made of, after setting up. Its state is in `objective` and `optimizer`; the rest is fixed."""
+    """Everything a run is made of, after setting up.
+
+    Its state is in `objective` and `optimizer`. The rest is fixed, except that the plan's micro-batches may get smaller
+    where memory is scarce.
+    """
 
     config: Config
     folder: RunFolder

@@ -31,6 +31,7 @@ class MetricsLog:
             stands twice.
 
     Attributes:
+        step: the last one that was logged.
         evaluations: all evaluations so far, the same on all processes.
         samples: how many texts were sampled after the last step.
         skipped: how many steps in a row, up to the last one, were not taken.
@@ -38,6 +39,7 @@ class MetricsLog:
 
     def __init__(self, accelerator: Accelerator, path: Path, step: int) -> None:
         self.accelerator = accelerator
+        self.step = step
         self.file: int | None = None
         self._waiting = b""
         self._writing = threading.Lock()
@@ -65,6 +67,7 @@ class MetricsLog:
     def write(self, event: str, step: int, **values: Any) -> None:
         """One line. Numbers that JSON doesn't know (NaN, infinity) become null."""
         line = {"event": event, "step": step} | {name: _plain(value) for name, value in values.items()}
+        self.step = step
         if event == "step":
             self.samples, self.skipped = 0, self.skipped + 1 if values.get("skipped") else 0
         elif event == "evaluation":
