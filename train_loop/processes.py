@@ -4,6 +4,7 @@ Some ways of launching quietly give something else than they say: one process in
 be alone, plain data parallelism where FSDP was meant. All of them stop here, with the command that does it.
 """
 
+import atexit
 import json
 import os
 import socket
@@ -50,6 +51,11 @@ def start(run: RunConfig, project_dir: Path | None = None) -> Accelerator:
     except (ValueError, ImportError, NotImplementedError) as error:
         raise InputError(f"accelerate: {one_line(error)}") from None
     _check_processes(accelerator, run)
+    if accelerator.num_processes > 1:
+        # The process group has to outlive the model. Freed together with DDP's reducer, as its last owner, gloo's group
+        # joins its threads while holding the interpreter's lock, for which one of them may be waiting: a run would
+        # hang after its last line (github.com/pytorch/pytorch/issues/56297). Freed by Python, it lets go of the lock.
+        atexit.register(lambda group: None, torch.distributed.group.WORLD)
     if accelerator.is_fsdp2:
         plugin = accelerator.state.fsdp_plugin
         if plugin.mixed_precision_policy is not None:
