@@ -210,10 +210,7 @@ def _between_steps(run: Run, log: MetricsLog, saver: Saver, step: int, stopping:
 
 def _enough(run: Run, log: MetricsLog) -> bool:
     """Whether the last `train.patience` evaluations brought no lower loss."""
-    if run.config.train.patience is None or log.best is None:
-        return False
-    since = sum(event["step"] > log.best["step"] for event in log.evaluations)
-    return since >= run.config.train.patience
+    return run.config.train.patience is not None and log.since_best >= run.config.train.patience
 
 
 def _for_study(run: Run, step: int) -> bool:

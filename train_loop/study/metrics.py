@@ -33,6 +33,8 @@ class MetricsLog:
     Attributes:
         step: the last one that was logged.
         evaluations: all evaluations so far, the same on all processes.
+        best: the one with the lowest loss, the first of equals; None before there is one with a finite loss.
+        since_best: how many came after it.
         samples: how many texts were sampled after the last step.
         skipped: how many steps in a row, up to the last one, were not taken.
     """
@@ -56,13 +58,18 @@ class MetricsLog:
         evaluations = [event for event in kept if event["event"] == "evaluation"]
         samples = sum(event["event"] == "sample" and event["step"] == step for event in kept)
         skipped = sum(1 for _ in itertools.takewhile(lambda event: event.get("skipped"), reversed(steps)))
-        self.evaluations, self.samples, self.skipped = from_main(accelerator, (evaluations, samples, skipped))
+        evaluations, self.samples, self.skipped = from_main(accelerator, (evaluations, samples, skipped))
+        self.evaluations: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None
+        self.since_best = 0
+        for evaluation in evaluations:
+            self._remember(evaluation)
 
-    @property
-    def best(self) -> dict[str, Any] | None:
-        """The evaluation with the lowest loss, the first of equals; None before there is one with a finite loss."""
-        finite = [event for event in self.evaluations if event["loss"] is not None]
-        return min(finite, key=lambda event: event["loss"], default=None)
+    def _remember(self, evaluation: dict[str, Any]) -> None:
+        self.evaluations.append(evaluation)
+        self.since_best += 1
+        if evaluation["loss"] is not None and (self.best is None or evaluation["loss"] < self.best["loss"]):
+            self.best, self.since_best = evaluation, 0
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """One line. Numbers that JSON doesn't know (NaN, infinity) become null."""
@@ -71,7 +78,7 @@ class MetricsLog:
         if event == "step":
             self.samples, self.skipped = 0, self.skipped + 1 if values.get("skipped") else 0
         elif event == "evaluation":
-            self.evaluations.append(line)
+            self._remember(line)
         else:
             self.samples += 1
         if self.file is not None:
