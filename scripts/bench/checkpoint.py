@@ -94,6 +94,7 @@ def hold_up(arguments: list[str], steps: int, rounds: int) -> dict[str, Any]:
         for save, times in zip(saves, taken, strict=True):
             times.append(train(turn * steps, save))
             beside.wait()
+            os.sync()  # what one leaves to the kernel to write must not slow down the next
     found, _ = checkpoint.newest(run.folder.checkpoints)
     assert found is not None
     size = sum(path.stat().st_size for path in found.folder.iterdir())
