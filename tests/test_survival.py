@@ -145,15 +145,16 @@ def out_of_memory_beyond(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int
     return tried
 
 
+def without_dropout(settings: Callable[..., list[str]], **changes: object) -> list[str]:
+    """Settings of ten steps whose losses don't depend on the size of micro-batches."""
+    architecture = json.dumps(TINY_MODELS["gpt2"] | NO_DROPOUT)
+    return settings(model__architecture=architecture, train__max_steps=10, optimizer__learning_rate=1e-3, **changes)
+
+
 def test_micro_batches_are_halved_until_a_step_fits_into_memory(
     command: Command, settings: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    without = settings(
-        model__architecture=json.dumps(TINY_MODELS["gpt2"] | NO_DROPOUT),
-        train__max_steps=10,
-        optimizer__learning_rate=1e-3,
-        checkpoint__every=5,
-    )
+    without = without_dropout(settings, checkpoint__every=5)
     assert command("train", *without, "--run.output_dir", tmp_path / "whole") == 0
     tried = out_of_memory_beyond(3, monkeypatch)
     assert command("train", *without, "--batch.micro_batch_size", "auto") == 0
@@ -177,12 +178,7 @@ def test_too_little_memory_in_the_middle_of_a_run_halves_too(
     command: Command, settings: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What others take of the memory changes; the step that failed is taken again, and none is lost or stands twice."""
-    without = settings(
-        model__architecture=json.dumps(TINY_MODELS["gpt2"] | NO_DROPOUT),
-        train__max_steps=10,
-        optimizer__learning_rate=1e-3,
-        evaluation__every=5,
-    )
+    without = without_dropout(settings, evaluation__every=5)
     assert command("train", *without, "--run.output_dir", tmp_path / "whole") == 0
     take = loop.train_step
 
