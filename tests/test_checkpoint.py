@@ -141,6 +141,21 @@ def test_every_file_that_a_run_writes_can_be_read_without_running_anything(
     assert kinds == readers.keys()
 
 
+def test_nothing_in_the_package_reads_pickles() -> None:
+    import ast
+
+    import train_loop
+
+    readers = {"load", "loads", "Unpickler", "read_pickle"}
+    for path in Path(train_loop.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
+                assert not {"pickle", "dill", "cloudpickle", "joblib", "shelve"} & set(names), path
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr in readers:
+                assert node.value.id not in ("torch", "np", "numpy", "pickle"), (path, node.lineno)
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
 def test_a_pickle_under_the_name_of_a_models_weights_is_refused(
     command: Command, settings: Callable[..., list[str]], model_folder: Path, tmp_path: Path, name: str

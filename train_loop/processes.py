@@ -26,7 +26,7 @@ from train_loop.errors import InputError, TrainingError, one_line
 
 Result = TypeVar("Result")
 
-_SECONDS_BETWEEN_LOOKS = 0.2
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.01, 0.5
 
 
 def start(run: RunConfig, project_dir: Path | None = None) -> Accelerator:
@@ -215,8 +215,10 @@ def together(accelerator: Accelerator, purpose: str, work: Callable[[], Result])
     if mistake:
         store.set(f"{purpose}/{round_}/mistake", json.dumps([kind, mistake]))
     store.add(f"{purpose}/done", 1)
+    pause = _FIRST_PAUSE_SECONDS
     while store.add(f"{purpose}/done", 0) < (round_ + 1) * processes:
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
     if store.check([f"{purpose}/{round_}/mistake"]):
         kind, mistake = json.loads(store.get(f"{purpose}/{round_}/mistake"))
         raise InputError(mistake) if kind == InputError.__name__ else TrainingError(mistake)
