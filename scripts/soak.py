@@ -197,7 +197,7 @@ def main() -> int:
     recovery: list[float] = []
     kills, completed, killed_at = 0, 0, 0.0
     while kills < given.kills:
-        kind = KINDS[kills % len(KINDS)]
+        kind = KINDS[(kills + given.seed) % len(KINDS)]
         draw = random.Random(f"{given.seed} {kills} {completed}")
         if kind == "preparation":
             shutil.rmtree(victim.cache, ignore_errors=True)  # else there is nothing to prepare
