@@ -78,6 +78,8 @@ def train(config: Config) -> Summary:
                     step = log.step
             _secure(run, log, saver, step)
             finished = None if stopped else finish.finish(run, log, step, stop)
+            if finished is None and run.accelerator.num_processes > 1:
+                stop.ignore_from_now_on()
         log.close()
         if main and finished is None:
             run.folder.set_status("stopped", step, stop.name or "")

@@ -34,6 +34,13 @@ class StopRequest:
             self.name = "a signal to another process"
         return asked
 
+    def ignore_from_now_on(self) -> None:
+        """Let this context end with the signals ignored: who is leaving is not to be hurried.
+
+        Launchers signal all processes as soon as the first one has left, which would change the others' exit code.
+        """
+        self._before = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
+
     def __enter__(self) -> "StopRequest":
         for number in STOP_SIGNALS:
             self._before[number] = signal.signal(number, self._receive)
