@@ -21,6 +21,14 @@ from train_loop.evaluation import evaluate
 from train_loop.step import train_step
 
 
+def save(folder: Path, run: loop.Run, step: int) -> None:
+    """A checkpoint in one part, as a run's saver writes it."""
+    sums = checkpoint.write_part(
+        checkpoint.temporary_folder(folder, step), 0, 1, checkpoint.pieces(run.model, run.optimizer)
+    )
+    checkpoint.complete(folder, {"step": step, "parts": 1}, sums)
+
+
 def take_steps(run: loop.Run, first: int, last: int) -> list[float]:
     run.objective.train()
     losses = []
@@ -39,7 +47,7 @@ def test_training_goes_on_to_the_bit(
     arguments = settings(model__architecture=json.dumps(architecture))
     first = loop.set_up(config.load(arguments))
     take_steps(first, 0, 5)
-    checkpoint.save(tmp_path / "c", checkpoint.pieces(first.model, first.optimizer), {"step": 5})
+    save(tmp_path / "c", first, 5)
     expected = take_steps(first, 5, 10)
     second = loop.set_up(config.load(arguments))
     found, passed = checkpoint.newest(tmp_path / "c")
@@ -56,7 +64,7 @@ def checkpoints(settings: Callable[..., list[str]], tmp_path: Path) -> tuple[loo
     run = loop.set_up(config.load(settings()))
     for step in (1, 2):
         take_steps(run, step - 1, step)
-        checkpoint.save(tmp_path / "c", checkpoint.pieces(run.model, run.optimizer), {"step": step})
+        save(tmp_path / "c", run, step)
     return run, tmp_path / "c"
 
 
@@ -213,7 +221,7 @@ def test_a_half_written_checkpoint_is_never_seen(
     run, folder = checkpoints
     monkeypatch.setattr(checkpoint, "complete", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(folder, checkpoint.pieces(run.model, run.optimizer), {"step": 3})
+        save(folder, run, 3)
     assert (folder / "tmp-step-00000003").is_dir()
     found, passed = checkpoint.newest(folder)
     assert found is not None and found.step == 2 and passed == {}

@@ -151,13 +151,6 @@ def complete(folder: Path, state: dict[str, Any], sums: Sums) -> Path:
     return final
 
 
-def save(folder: Path, held: Pieces, state: dict[str, Any]) -> Path:
-    """Write a checkpoint below `folder` in one part, whole or not at all; see `pieces` and `complete`."""
-    temporary = temporary_folder(folder, state["step"])
-    shutil.rmtree(temporary, ignore_errors=True)
-    return complete(folder, state | {"parts": 1}, write_part(temporary, 0, 1, held))
-
-
 def temporary_folder(folder: Path, step: int) -> Path:
     """Where a checkpoint is written before it is whole."""
     return folder / f"{_TEMPORARY}{_folder(folder, step).name}"
