@@ -68,9 +68,9 @@ def signal_in_evaluation(patch: pytest.MonkeyPatch, process: int, at: int) -> No
 
 def signal_in_sampling(patch: pytest.MonkeyPatch, process: int, at: int) -> None:
     """A signal while text number `at` is sampled, after its third token."""
-    sample, texts = loop.sample, []
+    sample, texts = loop.Sampler.sample, []
 
-    def slowly(*arguments: Any, stop: Callable[[], bool], **named: Any) -> str:
+    def slowly(*arguments: Any, stop: Callable[[], bool], **named: Any) -> Any:
         texts.append(0)
 
         def count() -> bool:
@@ -82,7 +82,7 @@ def signal_in_sampling(patch: pytest.MonkeyPatch, process: int, at: int) -> None
 
         return sample(*arguments, stop=count, **named)
 
-    patch.setattr(loop, "sample", slowly)
+    patch.setattr(loop.Sampler, "sample", slowly)
 
 
 def signal_in_save(patch: pytest.MonkeyPatch, process: int, at: int) -> None:

@@ -31,7 +31,8 @@ def test_a_run_and_its_folder(command: Command, settings: Callable[..., list[str
     assert command("train", *arguments) == 0
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
-        *("config.yaml", "ledger.json", "truth.json", "status.json", "metrics.jsonl", "checkpoints", "model"),
+        *("config.yaml", "ledger.json", "truth.json", "status.json", "metrics.jsonl"),
+        *("architecture", "checkpoints", "model"),
     }
     prepared = store.prepare(config.load(arguments), shown=False)
     steps, evaluations = events(run, "step"), events(run, "evaluation")

@@ -6,6 +6,7 @@ and mistakes in a configuration take no time.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -140,15 +141,16 @@ def evaluate(arguments: list[str]) -> int:
     # The model to evaluate stands in for the one to train, so the file's own may be anything.
     config = load(rest)
     _quiet_libraries()
-    from train_loop import evaluation, model, processes
-    from train_loop.data import store, tokenizer
+    from train_loop import evaluation, model, pretrained, processes
+    from train_loop.data import store
     from train_loop.data.loader import Windows
     from train_loop.objective import Objective
     from train_loop.study import truth
 
     accelerator = processes.start(config.run)
-    its_tokenizer = processes.together(accelerator, "tokenizer", lambda: tokenizer.load(name))
-    language_model = processes.together(accelerator, "load", lambda: model.load(name, config.model.attention))
+    language_model, its_tokenizer = processes.together(
+        accelerator, "load", lambda: pretrained.load(name, config.model.attention)
+    )
     model.check_fits(language_model, its_tokenizer, config.data.block_size, f"model {name}")
     if config.data.isolate_documents:
         model.check_positions(language_model)
@@ -179,36 +181,68 @@ def _take_model(arguments: list[str]) -> tuple[str, list[str]]:
 def sample(arguments: list[str]) -> int:
     """Continue prompts with temperature, top-k and top-p; prints the text, streamed for one prompt."""
     parser = _Parser("sample", description=sample.__doc__, allow_abbrev=False)
-    parser.add_argument("--model", metavar="FOLDER_OR_ID", required=True, help="model with its tokenizer")
-    parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
-    parser.add_argument("--max_new_tokens", type=int, default=100, help="tokens to add at most (100)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest token (1.0)")
-    parser.add_argument("--top_k", type=int, default=50, help="keep the k likeliest tokens; 0 keeps all (50)")
-    parser.add_argument("--top_p", type=float, default=0.95, help="keep the nucleus of probability p; 1 is all (0.95)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    option = parser.add_argument
+    option("--model", metavar="MODEL", required=True, help="model folder, Hub name, or a run or one of its checkpoints")
+    option("--prompt", action="append", default=[], help="text to continue; may be repeated")
+    option("--prompts", metavar="FILE", help="a prompt a line, or in .jsonl each line's prompt; - is standard input")
+    option("--interactive", action="store_true", help="ask for prompts")
+    option("--max_new_tokens", type=int, default=100, help="tokens to add at most (100)")
+    option("--min_new_tokens", type=int, default=0, help="tokens before a token may end the text (0)")
+    option("--temperature", type=float, default=1.0, help="0 always takes the likeliest token (1.0)")
+    option("--top_k", type=int, default=50, help="keep the k likeliest tokens; 0 keeps all (50)")
+    option("--top_p", type=float, default=0.95, help="keep the nucleus of probability p; 1 is all (0.95)")
+    option("--min_p", type=float, default=0.0, help="keep tokens at least p times as likely as the likeliest (0)")
+    option("--typical_p", type=float, default=1.0, help="keep the most typical tokens of this probability (1: all)")
+    option("--repetition_penalty", type=float, default=1.0, help="above 1, make tokens of the text less likely (1)")
+    option("--banned_tokens", type=int, nargs="+", default=[], metavar="ID", help="tokens that are never drawn")
+    option("--stop_tokens", type=int, nargs="+", default=[], metavar="ID", help="tokens that end a text")
+    option("--stop", action="append", default=[], metavar="TEXT", help="string that ends a text; may be repeated")
+    option("--samples", type=int, default=1, help="continuations of each prompt (1)")
+    option("--seed", type=int, default=0, help="of the draws (0)")
+    option("--batch_size", type=int, default=8, help="texts that grow together; makes no difference to them (8)")
+    option("--json", action="store_true", help="print one JSON object a prompt")
+    option("--log_probabilities", action="store_true", help="with --json: each token's, under the model, unfiltered")
     given = parser.parse_args(arguments)
+    if given.interactive and (given.prompt or given.prompts or given.json):
+        raise InputError("--interactive asks for prompts and shows texts: leave out --prompt, --prompts and --json")
+    if given.log_probabilities and not given.json:
+        raise InputError("--log_probabilities are told in JSON; add --json")
+    if given.batch_size < 1:
+        raise InputError(f"--batch_size {given.batch_size}: must be at least 1")
+    from train_loop import prompting
+
+    prompts = [] if given.interactive else prompting.read(given.prompt, given.prompts)
     _quiet_libraries()
-    import accelerate
+    from train_loop import sampler
+    from train_loop.sampling import Sampling
 
-    from train_loop import model, sampler
-    from train_loop.data import tokenizer
+    settings: dict[str, Any] = {}
+    for each in dataclasses.fields(Sampling):
+        value = getattr(given, each.name)
+        settings[each.name] = tuple(value) if isinstance(value, list) else value
+    sampling = Sampling(**settings)
+    loaded = sampler.Sampler.load(given.model)
 
-    sampling = sampler.Sampling(given.max_new_tokens, given.temperature, given.top_k, given.top_p, given.seed)
-    device = accelerate.PartialState().device
-    language_model, its_tokenizer = model.load(given.model).to(device), tokenizer.load(given.model)
-    for number, prompt in enumerate(given.prompt):
-        if given.json:
-            print(sampler.as_json(prompt, sampler.sample(language_model, its_tokenizer, prompt, sampling)), flush=True)
-            continue
-        if number:
-            print("\n")
-        print(prompt, end="", flush=True)
-        sampler.sample(
-            language_model, its_tokenizer, prompt, sampling, on_text=lambda text: print(text, end="", flush=True)
-        )
-    if not given.json:
-        print()
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    def continue_(prompts: list[str]) -> None:
+        stream = len(prompts) == 1 and sampling.samples == 1 and not given.json
+        found = loaded.sample(prompts, sampling, given.batch_size, write if stream else lambda text: None)
+        if stream:
+            write(prompts[0])
+        for number, (prompt, continuations) in enumerate(zip(prompts, found, strict=True)):
+            if given.json:
+                print(sampler.as_json(prompt, continuations, loaded.tokenizer), flush=True)
+            elif stream:
+                print()
+            else:
+                print("\n" * (number > 0) + "\n\n".join(prompt + each.text for each in continuations), flush=True)
+
+    if given.interactive:
+        prompting.converse(lambda prompt: continue_([prompt]))
+    else:
+        continue_(prompts)
     return EXIT_DONE
 
 

@@ -5,11 +5,13 @@ from typing import NamedTuple
 from safetensors import SafetensorError
 
 from train_loop import checkpoint, export, model, processes, verify
+from train_loop.decoder import Decoder
 from train_loop.errors import TrainingError, one_line
 from train_loop.evaluation import measure
+from train_loop.generation import generate
 from train_loop.progress import say
 from train_loop.run import Run
-from train_loop.sampler import Sampling, generate
+from train_loop.sampling import Sampling
 from train_loop.signals import Question, StopRequest, agree
 from train_loop.study.metrics import MetricsLog
 
@@ -126,5 +128,5 @@ def _expected(run: Run, stop: StopRequest) -> verify.Expected | None:
     with processes.whole(run.objective), model.eagerly(run.config):
         if new and (accelerator.is_main_process or accelerator.is_fsdp2):
             greedy = Sampling(max_new_tokens=new, temperature=0)
-            continuation = list(generate(run.model, prompt, greedy, run.data.tokenizer.eos_token_id))
+            continuation = generate(Decoder(run.model), [prompt], greedy, run.data.tokenizer.eos_token_id)[0].tokens
     return verify.Expected(blocks, sums[0] / sums[2], prompt, continuation)

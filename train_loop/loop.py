@@ -18,7 +18,8 @@ from train_loop.evaluation import evaluate
 from train_loop.progress import Progress, say
 from train_loop.reproducible import TOLERANCE
 from train_loop.run import Run, set_up
-from train_loop.sampler import Sampling, sample
+from train_loop.sampler import Sampler
+from train_loop.sampling import Sampling
 from train_loop.saver import Saver
 from train_loop.signals import Question, StopRequest, agree
 from train_loop.step import StepResult, train_step
@@ -55,7 +56,7 @@ def train(config: Config) -> Summary:
     truth.check(sheet)
     step, saver = 0, None
     if main:
-        run.folder.claim(config, run.data.ledger(), sheet)
+        run.folder.claim(config, run.data.ledger(), sheet, [run.model.config, run.data.tokenizer])
         say(truth.table(sheet))
     run.accelerator.wait_for_everyone()
     try:
@@ -270,9 +271,10 @@ def _evaluate(run: Run, log: MetricsLog, step: int, stop: StopRequest) -> bool:
     )
     # Sharded weights are gathered layer by layer, so then all processes have to sample along.
     asking = Question(accelerator, stop, alone=not accelerator.is_fsdp2)
+    sampler = Sampler(run.model, run.data.tokenizer, notice=lambda line: None)
     with processes.whole(run.objective), model.eagerly(config):
         for prompt in _prompts(run)[log.samples :] if main or accelerator.is_fsdp2 else []:
-            text = sample(run.model, run.data.tokenizer, prompt, chosen, stop=asking)
+            text = next(sampler.sample([prompt], chosen, stop=asking))[0].text
             if asking():
                 break
             log.write("sample", step, prompt=prompt, continuation=text)
@@ -285,8 +287,7 @@ def _prompts(run: Run) -> list[str]:
     """What to continue after each evaluation: as configured, else one text from its beginning, where it has one."""
     if run.config.sample.prompts is not None:
         return run.config.sample.prompts
-    room = model.context_length(run.model) != 1  # for a token after the first one
-    return [""] if room and run.data.tokenizer.bos_token_id is not None else []
+    return [""] if run.data.tokenizer.bos_token_id is not None else []
 
 
 def _checkpoint(run: Run, log: MetricsLog, saver: Saver, step: int) -> None:

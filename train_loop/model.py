@@ -153,7 +153,8 @@ def _model_config(
 
 def context_length(model: PreTrainedModel) -> int | None:
     """How many tokens the model can see at once; None where its architecture sets no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return context if context is None or context > 0 else None
 
 
 def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, block_size: int, source: str) -> None:

@@ -18,6 +18,11 @@ def key(purpose: str, *numbers: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def uniform(purpose: str, *numbers: int) -> float:
+    """A number in [0, 1), of 53 random bits, for one purpose and its numbers; see `key`."""
+    return (key(purpose, *numbers) >> 10) / 2**53
+
+
 def seed_torch(device: torch.device, purpose: str, *numbers: int) -> None:
     """Key torch's default generators of the CPU and of a device.
 

@@ -4,19 +4,29 @@ config.yaml     the resolved configuration
 ledger.json     the data it trains on: books and fingerprint
 truth.json      what is, measured before the first step: processes, precision, decay groups, loss, documents
 status.json     state (running | stopped | failed | complete), step and reason; launchers hide exit codes
+architecture/   the model's configuration and its tokenizer: what a checkpoint's weights belong to
 metrics.jsonl   checkpoints/   model/
 """
 
 import json
 import os
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from train_loop.config import Config, differences, to_dict, to_yaml
 from train_loop.errors import InputError, one_line
 from train_loop.progress import say
 from train_loop.settings import parse_yaml
+
+
+class Savable(Protocol):
+    """A configuration or a tokenizer of Transformers."""
+
+    def save_pretrained(self, save_directory: Any) -> Any:
+        """Write it into a folder."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """The log of steps and evaluations."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def architecture(self) -> Path:
+        """Configuration and tokenizer of the model, without weights."""
+        return self.path / "architecture"
 
     @property
     def model(self) -> Path:
@@ -66,8 +81,10 @@ class RunFolder:
                 f"run.output_dir {self.path}: belongs to a different run ({'; '.join(changed)}); name another folder"
             )
 
-    def claim(self, config: Config, ledger: dict[str, Any], truth: dict[str, Any]) -> None:
-        """Write down whose folder this is, and its ledger and truth sheet.
+    def claim(
+        self, config: Config, ledger: dict[str, Any], truth: dict[str, Any], architecture: Sequence[Savable]
+    ) -> None:
+        """Write down whose folder this is, with its ledger, its truth sheet, and its model's architecture.
 
         Raises:
             InputError: when the run in it was on other data, or the folder can't be written to.
@@ -75,6 +92,12 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim(config, ledger, truth)
+            if not self.architecture.exists():
+                temporary = self.path / "architecture.tmp"
+                shutil.rmtree(temporary, ignore_errors=True)
+                for part in architecture:
+                    part.save_pretrained(temporary)
+                os.rename(temporary, self.architecture)
         except OSError as error:
             raise InputError(
                 f"run.output_dir {self.path}: cannot be written to ({one_line(error)}); "

@@ -1,205 +1,256 @@
-"""Sampling text from a causal language model: filters on logits, and generation with a key-value cache.
+"""Sampling text from a causal language model:
 
-    logits [vocabulary] -> / temperature -> top-k -> top-p -> softmax -> draw
+    from train_loop.sampler import Sampler
+    print(Sampler.load("runs/quickstart/model")("def ", temperature=0.2))
 
-A filter sets the logits of the tokens it removes to minus infinity, so filters can be chained; each always leaves at
-least one token. The random numbers are keyed by (seed, prompt, position): a prompt's continuation is the same
-whichever prompts were sampled before it.
+Prompts become tokens, `generation.py` continues them together, and tokens become text again as they come.
 """
 
-import inspect
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import accelerate
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from train_loop import pretrained
 from train_loop.data.tokenizer import encoder
+from train_loop.decoder import Decoder, Feed, StaticDecoder, cuda_graph, takes_positions
 from train_loop.errors import InputError
-from train_loop.model import context_length
-from train_loop.randomness import key
-
-_REMOVED = -float("inf")
-
-
-def scale_by_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits [batch, vocabulary] divided by a temperature > 0: below 1 sharpens, above 1 flattens."""
-    return logits / temperature
-
-
-def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Remove all but the k likeliest tokens from logits [batch, vocabulary] (Fan et al., 2018); 0 keeps all.
-
-    Tokens that tie with the k-th are kept too.
-    """
-    if k == 0 or k >= logits.shape[-1]:
-        return logits
-    kth = logits.topk(k, dim=-1).values[:, -1:]
-    return logits.masked_fill(logits < kth, _REMOVED)
-
-
-def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Remove all but the nucleus from logits [batch, vocabulary] (Holtzman et al., 2020); 1 keeps all.
-
-    The nucleus is the smallest set of likeliest tokens whose probability reaches p. From the least likely upwards,
-    tokens go as long as all that have gone so far sum to at most 1 - p.
-    """
-    if p >= 1:
-        return logits
-    ascending, indices = logits.sort(dim=-1)
-    removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
-    removed[:, -1] = False  # the likeliest token stays, however small p is
-    return logits.masked_fill(removed.scatter(-1, indices, removed), _REMOVED)
+from train_loop.generation import Generated, check_prompt, check_tokens, generate
+from train_loop.packed import pack
+from train_loop.progress import say
+from train_loop.sampling import Sampling
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen.
+class Continuation:
+    """What continues a prompt, without the prompt: its text, and the tokens that it was decoded from.
 
-    Args:
-        max_new_tokens: tokens to add at most.
-        temperature: 0 always takes the likeliest token.
-        top_k: 0 keeps all.
-        top_p: in (0, 1]; 1 keeps all.
-        seed: of the draws.
+    A string that ended the text is in the tokens (they are whole), but not in the text.
     """
 
-    max_new_tokens: int = 100
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 0.95
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, holds, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "at least 0"),
-            ("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1] (1 keeps all tokens)"),
-            ("seed", self.seed >= 0, "at least 0"),
-        ):
-            if not holds:
-                raise InputError(f"{name} {getattr(self, name)}: must be {expected}")
-
-    def choose(self, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """The next tokens [batch, 1] for logits [batch, vocabulary]."""
-        if self.temperature == 0:
-            return logits.argmax(dim=-1, keepdim=True)
-        logits = keep_top_p(keep_top_k(scale_by_temperature(logits, self.temperature), self.top_k), self.top_p)
-        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+    text: str
+    generated: Generated
 
 
-@torch.no_grad()
-def generate(
-    model: PreTrainedModel, prompt: list[int], sampling: Sampling, eos: int | None, use_cache: bool = True
-) -> Iterator[int]:
-    """Token ids that continue a prompt, one by one, up to and without the end-of-text token.
+class Sampler:
+    """A language model with its tokenizer, to sample texts from."""
 
-    Each step feeds the model the last token alone: keys and values of those before it are in the cache.
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        feed: Feed | None = None,
+        notice: Callable[[str], None] = say,
+    ) -> None:
+        """Sampler of a model that may go on to be trained.
 
-    Args:
-        model: in the mode (train or eval) it is to be used in; `sample` puts it in eval.
-        prompt: token ids, at least one.
-        sampling: how tokens are chosen.
-        eos: id that ends the text; None never does.
-        use_cache: False computes all positions again for every token, for comparison.
+        Args:
+            model, tokenizer: what to sample from; the mode (train or eval) is put back after use.
+            feed: how the model is fed; a `Decoder` if null.
+            notice: told what the user should know, such as that the context is full.
+        """
+        self.model, self.tokenizer = model, tokenizer
+        self._feed = feed or Decoder(model)
+        self._notice = notice
+        self._encoder = encoder(tokenizer)
 
-    Raises:
-        InputError: for a prompt that fills the model's context.
-    """
-    check_prompt(model, prompt)
-    context = context_length(model)
-    room = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - len(prompt))
-    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    ids = torch.tensor([prompt], device=model.device)
-    fresh, cache = ids, None
-    generator = torch.Generator(device=model.device)
-    prompt_key = key("prompt", *prompt)
-    for position in range(len(prompt), len(prompt) + room):
-        output: Any = model(input_ids=fresh, past_key_values=cache, use_cache=use_cache, **options)
-        cache = output.get("past_key_values") if use_cache else None
-        generator.manual_seed(key("sample", sampling.seed, prompt_key, position))
-        token = sampling.choose(output.logits[:, -1].float(), generator)
-        if token.item() == eos:
+    @classmethod
+    def load(cls, name: str) -> "Sampler":
+        """Sampler of a model on disk or on the Hub, as fast as the device allows.
+
+        Args:
+            name: see `pretrained.load`.
+
+        Raises:
+            InputError: when there is no such model.
+        """
+        model, tokenizer = pretrained.load(name)
+        model.eval().to(accelerate.PartialState().device)
+        if model.device.type == "cuda" and StaticDecoder.fits(model):
+            return cls(model, tokenizer, StaticDecoder(model, cuda_graph))
+        pack(model)
+        return cls(model, tokenizer)
+
+    def __call__(self, prompt: str, **settings: Any) -> str:
+        """The text that continues a prompt; settings are those of `Sampling`."""
+        (continuations,) = self.sample([prompt], Sampling(**settings))
+        return continuations[0].text
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        batch_size: int = 8,
+        on_text: Callable[[str], None] = lambda text: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[list[Continuation]]:
+        """Continuations of each prompt, prompt by prompt.
+
+        Args:
+            prompts: beginnings of texts; all are checked before the first is continued.
+            sampling: how tokens are chosen.
+            batch_size: texts that grow together.
+            on_text: called with each new stretch of text as soon as its characters are whole; of use for one text.
+            stop: asked after each token; True ends all texts there.
+
+        Raises:
+            InputError: for an empty prompt where the tokenizer has no token to begin with, and for one beyond the
+                model's context.
+        """
+        check_tokens(self.model, sampling)
+        ids = []
+        for number, prompt in enumerate(prompts, 1):
+            try:
+                ids.append(prompt_ids(self.tokenizer, prompt, self._encoder))
+                check_prompt(self.model, ids[-1])
+            except InputError as error:
+                which = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "prompt"
+                raise InputError(f"{which}{str(error).removeprefix('prompt')}") from None
+        return self._sample(ids, sampling, batch_size, on_text, stop)
+
+    def _sample(
+        self,
+        ids: list[list[int]],
+        sampling: Sampling,
+        batch_size: int,
+        on_text: Callable[[str], None],
+        stop: Callable[[], bool],
+    ) -> Iterator[list[Continuation]]:
+        wanted = [(prompt, sample) for prompt in ids for sample in range(sampling.samples)]
+        # A model that cannot be told positions gets rows of one length at a time.
+        alike = (lambda each: 0) if takes_positions(self.model) else (lambda each: len(each[0]))
+        done: list[Continuation] = []
+        for _, group in itertools.groupby(wanted, alike):
+            while batch := list(itertools.islice(group, batch_size)):
+                done += self._together(batch, sampling, on_text, stop)
+                while len(done) >= sampling.samples:
+                    yield done[: sampling.samples]
+                    done = done[sampling.samples :]
+
+    def _together(
+        self,
+        batch: list[tuple[list[int], int]],
+        sampling: Sampling,
+        on_text: Callable[[str], None],
+        stop: Callable[[], bool],
+    ) -> list[Continuation]:
+        texts = [Text(self.tokenizer, prompt, sampling.stop, on_text) for prompt, _ in batch]
+        prompts, samples = [prompt for prompt, _ in batch], [sample for _, sample in batch]
+        eos = self.tokenizer.eos_token_id
+        training = self.model.training
+        self.model.eval()
+        try:
+            found = generate(
+                self._feed,
+                prompts,
+                sampling,
+                eos if isinstance(eos, int) else None,
+                samples,
+                on_token=lambda row, token: texts[row].add(token) or stop(),
+                notice=self._notice,
+            )
+        finally:
+            self.model.train(training)
+        return [Continuation(text.finish(), each) for text, each in zip(texts, found, strict=True)]
+
+
+class Text:
+    """Text that grows token by token, handed on as soon as no later token can change it."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+        on_text: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """A continuation that is empty so far.
+
+        Args:
+            tokenizer: decodes.
+            prompt: token ids before it; some tokenizers treat the first word of a text differently.
+            stop: strings that end it.
+            on_text: called with each new stretch.
+        """
+        self._tokenizer, self._stop, self._on_text = tokenizer, stop, on_text
+        self._ids = list(prompt)
+        self._from, self._read = 0, len(self._ids)  # decoded again for context, and already read
+        self._text, self._handed_on, self._ended = "", 0, False
+
+    def add(self, token: int) -> bool:
+        """Add a token; whether a string has ended the text."""
+        self._ids.append(token)
+        self._decode(last=False)
+        return self._ended
+
+    def finish(self) -> str:
+        """The whole text."""
+        self._decode(last=True)
+        self._hand_on(len(self._text))
+        return self._text
+
+    def _decode(self, last: bool) -> None:
+        if self._ended:
             return
-        yield int(token.item())
-        ids = torch.cat([ids, token], dim=1)
-        fresh = ids if cache is None else token
+        known, whole = (
+            str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+            for ids in (self._ids[self._from : self._read], self._ids[self._from :])
+        )
+        if whole.endswith("\ufffd") and not last:  # part of a character: wait for its other bytes
+            return
+        self._from, self._read = self._read, len(self._ids)
+        before = len(self._text)
+        self._text += whole[len(known) :]
+        longest = max(map(len, self._stop), default=0)
+        found = [at for string in self._stop if (at := self._text.find(string, max(0, before - longest))) >= 0]
+        if found:
+            self._text, self._ended = self._text[: min(found)], True
+        # What may be the beginning of such a string waits.
+        held = max(
+            (size for string in self._stop for size in range(1, len(string)) if self._text.endswith(string[:size])),
+            default=0,
+        )
+        self._hand_on(len(self._text) - (0 if self._ended else held))
+
+    def _hand_on(self, end: int) -> None:
+        if end > self._handed_on:
+            self._on_text(self._text[self._handed_on : end])
+            self._handed_on = end
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, core: Any = None) -> list[int]:
     """A prompt's token ids, special tokens' spellings as ordinary text.
 
     An empty prompt becomes the token that begins texts.
 
+    Args:
+        tokenizer: whose tokens.
+        prompt: text.
+        core: `encoder(tokenizer)`, if it is there already.
+
     Raises:
         InputError: when there is no such token.
     """
-    ids = encoder(tokenizer).encode(prompt, add_special_tokens=False).ids
+    ids: list[int] = (core or encoder(tokenizer)).encode(prompt, add_special_tokens=False).ids
     start = tokenizer.bos_token_id
     if not ids and not isinstance(start, int):
         raise InputError("prompt: is empty, and the tokenizer has no token to begin a text with (bos_token)")
     return ids or [start]
 
 
-def check_prompt(model: PreTrainedModel, prompt: list[int]) -> None:
-    """Refuse a prompt (token ids) that leaves no room for a token in the model's context.
-
-    Raises:
-        InputError: with both lengths.
-    """
-    context = context_length(model)
-    if context is not None and len(prompt) >= context:
-        raise InputError(f"prompt: {len(prompt)} tokens leave no room in the model's context of {context}")
-
-
-def sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    prompt: str,
-    sampling: Sampling,
-    on_text: Callable[[str], None] = lambda text: None,
-    stop: Callable[[], bool] = lambda: False,
-) -> str:
-    """The text that continues a prompt, without the prompt.
-
-    Args:
-        model, tokenizer: what to sample from.
-        prompt: the beginning of the text.
-        sampling: how tokens are chosen.
-        on_text: called with each new stretch of text as soon as its characters are whole.
-        stop: asked after each token; True ends the text there.
-    """
-    ids = prompt_ids(tokenizer, prompt)
-    given = tokenizer.decode(ids)
-    new: list[int] = []
-    written = 0
-    text = ""
-    training = model.training
-    model.eval()
-    try:
-        for token in generate(model, ids, sampling, _eos(tokenizer)):
-            new.append(token)
-            # Decoded with the prompt before it: some tokenizers drop a leading space.
-            text = str(tokenizer.decode(ids + new))[len(given) :]
-            if not text.endswith("\ufffd"):  # half a character: wait for its other bytes
-                on_text(text[written:])
-                written = len(text)
-            if stop():
-                break
-    finally:
-        model.train(training)
-    on_text(text[written:])
-    return text
-
-
-def _eos(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    eos = tokenizer.eos_token_id
-    return eos if isinstance(eos, int) else None
-
-
-def as_json(prompt: str, continuation: str) -> str:
-    """One line of `train-loop sample --json`."""
-    return json.dumps({"prompt": prompt, "continuation": continuation, "text": prompt + continuation})
+def as_json(prompt: str, continuations: Sequence[Continuation], tokenizer: PreTrainedTokenizerFast) -> str:
+    """One line of `train-loop sample --json`: of several samples, a list."""
+    told: list[dict[str, Any]] = []
+    for each in continuations:
+        found = each.generated
+        told.append({"continuation": each.text, "text": prompt + each.text, "finish_reason": found.finish_reason})
+        if found.log_probabilities:
+            told[-1]["tokens"] = [
+                {"id": token, "token": tokenizer.decode([token]), "log_probability": log_p}
+                for token, log_p in zip(found.tokens, found.log_probabilities, strict=True)
+            ]
+    return json.dumps({"prompt": prompt} | (told[0] if len(told) == 1 else {"samples": told}))

@@ -1,0 +1,217 @@
+"""Feeding a model token by token: keys and values of what it has seen stay in a cache, so each token is fed once.
+
+Rows of different lengths are padded on the left, so that their last tokens, after which the next ones come, stand in
+one column. A mask hides the padding, and positions count from each row's own first token:
+
+    ids        . . a b      mask  0 0 1 1      positions  0 0 0 1
+               c d e f            1 1 1 1                 0 1 2 3
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
+
+Rows = Sequence[Sequence[int]]
+"""Token ids, row by row; rows may differ in length."""
+
+
+class Feed(Protocol):
+    """What generation needs of a model: to take tokens and tell the logits [batch, vocabulary] of those to come."""
+
+    model: PreTrainedModel
+
+    def start(self, rows: Rows, room: int) -> torch.Tensor:
+        """Forget everything, feed these rows; up to `room` tokens a row may follow. The logits after each row."""
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Feed one more token a row, int64 [batch]. The logits after it."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some of the rows alone, by number, in this order."""
+
+
+class Decoder:
+    """Feeds any causal language model, with a cache that grows."""
+
+    def __init__(self, model: PreTrainedModel, use_cache: bool = True) -> None:
+        """Decoder of a model in the mode (train or eval) that it is to be used in.
+
+        Args:
+            model: the language model.
+            use_cache: False computes all positions again for every token, for comparison.
+        """
+        self.model = model
+        self._use_cache = use_cache
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
+
+    def start(self, rows: Rows, room: int) -> torch.Tensor:
+        """See `Feed`; `room` makes no difference here."""
+        self._ids, mask = _padded(rows, self.model.device)
+        self._mask = None if bool(mask.all()) else mask
+        self._cache: Any = None
+        return self._forward()
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """See `Feed`."""
+        self._ids = torch.cat([self._ids, tokens[:, None]], dim=1)
+        if self._mask is not None:
+            self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
+        return self._forward()
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """See `Feed`."""
+        index = torch.tensor(rows, device=self._ids.device)
+        self._ids = self._ids[index]
+        self._mask = None if self._mask is None else self._mask[index]
+        layers = getattr(self._cache, "layers", [])
+        if layers and all(hasattr(layer, "batch_select_indices") for layer in layers):
+            self._cache.batch_select_indices(index)
+        else:
+            self._cache = None  # a state of another kind: it is computed again
+
+    def _forward(self) -> torch.Tensor:
+        new = 1 if self._cache is not None else self._ids.shape[1]
+        inputs: dict[str, Any] = {"input_ids": self._ids[:, -new:], "past_key_values": self._cache}
+        if self._mask is not None:
+            inputs |= {"attention_mask": self._mask, "position_ids": _positions(self._mask)[:, -new:]}
+        output: Any = self.model(**inputs, use_cache=self._use_cache, **self._options)
+        self._cache = output.get("past_key_values") if self._use_cache else None
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
+
+
+class StaticDecoder:
+    """Feeds a model through a cache of fixed size, so that every step is the same work on the same memory.
+
+    Then a GPU can record the step once and replay it as a whole, instead of waiting for Python to launch each of its
+    hundreds of small kernels.
+    """
+
+    def __init__(self, model: PreTrainedModel, record: "Record") -> None:
+        """Decoder of a model that `fits`.
+
+        Args:
+            model: the language model, in eval mode.
+            record: what becomes of a step before it is taken for the first time, such as `cuda_graph`.
+        """
+        self.model = model
+        self._record = record
+        self._batch = self._size = 0
+        self._replay: Callable[[], None] | None = None
+
+    @staticmethod
+    def fits(model: PreTrainedModel) -> bool:
+        """Whether a step of this model depends on nothing but tensors."""
+        parameters = _parameters(model)
+        return (
+            bool(model._can_compile_fullgraph)
+            and "position_ids" in parameters
+            and "logits_to_keep" in parameters
+            and all(type(layer) is StaticLayer for layer in StaticCache(model.config, max_cache_len=1).layers)
+        )
+
+    def start(self, rows: Rows, room: int) -> torch.Tensor:
+        """See `Feed`."""
+        ids, mask = _padded(rows, self.model.device)
+        batch, length = ids.shape
+        if batch != self._batch or length + room > self._size:
+            self._allocate(batch, length + room)
+        self._cache.reset()
+        self._mask.fill_(1)  # what is not written yet is hidden by causality
+        self._mask[:, :length] = mask
+        self._rows = torch.arange(batch, device=ids.device)
+        positions = _positions(mask)
+        logits = self._forward(ids, positions)
+
+        def rewind() -> None:
+            for layer in self._cache.layers:
+                assert isinstance(layer, StaticLayer)
+                layer.cumulative_length.fill_(length)
+            self._positions.copy_(positions[:, -1:] + 1)
+
+        rewind()
+        if self._replay is None and room > 0:
+            self._logits = torch.empty_like(logits)
+            self._replay = self._record(self._step, rewind)
+            rewind()
+        return logits
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """See `Feed`."""
+        assert self._replay is not None, "no room was asked for"
+        self._tokens[self._rows, 0] = tokens
+        self._replay()
+        return self._logits[self._rows]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """See `Feed`: the others are still computed, but nobody looks."""
+        self._rows = self._rows[torch.tensor(rows, device=self._rows.device)]
+
+    def _allocate(self, batch: int, size: int) -> None:
+        self._batch, self._size = batch, size
+        device = self.model.device
+        self._cache = StaticCache(self.model.config, max_cache_len=size)
+        self._mask = torch.ones(batch, size, dtype=torch.int64, device=device)
+        self._tokens, self._positions = torch.zeros(2, batch, 1, dtype=torch.int64, device=device)
+        self._replay = None
+
+    def _step(self) -> None:
+        self._logits.copy_(self._forward(self._tokens, self._positions))
+        self._positions.add_(1)
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        output: Any = self.model(
+            input_ids=ids,
+            attention_mask=self._mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
+
+
+Record = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
+"""(step, rewind) -> replay: `rewind` undoes steps, `replay` does what `step` does."""
+
+
+def cuda_graph(step: Callable[[], None], rewind: Callable[[], None]) -> Callable[[], None]:
+    """Record a step's kernels as a CUDA graph; see `Record`."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries allocate at their first calls, which a recording does not allow
+        for _ in range(3):
+            step()
+            rewind()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def _parameters(model: PreTrainedModel) -> Any:
+    return inspect.signature(model.forward).parameters
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether rows of different lengths can share a batch: positions and mask are for the model to be told."""
+    return {"position_ids", "attention_mask"} <= _parameters(model).keys()
+
+
+def _padded(rows: Rows, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows padded on the left, and the mask that hides the padding; int64 [batch, longest row]."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """Each token's position in its own row, int64 [batch, length]; padding counts as the first."""
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0)

@@ -1,0 +1,98 @@
+"""Filters on logits: small pure functions that decide which tokens may be drawn.
+
+    logits [batch, vocabulary] -> penalty, bans -> / temperature -> top-k -> top-p -> min-p -> typical -> draw
+
+What a filter removes gets the logit minus infinity, so filters chain; every one but `ban` leaves at least one token.
+Each gives what Transformers' processor of the same name gives, to the bit.
+"""
+
+import torch
+
+_REMOVED = -float("inf")
+
+
+def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Make tokens that occurred before less likely (Keskar et al., 2019, section 4.1).
+
+    Args:
+        logits: [batch, vocabulary].
+        seen: [batch, vocabulary] bool, the tokens of each row's text so far, its prompt included.
+        penalty: > 0; positive logits are divided by it, negative ones multiplied. 1 changes nothing.
+    """
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def ban(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Remove tokens, int64 [tokens], from logits [batch, vocabulary]."""
+    return logits.index_fill(-1, tokens, _REMOVED)
+
+
+def scale_by_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits [batch, vocabulary] divided by a temperature > 0: below 1 sharpens, above 1 flattens."""
+    return logits / temperature
+
+
+def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Remove all but the k likeliest tokens from logits [batch, vocabulary] (Fan et al., 2018); 0 keeps all.
+
+    Tokens that tie with the k-th are kept too.
+    """
+    if k == 0 or k >= logits.shape[-1]:
+        return logits
+    kth = logits.topk(k, dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < kth, _REMOVED)
+
+
+def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Remove all but the nucleus from logits [batch, vocabulary] (Holtzman et al., 2020).
+
+    The nucleus is the smallest set of likeliest tokens whose probability reaches p, in [0, 1]. From the least likely
+    upwards, tokens go as long as all that have gone so far sum to at most 1 - p.
+    """
+    ascending, indices = logits.sort(dim=-1)
+    removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
+    removed[:, -1] = False  # the likeliest token stays, however small p is
+    return logits.masked_fill(removed.scatter(-1, indices, removed), _REMOVED)
+
+
+def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Remove tokens less likely than p, in [0, 1], times the likeliest, from logits [batch, vocabulary].
+
+    (Nguyen et al., 2024.) Where the model is sure, few tokens pass; where it is not, many.
+    """
+    probabilities = logits.softmax(dim=-1)
+    return logits.masked_fill(probabilities < p * probabilities.amax(dim=-1, keepdim=True), _REMOVED)
+
+
+def keep_typical(logits: torch.Tensor, mass: float) -> torch.Tensor:
+    """Remove all but the locally typical tokens from logits [batch, vocabulary] (Meister et al., 2022).
+
+    A token is the more typical, the closer its information, -log p, is to the distribution's entropy. The most typical
+    ones stay, until their probability reaches `mass`, in (0, 1); the likeliest token may go.
+    """
+    log_p = logits.log_softmax(dim=-1)
+    entropy = -(log_p.exp() * log_p).nansum(dim=-1, keepdim=True)  # 0 * -inf, a removed token's, counts as 0
+    distance = (-log_p - entropy).abs()
+    ascending, indices = distance.sort(dim=-1)
+    reached = logits.gather(-1, indices).softmax(dim=-1).cumsum(dim=-1)
+    last = (reached < mass).sum(dim=-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    return logits.masked_fill(distance > ascending.gather(-1, last), _REMOVED)
+
+
+def draw(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Draw a token for each row by inverting its cumulative distribution: the first whose sum exceeds the number.
+
+    One random number decides a row, whatever rows are beside it, and on any device.
+
+    Args:
+        logits: [batch, vocabulary].
+        uniform: float64 [batch], in [0, 1).
+
+    Returns:
+        Token numbers, int64 [batch].
+    """
+    reached = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    whole = reached[:, -1:]  # 1, rounding aside
+    drawn = torch.searchsorted(reached, uniform[:, None] * whole, right=True)
+    last = (reached < whole).sum(dim=-1, keepdim=True)  # beyond it there are only tokens of probability 0
+    return torch.minimum(drawn, last)[:, 0]
