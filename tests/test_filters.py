@@ -132,6 +132,12 @@ def test_draws_follow_the_distribution() -> None:
         assert ((counts - expected)[real] ** 2 / expected[real]).sum() < 22.5
 
 
+def test_ties_with_the_last_one_of_top_k_can_be_drawn() -> None:
+    uniforms = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    drawn = Sampling(top_k=5, top_p=1.0).choose(torch.zeros(3, VOCABULARY), uniforms)
+    assert drawn.tolist() == [0, VOCABULARY // 2, VOCABULARY - 1]
+
+
 def test_a_draw_inverts_the_cumulative_distribution() -> None:
     one = torch.tensor([[0.25, 0.0, 0.5, 0.25, 0.0]]).log().expand(6, -1)
     uniforms = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-53], dtype=torch.float64)

@@ -111,7 +111,8 @@ def test_a_static_cache_is_a_growing_one(built: Any, new: int) -> None:
     sampling = Sampling(new, seed=7)
     eos = alone(built, RAGGED, sampling)[2][7]
     feed = StaticDecoder(built, lambda step, rewind: step)
-    for prompts in (RAGGED, RAGGED[:2], [RAGGED[2]], RAGGED):  # the last one in memory that is there already
+    shorter = [row[:2] for row in RAGGED]  # in memory that is there already
+    for prompts in (RAGGED[:2], [RAGGED[2]], RAGGED, shorter, RAGGED):
         assert tokens(generate(feed, prompts, sampling, eos)) == alone(built, prompts, sampling, eos)
 
 
@@ -160,6 +161,24 @@ def test_a_continuation_depends_on_seed_prompt_and_sample_alone(gpt2: Any) -> No
     assert several[1].tokens == first == one(gpt2, PROMPT, Sampling(20))
     others = [one(gpt2, PROMPT, Sampling(20, seed=1)), one(gpt2, PROMPT[:2], Sampling(20)), *tokens(several[::2])]
     assert len({*map(tuple, [first, *others])}) == 5
+
+
+def test_each_draw_has_its_own_number(gpt2: Any) -> None:
+    """With logits that are all alike, a token is its random number, times the size of the vocabulary."""
+    for parameter in gpt2.transformer.ln_f.parameters():
+        torch.nn.init.zeros_(parameter)
+    flat = {"top_k": 0, "top_p": 1.0}
+    drawn = [
+        generate(Decoder(gpt2), [[first]] * 3, Sampling(50, seed=seed, **flat), None, samples=range(3))
+        for first in range(4)
+        for seed in range(3)
+    ]
+    series = torch.tensor([row.tokens for batch in drawn for row in batch]).double() / 320  # [36, 50]
+    assert abs(series.mean() - 0.5) < 4 * (1 / 12 / series.numel()) ** 0.5
+    assert len(series.unique()) > 310
+    # No series is another one, nor another one shifted.
+    correlations = torch.corrcoef(torch.cat([series[:, :-1], series[:, 1:]])).fill_diagonal_(0)
+    assert correlations.abs().max() < 0.75
 
 
 def test_a_model_that_takes_no_positions_is_fed_rows_of_one_length(tokenizer_folder: Path) -> None:

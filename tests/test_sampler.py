@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.conftest import Command
@@ -94,6 +94,7 @@ class Characters:
 
 
 @given(st.text(alphabet="abüあ", max_size=30), st.lists(st.text("abüあ", min_size=1, max_size=4), max_size=3))
+@example("ab", ["b", "ab"])
 def test_stretches_are_never_taken_back(text: str, stop: list[str]) -> None:
     cuts = [at for each in stop if (at := text.find(each)) >= 0]
     stretches: list[str] = []
@@ -268,6 +269,9 @@ def test_a_run_in_progress_and_its_checkpoints(
     found = json.loads(command.out)
     assert command("evaluate", "--model", run / "model", *trained) == 0
     assert found == json.loads(command.out)
+    (run / "checkpoints").rename(tmp_path / "gone")
+    assert sampled(run) == exported
+    (tmp_path / "gone").rename(run / "checkpoints")
     # Before it is exported, a run is its newest whole checkpoint, wherever the command is given.
     (run / "model").rename(tmp_path / "exported")
     monkeypatch.chdir(run / "checkpoints")

@@ -92,7 +92,5 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         Token numbers, int64 [batch].
     """
     reached = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    whole = reached[:, -1:]  # 1, rounding aside
-    drawn = torch.searchsorted(reached, uniform[:, None] * whole, right=True)
-    last = (reached < whole).sum(dim=-1, keepdim=True)  # beyond it there are only tokens of probability 0
-    return torch.minimum(drawn, last)[:, 0]
+    # The last sum is 1, rounding aside; times 1 - 2^-53, the largest of these numbers, it is still less than itself.
+    return torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True)[:, 0]

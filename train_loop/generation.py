@@ -85,14 +85,13 @@ def generate(
             feed.keep(going)
             choice.keep(going)
         choice.seen(tokens)
-        slides = any(row.slid_out(context) > row.slid_out(context, before=1) for row in active)
-        if slides and not told:
+        if not told and any(row.slid_out(context) for row in active):
             notice(f"the model's context of {context} tokens is full: the oldest ones slide out")
             told = True
-        if slides or room == 0:  # room may end before any row slides, where a longer one has left
-            logits, room = _start(feed, active, context, sampling.max_new_tokens)
-        else:
+        if room > 0:
             logits, room = feed.step(tokens), room - 1
+        else:  # the longest row slides, or did not live to
+            logits, room = _start(feed, active, context, sampling.max_new_tokens)
 
 
 def check_prompt(model: PreTrainedModel, prompt: Sequence[int]) -> None:
@@ -144,9 +143,9 @@ class _Row:
         """The random number of the next token."""
         return uniform("sample", *self._key, len(self.ids))
 
-    def slid_out(self, context: int | None, before: int = 0) -> int:
-        """Tokens that the model does not see; `before` so many of the last ones were there."""
-        return slid_out(len(self.ids) - before, context)
+    def slid_out(self, context: int | None) -> int:
+        """Tokens that the model does not see any more."""
+        return slid_out(len(self.ids), context)
 
     def take(self, token: int, log_p: float, ends: set[int], on_token: Callable[[int, int], bool]) -> bool:
         """Add a token, unless it ends the text; whether the text goes on."""
