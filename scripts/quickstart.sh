@@ -17,8 +17,9 @@ done
 .venv/bin/train-loop train --config configs/quickstart.yaml "$@"
 
 echo
-echo "A completed def (temperature 0.2, top-k 50, top-p 0.95):"
+echo "A completed def (temperature 0.2, top-k 50, top-p 0.95, repetition penalty 1.1):"
 echo
-.venv/bin/train-loop sample --model "$output/model" --temperature 0.2 --max_new_tokens 70 --prompt $'    def __init__(self'
+.venv/bin/train-loop sample --model "$output/model" --temperature 0.2 --repetition_penalty 1.1 --max_new_tokens 70 \
+    --prompt $'    def __init__(self'
 echo
 echo "More: .venv/bin/train-loop sample --model $output/model --prompt 'import '"
