@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.activations import NewGELUActivation
 
 from train_loop.config import Config
 from train_loop.errors import InputError, one_line
@@ -44,11 +45,23 @@ def build(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel
     check_fits(model, tokenizer, config.data.block_size, source)
     if config.data.isolate_documents:
         check_positions(model)
+    fuse_activations(model)
     if config.model.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if config.model.compile:
         compile_layers(model)
     return model
+
+
+def fuse_activations(model: PreTrainedModel) -> None:
+    """Let GPT-2's activation, in place, be torch's one kernel for the same function instead of eight.
+
+    gelu(x) = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) (Hendrycks and Gimpel, 2016)
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
 
 
 def check_positions(model: PreTrainedModel) -> None:

@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from train_loop import cpu
 from train_loop.data.loader import IGNORED
 from train_loop.model import context_length
 
 _CHUNK = 1024  # positions whose logits are held at once
+_CPU_CHUNK = 256
 _FUSED = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=_CHUNK, chunking_method=None)
 
 
@@ -78,6 +80,8 @@ class Objective(nn.Module):
         hidden, head = self._hidden(inputs, positions), self._head()
         weight: torch.Tensor = head.weight
         bias: torch.Tensor | None = head.bias
+        if cpu.has_products() and cpu.fits(hidden, weight, bias):
+            return cpu.LinearCrossEntropy.apply(hidden, weight, bias, targets, IGNORED, _CPU_CHUNK)
         if torch.is_autocast_enabled(hidden.device.type):  # autocast does not know this function
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-from train_loop import checkpoint, memory, model, optimizer, processes
+from train_loop import checkpoint, cpu, memory, model, optimizer, processes
 from train_loop.config import Config, shared_digest
 from train_loop.data.loader import Windows
 from train_loop.data.order import Plan
@@ -82,6 +82,11 @@ def set_up(config: Config) -> Run:
         Windows(side, config.data.block_size, filler, config.data.isolate_documents)
         for side in (data.train, data.validation)
     )
+    if accelerator.device.type == "cpu":
+        if config.run.keep_memory:
+            cpu.keep_freed_memory()
+        if not config.model.compile:
+            cpu.use_products(language_model)
     objective = Objective(language_model.to(accelerator.device))
     for prompt in config.sample.prompts or []:
         check_prompt(objective.model, prompt_ids(data.tokenizer, prompt))

@@ -1,0 +1,199 @@
+"""Tokens per second and memory of training, against `Trainer` and against the rate of matrix products.
+
+    python scripts/bench/training.py [--shape distilgpt2 | llama-128k] [--rounds 5] [--json]
+
+8 x 128 tokens a step in fp32, dropout as the model has it, from random weights. Each contender is a process of its own
+(how the C library keeps memory is a property of a process) that trains a step when it is its turn; the first steps warm
+up. Memory is the process's peak beyond what it had before the model, weights, gradients and moments (16 bytes a
+parameter) not counted. The bound: 6 x parameters x tokens operations at the rate of the best
+matrix product of such a step.
+"""
+
+import contextlib
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from measure import Contender, alternate, parser, report
+
+SEQUENCES, BLOCK = 8, 128
+SHAPES: dict[str, dict[str, Any]] = {
+    "distilgpt2": {"model_type": "gpt2", "n_layer": 6, "vocab_size": 50257},
+    "llama-128k": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "tie_word_embeddings": True,
+    },
+}
+CONTENDERS = ("Trainer", "train_loop", "train_loop, run.keep_memory false")
+
+
+def main() -> None:
+    """Run the benchmark."""
+    options = parser(__doc__, rounds=5)
+    options.add_argument("--shape", choices=SHAPES, default="distilgpt2", help="of the model (distilgpt2)")
+    options.add_argument("--contender", choices=CONTENDERS, help="what a process started by this one is")
+    given = options.parse_args()
+    if given.contender:
+        with contextlib.redirect_stdout(sys.stderr):
+            _trainer(given.shape) if given.contender == "Trainer" else _loop(
+                given.shape, "false" not in given.contender
+            )
+        return
+    command = [sys.executable, __file__, "--shape", given.shape]
+    processes = {
+        name: subprocess.Popen(
+            [*command, "--contender", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for name in CONTENDERS
+    }
+    told: dict[str, dict[str, float]] = {}
+
+    def step(name: str) -> float:
+        process = processes[name]
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write("step\n")
+        process.stdin.flush()
+        told[name] = json.loads(process.stdout.readline())
+        return float(told[name]["seconds"])
+
+    for name in CONTENDERS:  # begin one after the other, and warm up
+        step(name)
+    tokens = SEQUENCES * BLOCK
+    found = alternate([Contender(name, functools.partial(step, name)) for name in CONTENDERS], given.rounds)
+    for process in processes.values():
+        process.kill()
+    report(f"a training step, {given.shape}, {SEQUENCES} x {BLOCK} tokens", found, tokens, "tokens", given.json)
+    parameters = told["train_loop"]["parameters"]
+    rate = _rate()
+    bound = 6 * parameters * tokens / rate
+    rows = {
+        "parameters": parameters,
+        "operations_per_second": rate,
+        "bound_seconds": bound,
+        "share_of_bound": bound / statistics.median(found["train_loop"]),
+        "memory_beyond_state_mb": {name: round(each["extra_mb"]) for name, each in told.items()},
+    }
+    print(json.dumps(rows, indent=None if given.json else 2))
+
+
+def _rate() -> float:
+    """Operations a second of the best of the matrix products that a step consists of, by whichever library."""
+    import torch
+
+    from train_loop import cpu
+
+    best = 0.0
+    x, weight = torch.randn(SEQUENCES * BLOCK, 768), torch.randn(3072, 768)
+    ways = [lambda: x @ weight.t()] + ([lambda: cpu.product(x, weight)] if cpu.has_products() else [])
+    for _ in range(20):
+        for way in ways:
+            began = time.perf_counter()
+            for _ in range(5):
+                way()
+            best = max(best, 5 * 2 * x.numel() * len(weight) / (time.perf_counter() - began))
+    return best
+
+
+def _memory(name: str) -> float:
+    """VmRSS or VmHWM, the peak, of this process, in MB."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
+
+
+class _Turns:
+    """Lets this process train a step for each line of standard input, and tells what it took."""
+
+    def __init__(self) -> None:
+        self.before, self.parameters, self._began = _memory("VmRSS"), 0, 0.0
+
+    def __call__(self) -> None:
+        """To be called between steps."""
+        if self._began:
+            seconds = time.perf_counter() - self._began
+            extra = _memory("VmHWM") - self.before - 16 * self.parameters / 2**20
+            told = {"seconds": seconds, "parameters": self.parameters, "extra_mb": extra}
+            print(json.dumps(told), file=sys.__stdout__, flush=True)
+        if not sys.stdin.readline():
+            sys.exit()
+        self._began = time.perf_counter()
+
+
+def _loop(shape: str, keep_memory: bool) -> None:
+    from train_loop import config, loop
+
+    def between(*_: object) -> bool:
+        turns()
+        return False
+
+    folder = Path(tempfile.mkdtemp(prefix="bench-training-"))
+    turns = _Turns()
+    build = loop.set_up
+
+    def set_up(settings: config.Config) -> loop.Run:
+        run = build(settings)
+        turns.parameters = sum(parameter.numel() for parameter in run.model.parameters())
+        return run
+
+    loop.set_up, loop._between_steps = set_up, between
+    loop.train(
+        config.load(
+            [
+                *("--model.architecture", json.dumps(SHAPES[shape]), "--tokenizer.train_vocab_size", "4096"),
+                *("--data.block_size", str(BLOCK), "--batch.sequences_per_step", str(SEQUENCES)),
+                *("--train.max_steps", "1000", "--evaluation.every", "1000", "--checkpoint.every", "1000"),
+                *("--run.keep_memory", str(keep_memory).lower(), "--run.output_dir", str(folder)),
+            ]
+        )
+    )
+
+
+def _trainer(shape: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, logging
+
+    logging.set_verbosity_error()
+    turns = _Turns()
+
+    class Callback(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            turns()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            turns()
+
+    torch.manual_seed(0)
+    settings = dict(SHAPES[shape])
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+    turns.parameters = sum(parameter.numel() for parameter in model.parameters())
+    ids = torch.randint(0, SHAPES[shape]["vocab_size"], (8000, BLOCK))
+    arguments = TrainingArguments(
+        output_dir=tempfile.mkdtemp(prefix="bench-training-"),
+        per_device_train_batch_size=SEQUENCES,
+        max_steps=1000,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    data: Any = [{"input_ids": row, "labels": row} for row in ids]
+    Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Callback()]).train()
+
+
+if __name__ == "__main__":
+    main()

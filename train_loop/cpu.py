@@ -1,0 +1,145 @@
+"""What makes training on a CPU fast: matrix products by oneDNN, and memory that is kept.
+
+The same arithmetic as torch's own, differently rounded. torch hands fp32 products to MKL, which on many CPUs (AMD's
+among them) does not use the widest instructions; oneDNN does. Gradients of weights, where it does not win, stay with
+MKL. What was measured: `scripts/bench/README.md`.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + b for x [..., in], W [out, in], b [out], all fp32 on the CPU, without gradients."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def has_products() -> bool:
+    """Whether this torch has what `product` needs."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def fits(*tensors: torch.Tensor | None) -> bool:
+    """Whether `product` is for these tensors, here: fp32 on the CPU, outside of autocast."""
+    return not torch.is_autocast_enabled("cpu") and all(
+        each is None or (each.device.type == "cpu" and each.dtype == torch.float32) for each in tensors
+    )
+
+
+def use_products(model: PreTrainedModel) -> None:
+    """Let a model's linear layers multiply by oneDNN, in place, where that is possible."""
+    if has_products():
+        for layer in model.modules():
+            if type(layer) in (nn.Linear, Conv1D):
+                layer.forward = _Linear(layer)
+
+
+class _Linear:
+    """The forward pass of a linear layer."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer, self._forward, self._transposed = layer, layer.forward, isinstance(layer, Conv1D)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self._layer.weight, self._layer.bias
+        if not fits(x, weight, bias):
+            return self._forward(x)
+        return _Product.apply(x, weight.t() if self._transposed else weight, bias)
+
+
+class _Product(torch.autograd.Function):
+    """`product` with its gradients."""
+
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        context.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = context.saved_tensors
+        (gradient,) = gradients
+        to_x = product(gradient, weight.t()) if context.needs_input_grad[0] else None
+        to_weight = to_bias = None
+        rows, flat = gradient.flatten(0, -2), x.flatten(0, -2)
+        if context.needs_input_grad[1]:
+            # Laid out in memory as the weight is, so that nothing has to be rearranged to add it up.
+            to_weight = rows.t() @ flat if weight.is_contiguous() else (flat.t() @ rows).t()
+        if context.needs_input_grad[2]:
+            to_bias = rows.sum(0)
+        return to_x, to_weight, to_bias
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed nll of targets under softmax(W h + b), in chunks of positions, so that logits are never held whole.
+
+    Both passes are done in the first one, as the gradient needs nothing but the probabilities that are there anyway:
+
+        d nll / d logits = softmax(logits) - onehot(target)
+
+    Arguments of `apply`: hidden [positions, width], weight [vocabulary, width], bias [vocabulary] or None, targets
+    [positions] int64, the target that counts for none, positions a chunk. Returns the nll, [] float32, in nats.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        ignored: int,
+        chunk: int,
+    ) -> torch.Tensor:
+        wanted = context.needs_input_grad
+        to_hidden = torch.empty_like(hidden) if wanted[0] else None
+        to_weight = torch.zeros_like(weight) if wanted[1] else None
+        to_bias = torch.zeros_like(bias) if wanted[2] and bias is not None else None
+        nll = []
+        for first in range(0, len(hidden), chunk):
+            rows = slice(first, first + chunk)
+            real = (targets[rows] != ignored).float()[:, None]
+            target = targets[rows].clamp(min=0)[:, None]
+            logits = product(hidden[rows], weight, bias)
+            logits -= logits.amax(dim=-1, keepdim=True)
+            picked = logits.gather(1, target)
+            total = logits.exp_().sum(dim=-1, keepdim=True)
+            nll.append(((total.log() - picked) * real)[:, 0])
+            if not any(wanted):
+                continue
+            gradient = logits.mul_(real / total).scatter_add_(1, target, -real)
+            if to_hidden is not None:
+                to_hidden[rows] = product(gradient, weight.t())
+            if to_weight is not None:
+                to_weight.addmm_(gradient.t(), hidden[rows])
+            if to_bias is not None:
+                to_bias += gradient.sum(0)
+        context.gradients = (to_hidden, to_weight, to_bias)
+        return torch.cat(nll).sum()
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scaled = [None if each is None else each.mul_(gradients[0]) for each in context.gradients]
+        context.gradients = ()
+        return (*scaled, None, None, None)
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep memory that was freed, for the next step, instead of handing it back to the kernel.
+
+    Big buffers come and go many times in a step; each that is fetched from the kernel again is filled with zeros page
+    by page. What a step needs at most stays with the process then. For glibc; others are left as they are.
+
+    Returns:
+        Whether it was done.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return False
+    trim_threshold, mmap_max = -1, -4  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
+    return bool(library.mallopt(mmap_max, 0) and library.mallopt(trim_threshold, -1))
