@@ -46,21 +46,14 @@ def main() -> None:
     given = options.parse_args()
     if given.contender:
         with contextlib.redirect_stdout(sys.stderr):
-            _trainer(given.shape) if given.contender == "Trainer" else _loop(
-                given.shape, "false" not in given.contender
-            )
+            if given.contender == "Trainer":
+                _trainer(given.shape)
+            else:
+                _loop(given.shape, keep_memory=given.contender == "train_loop")
         return
     command = [sys.executable, __file__, "--shape", given.shape]
-    processes = {
-        name: subprocess.Popen(
-            [*command, "--contender", name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for name in CONTENDERS
-    }
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    processes = {name: subprocess.Popen([*command, "--contender", name], text=True, **pipes) for name in CONTENDERS}
     told: dict[str, dict[str, float]] = {}
 
     def step(name: str) -> float:
@@ -149,7 +142,7 @@ def _loop(shape: str, keep_memory: bool) -> None:
         turns.parameters = sum(parameter.numel() for parameter in run.model.parameters())
         return run
 
-    loop.set_up, loop._between_steps = set_up, between
+    vars(loop).update(set_up=set_up, _between_steps=between)
     loop.train(
         config.load(
             [
