@@ -1,7 +1,7 @@
 """Sampling text from a causal language model:
 
     from train_loop.sampler import Sampler
-    print(Sampler.load("runs/quickstart/model")("def ", temperature=0.2))
+    print(Sampler.load("runs/quickstart/model")("    def __init__(self", temperature=0.4))
 
 Prompts become tokens, `generation.py` continues them together, and tokens become text again as they come.
 """
