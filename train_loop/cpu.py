@@ -98,7 +98,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         wanted = context.needs_input_grad
         to_hidden = torch.empty_like(hidden) if wanted[0] else None
-        to_weight = torch.zeros_like(weight) if wanted[1] else None
+        to_weight = torch.empty_like(weight) if wanted[1] else None
         to_bias = torch.zeros_like(bias) if wanted[2] and bias is not None else None
         nll = []
         for first in range(0, len(hidden), chunk):
@@ -116,7 +116,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if to_hidden is not None:
                 to_hidden[rows] = product(gradient, weight.t())
             if to_weight is not None:
-                to_weight.addmm_(gradient.t(), hidden[rows])
+                to_weight.addmm_(gradient.t(), hidden[rows], beta=0 if first == 0 else 1)
             if to_bias is not None:
                 to_bias += gradient.sum(0)
         context.gradients = (to_hidden, to_weight, to_bias)
