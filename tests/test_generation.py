@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tests.test_cpu import needs_products
 from tests.test_model import configured
 from tests.test_objective import PATHS
 from train_loop import model
@@ -132,7 +133,7 @@ def test_a_static_step_is_the_same_work_each_time(built: Any) -> None:
     assert len(recorded) == 1
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@needs_products
 def test_matrices_in_another_order_give_the_same_text(built: Any) -> None:
     torch.manual_seed(0)
     for parameter in built.parameters():
@@ -148,7 +149,7 @@ def test_matrices_in_another_order_give_the_same_text(built: Any) -> None:
     assert tokens(generate(Decoder(built), RAGGED, sampling, None)) == expected
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@needs_products
 def test_only_what_fits_is_packed(gpt2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not pack(gpt2.to(torch.bfloat16))
     gpt2.to(torch.float32)

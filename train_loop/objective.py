@@ -6,9 +6,10 @@ The sum, not the mean: how many targets a step has is known only when all its mi
 counted, and `step.py` divides by that. The loss is part of the module that Accelerate wraps, so that wrappers see
 two numbers come out, not a tensor of logits [batch, block, vocabulary] that mixed precision would copy to fp32.
 
-Two ways to the same number. *fused*: the hidden states go through `linear_cross_entropy`, which makes logits for a
-chunk of positions at a time and never holds them all. *logits*: the model's own logits, for architectures that do
-more to them than one matrix product (scale, cap). Which one is right for a model is measured, not looked up.
+Two ways to the same number. *fused*: the hidden states go through `linear_cross_entropy` (in fp32 on a CPU:
+`cpu.LinearCrossEntropy`), which makes logits for a chunk of positions at a time and never holds them all. *logits*: the
+model's own logits, for architectures that do more to them than one matrix product (scale, cap). Which one is right for
+a model is measured, not looked up.
 """
 
 from typing import Any, NamedTuple

@@ -2,8 +2,8 @@
 
 Text comes out token by token, so each token needs every weight once, for one or a few rows of activations: what takes
 time is to fetch the weights from memory. A matrix product of general shapes fetches and rearranges them for every call;
-rearranged once, with oneDNN, they are read in one stream. Two cores: 1.6 times the rate with one row, 4 times with
-eight (`scripts/bench/sampler.py`).
+rearranged once, with oneDNN, they are read in one stream. Two cores: products at 1.8 times the rate with one row, 3
+times with eight (`scripts/bench/README.md`).
 """
 
 from typing import Any
