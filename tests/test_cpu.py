@@ -27,9 +27,11 @@ def build(kind: str, tokenizer_folder: Path) -> Any:
     return built
 
 
-def gradients(built: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def gradients(built: Any, tied: cpu.TiedGradient | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     names, parameters = zip(*built.named_parameters(), strict=True)
-    nll = Objective(built)(*batch())
+    objective = Objective(built)
+    objective.tied = tied
+    nll = objective(*batch())
     return nll.detach(), dict(zip(names, torch.autograd.grad(2 * nll, parameters), strict=True))
 
 
@@ -66,7 +68,7 @@ def test_cross_entropy_is_torchs_in_chunks_of_any_size(chunk: int, biased: bool)
     targets = torch.randint(0, 31, (20,), generator=generator)
     targets[3:6] = IGNORED
     leaves = [each.requires_grad_() for each in ((hidden, weight, bias) if biased else (hidden, weight))]
-    mine = cpu.LinearCrossEntropy.apply(hidden, weight, bias if biased else None, targets, IGNORED, chunk)
+    mine = cpu.LinearCrossEntropy.apply(hidden, weight, bias if biased else None, targets, IGNORED, chunk, None)
     double = [each.detach().double().requires_grad_() for each in leaves]
     theirs = F.cross_entropy(F.linear(*double), targets, reduction="sum", ignore_index=IGNORED)
     torch.testing.assert_close(mine.double(), theirs, rtol=1e-6, atol=0)
@@ -74,8 +76,35 @@ def test_cross_entropy_is_torchs_in_chunks_of_any_size(chunk: int, biased: bool)
     for gradient, expected in zip(found, torch.autograd.grad(3 * theirs, double), strict=True):
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
-        again = cpu.LinearCrossEntropy.apply(hidden, weight, bias if biased else None, targets, IGNORED, chunk)
+        again = cpu.LinearCrossEntropy.apply(hidden, weight, bias if biased else None, targets, IGNORED, chunk, None)
     assert torch.equal(again, mine)
+
+
+@needs_products
+@pytest.mark.parametrize("kind", ["gpt2", "llama-tied"])
+def test_a_tied_embeddings_gradient_is_added_to_the_heads(
+    kind: str, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = build(kind, tokenizer_folder)
+    _, expected = gradients(built)
+    tied = cpu.tie_gradients(built)
+    assert tied is not None
+    taken: list[torch.Tensor | None] = []
+    take = tied.take
+    monkeypatch.setattr(tied, "take", lambda: taken.append(tied.waiting) or take())
+    _, found = gradients(built, tied)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6, msg=lambda text, at=name: at + text)
+    name = "transformer.wte.weight" if kind == "gpt2" else "model.embed_tokens.weight"
+    assert taken[0] is not None and taken[0].data_ptr() == found[name].data_ptr() and tied.waiting is None
+    # Where the loss leaves nothing, the embedding makes its own.
+    _, alone = gradients(built)
+    torch.testing.assert_close(alone[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+@needs_products
+def test_gradients_of_untied_embeddings_are_left_alone(tokenizer_folder: Path) -> None:
+    assert cpu.tie_gradients(build("qwen3", tokenizer_folder)) is None
 
 
 def test_gelu_is_the_models_own(tokenizer_folder: Path) -> None:

@@ -9,6 +9,7 @@ import ctypes
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -75,6 +76,59 @@ class _Product(torch.autograd.Function):
         return to_x, to_weight, to_bias
 
 
+class TiedGradient:
+    """Where an output layer's gradient waits for that of the embedding that shares its weight.
+
+    Added up by torch, the embedding's would be a second matrix of that size, of zeros but for the rows of a few tokens.
+    Backpropagation comes to the embedding last, so its rows can be added to what is already there.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: torch.Tensor | None = None
+
+    def take(self) -> torch.Tensor | None:
+        """What waits, which doesn't any more."""
+        gradient, self.waiting = self.waiting, None
+        return gradient
+
+
+def tie_gradients(model: PreTrainedModel) -> TiedGradient | None:
+    """Let a tied embedding, in place, add its gradient to that of `LinearCrossEntropy`.
+
+    Returns:
+        What to give to `LinearCrossEntropy`; None where weights are not tied, or the embedding does more than look up.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    plain = type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.scale_grad_by_freq
+    if not plain or head is None or head.weight is not embedding.weight:
+        return None
+    tied = TiedGradient()
+    embedding.forward = lambda ids: _Rows.apply(embedding.weight, ids, embedding.padding_idx, tied)
+    return tied
+
+
+class _Rows(torch.autograd.Function):
+    """The rows of an embedding [vocabulary, width] at ids [...]."""
+
+    @staticmethod
+    def forward(
+        context: Any, weight: torch.Tensor, ids: torch.Tensor, padding: int | None, tied: TiedGradient
+    ) -> torch.Tensor:
+        context.save_for_backward(ids)
+        context.shape, context.padding, context.tied = weight.shape, padding, tied
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (ids,), (gradient,) = context.saved_tensors, gradients
+        waiting = context.tied.take()
+        to_weight = gradient.new_zeros(context.shape) if waiting is None else waiting
+        if context.padding is not None:  # torch leaves that row without a gradient
+            gradient = gradient.masked_fill((ids == context.padding)[..., None], 0)
+        to_weight.index_add_(0, ids.flatten(), gradient.flatten(0, -2))
+        return to_weight if waiting is None else None, None, None, None
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Summed nll of targets under softmax(W h + b), in chunks of positions, so that logits are never held whole.
 
@@ -83,7 +137,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         d nll / d logits = softmax(logits) - onehot(target)
 
     Arguments of `apply`: hidden [positions, width], weight [vocabulary, width], bias [vocabulary] or None, targets
-    [positions] int64, the target that counts for none, positions a chunk. Returns the nll, [] float32, in nats.
+    [positions] int64, the target that counts for none, positions a chunk, and the `TiedGradient` of a weight that is
+    also an embedding's. Returns the nll, [] float32, in nats.
     """
 
     @staticmethod
@@ -95,6 +150,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         ignored: int,
         chunk: int,
+        tied: TiedGradient | None,
     ) -> torch.Tensor:
         wanted = context.needs_input_grad
         to_hidden = torch.empty_like(hidden) if wanted[0] else None
@@ -119,14 +175,16 @@ class LinearCrossEntropy(torch.autograd.Function):
                 to_weight.addmm_(gradient.t(), hidden[rows], beta=0 if first == 0 else 1)
             if to_bias is not None:
                 to_bias += gradient.sum(0)
-        context.gradients = (to_hidden, to_weight, to_bias)
+        context.gradients, context.tied = (to_hidden, to_weight, to_bias), tied
         return torch.cat(nll).sum()
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scaled = [None if each is None else each.mul_(gradients[0]) for each in context.gradients]
         context.gradients = ()
-        return (*scaled, None, None, None)
+        if context.tied is not None:
+            context.tied.waiting = scaled[1]
+        return (*scaled, None, None, None, None)
 
 
 def keep_freed_memory() -> bool:

@@ -47,6 +47,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.loss_path = "fused" if head_is_plain(model) else "logits"
+        self.tied: cpu.TiedGradient | None = None
 
     @property
     def _no_split_modules(self) -> list[str]:
@@ -82,7 +83,7 @@ class Objective(nn.Module):
         weight: torch.Tensor = head.weight
         bias: torch.Tensor | None = head.bias
         if cpu.has_products() and cpu.fits(hidden, weight, bias):
-            return cpu.LinearCrossEntropy.apply(hidden, weight, bias, targets, IGNORED, _CPU_CHUNK)
+            return cpu.LinearCrossEntropy.apply(hidden, weight, bias, targets, IGNORED, _CPU_CHUNK, self.tied)
         if torch.is_autocast_enabled(hidden.device.type):  # autocast does not know this function
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -82,12 +82,13 @@ def set_up(config: Config) -> Run:
         Windows(side, config.data.block_size, filler, config.data.isolate_documents)
         for side in (data.train, data.validation)
     )
+    objective = Objective(language_model.to(accelerator.device))
     if accelerator.device.type == "cpu":
         if config.run.keep_memory:
             cpu.keep_freed_memory()
         if not config.model.compile:
             cpu.use_products(language_model)
-    objective = Objective(language_model.to(accelerator.device))
+            objective.tied = cpu.tie_gradients(language_model)
     for prompt in config.sample.prompts or []:
         check_prompt(objective.model, prompt_ids(data.tokenizer, prompt))
     prepared, adamw = accelerator.prepare(objective, optimizer.build(objective, config.optimizer))
