@@ -33,6 +33,8 @@ from typing import Any
 
 import psutil
 
+from train_loop.study.speed import MEASURED
+
 KINDS = ("training", "save", "evaluation", "start", "save", "training", "preparation", "finish", "evaluation")
 SETTINGS = {
     "model.architecture": "{model_type: gpt2, n_layer: 2, n_embd: 64, n_head: 2}",  # dropout 0.1
@@ -108,9 +110,7 @@ class Victim:
         path = self.folder / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         events = [json.loads(line) for line in lines if line.endswith("\n")]
-        for event in events:
-            event.pop("tokens_per_second", None)
-        return events
+        return [{name: value for name, value in event.items() if name not in MEASURED} for event in events]
 
     def step(self) -> int:
         """Its last step in the metrics, seen through the file's last lines only: it is looked at very often."""

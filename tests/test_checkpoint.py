@@ -19,6 +19,7 @@ from train_loop import checkpoint, config, loop
 from train_loop.data.loader import loader
 from train_loop.evaluation import evaluate
 from train_loop.step import train_step
+from train_loop.study.speed import MEASURED
 
 
 def save(folder: Path, run: loop.Run, step: int) -> None:
@@ -91,7 +92,7 @@ def hurt(path: Path, damage: str) -> None:
 def without_speeds(folder: Path) -> list[dict[str, Any]]:
     """A run's metrics, but for the speeds."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "tokens_per_second"} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if key not in MEASURED} for line in lines]
 
 
 @pytest.mark.parametrize("file", FILES)

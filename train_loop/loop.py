@@ -156,6 +156,7 @@ def _loop(run: Run, log: MetricsLog, saver: Saver, start: int, stop: StopRequest
         )
     )
     run.objective.train()
+    watch = run.speed.watch
     # What a signal or a crash has left undone after the step that the run resumes from.
     stopping = _between_steps(run, log, saver, start, False, stop)
     with Progress("training", "step", run.total_steps, start, accelerator.is_main_process) as progress:
@@ -163,6 +164,7 @@ def _loop(run: Run, log: MetricsLog, saver: Saver, start: int, stop: StopRequest
             if stopping or _enough(run, log):
                 return step, stopping
             began = time.perf_counter()
+            watch.begin()
             targets = sum(run.train.targets(micro_batch.blocks) for micro_batch in micro_batches)
             rate = optimizer.learning_rate(step, run.total_steps, config.optimizer.learning_rate, config.schedule)
             result = train_step(
@@ -177,8 +179,9 @@ def _loop(run: Run, log: MetricsLog, saver: Saver, start: int, stop: StopRequest
                 seed=(config.run.seed, step),
                 sums=run.sums,
                 stop=lambda: stop.asked,
+                lap=watch.lap,
             )
-            speed = targets / (time.perf_counter() - began)
+            measured = run.speed.of_step(targets, time.perf_counter() - began)
             done = step + 1
             log.write(
                 "step",
@@ -188,10 +191,10 @@ def _loop(run: Run, log: MetricsLog, saver: Saver, start: int, stop: StopRequest
                 learning_rate=rate,
                 grad_norm=result.grad_norm,
                 tokens=targets,
-                tokens_per_second=speed,
+                **measured,
                 **_remarks(run, step, result),
             )
-            progress.update(1, f"loss {result.loss:.4f}, {speed:,.0f} tokens/s")
+            progress.update(1, f"loss {result.loss:.4f}, {measured['tokens_per_second']:,.0f} tokens/s")
             if log.skipped >= config.train.max_bad_steps:
                 _fail(run, log, saver, done, result)
             stopping = _between_steps(run, log, saver, done, stop.hear(result.stop), stop)

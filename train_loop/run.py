@@ -19,6 +19,7 @@ from train_loop.reproducible import FixedPointSums
 from train_loop.run_folder import RunFolder
 from train_loop.sampler import check_prompt, prompt_ids
 from train_loop.study.metrics import check_trackers
+from train_loop.study.speed import Speed
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Run:
     objective: nn.Module
     optimizer: AcceleratedOptimizer
     sums: FixedPointSums | None
+    speed: Speed
     found: checkpoint.Found | None
     damaged: dict[int, str]
 
@@ -109,6 +111,7 @@ def set_up(config: Config) -> Run:
         objective=prepared,
         optimizer=adamw,
         sums=sums,
+        speed=Speed(accelerator, prepared, language_model, config.data.block_size),
         found=found,
         damaged=damaged,
     )

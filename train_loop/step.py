@@ -54,6 +54,7 @@ def train_step(
     seed: tuple[int, int],
     sums: FixedPointSums | None = None,
     stop: Callable[[], bool] = lambda: False,
+    lap: Callable[[str], None] = lambda part: None,
 ) -> StepResult:
     """Take one optimizer step.
 
@@ -73,20 +74,25 @@ def train_step(
         sums: where gradients are added up in fixed point.
         stop: whether this process was asked to stop, asked after its last micro-batch; all are told together with the
             losses.
+        lap: told where each part of the step ends; see `study/speed.py`.
     """
     # Accelerate's wrapper looks for packages on disk before each step.
     inner, scaler = optimizer.optimizer, accelerator.scaler
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     micro_batches = list(micro_batches)
+    lap("data")
     limit = max_grad_norm or math.inf
     targets = max(targets, 1)  # where documents are isolated, blocks of first tokens alone have none
     overflows = 0
     if sums is not None:
         sums.begin(count)
     while True:
-        told = _gradient(accelerator, objective, micro_batches, targets, seed, sums, stop)
-        if sums is not None and not sums.finish(targets):
-            continue
+        told = _gradient(accelerator, objective, micro_batches, targets, seed, sums, stop, lap)
+        if sums is not None:
+            fitted = sums.finish(targets)
+            lap("communication" if accelerator.num_processes > 1 else "backward")
+            if not fitted:
+                continue
         if scaler is not None:
             scaler.unscale_(inner)
         clipped = torch.nn.utils.clip_grad_norm_(parameters, limit)
@@ -110,6 +116,7 @@ def train_step(
     if scaler is not None:
         scaler.update()
     inner.zero_grad()
+    lap("optimizer")
     return StepResult(loss, norm, taken, overflows, stopping)
 
 
@@ -121,6 +128,7 @@ def _gradient(
     seed: tuple[int, int],
     sums: FixedPointSums | None,
     stop: Callable[[], bool],
+    lap: Callable[[str], None],
 ) -> torch.Tensor:
     """Forward and backward of one step.
 
@@ -136,9 +144,14 @@ def _gradient(
         with nullcontext() if last else accelerator.no_sync(objective):
             batch = batch.to(accelerator.device)
             nll_sum = objective(batch.inputs, batch.targets, batch.positions)
+            lap("forward")
             accelerator.backward(nll_sum * weight)
         if sums is not None:
             sums.add()
+        lap("backward")
         nll.append(nll_sum.detach())
     mine = torch.stack([*nll, nll[0].new_tensor(stop())])[None]
-    return accelerator.gather(mine) if accelerator.num_processes > 1 else mine
+    if accelerator.num_processes > 1:
+        mine = accelerator.gather(mine)
+        lap("waiting")
+    return mine

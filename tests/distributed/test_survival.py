@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import TINY_MODELS, arguments_for, events
 from tests.distributed.launch import ON_CPU, ROOT, Outcome, command, environment, processes, several
 from train_loop import checkpoint
+from train_loop.study.speed import MEASURED
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +28,7 @@ SHARDED_SIGNALS = {"step": 12, "evaluation": 1, "save": 10, "sampling": 1}
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """A run's metrics, but for the speeds."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "tokens_per_second"} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if key not in MEASURED} for line in lines]
 
 
 def exported(folder: Path) -> bytes:

@@ -1,0 +1,172 @@
+"""How fast steps are, and where their time goes: tokens per second, share of the hardware's rate, memory.
+
+    step  |-- data --|-- forward --|-- backward --|-- communication --|-- waiting --|-- optimizer --|
+
+A stopwatch is told where each part ends. On a GPU an end is an event in its queue, read when the loop has waited for
+the GPU anyway, so that watching makes nobody wait; the update of the weights, which nobody waits for, is then found
+with the step after it. On a CPU it is a clock.
+
+Model FLOPs utilisation (Chowdhery et al., "PaLM", 2022, appendix B) is a step's share of what the hardware could do:
+
+    operations per token = 6 N + 12 L H Q T          N weights that are multiplied with, L layers, H heads of width Q,
+    mfu = operations per second / rate               T tokens of context (as if attention were not causal)
+
+The rate is not a data sheet's but that of a large matrix product, measured here before the first step.
+"""
+
+import resource
+import sys
+import time
+from collections import deque
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from train_loop import cpu
+
+PARTS = ("data", "forward", "backward", "communication", "waiting", "optimizer")
+MEASURED = {"tokens_per_second", "seconds", "mfu", "peak_memory_bytes"} | {f"{part}_seconds" for part in PARTS}
+"""What a line of metrics.jsonl says of the machine; all else in it follows from (configuration, seed, step)."""
+
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+_SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices whose product is timed
+_SECONDS = 0.1  # for timing products
+
+
+class Stopwatch:
+    """Adds up how long each part of a step takes.
+
+    data: fetching batches; forward; backward: with what of the exchange of gradients it hides; communication: the rest
+    of that exchange (under FSDP2 it is inside forward and backward); waiting: for the losses of the slowest process;
+    optimizer: clipping, the finite check and the update.
+
+    Args:
+        device: where the work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._ends: deque[tuple[str, Any]] = deque()
+        self._parts = dict.fromkeys(PARTS, 0.0)
+        self._last = self._now()
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def begin(self) -> None:
+        """What comes now, after other work, is a step's."""
+        self.lap("")
+
+    def lap(self, part: str) -> None:
+        """The part that ends here."""
+        now = self._now()
+        if self._cuda:
+            self._ends.append((part, now))
+        else:
+            self._add(part, now - self._last)
+            self._last = now
+
+    def read(self) -> dict[str, float]:
+        """Seconds of each part since this was last asked, of all that has ended."""
+        while self._ends and self._ends[0][1].query():
+            part, end = self._ends.popleft()
+            self._add(part, self._last.elapsed_time(end) / 1e3)
+            self._last = end
+        parts, self._parts = self._parts, dict.fromkeys(PARTS, 0.0)
+        return parts
+
+    def _add(self, part: str, seconds: float) -> None:
+        if part:
+            self._parts[part] += seconds
+
+
+class Speed:
+    """The speed of a run's steps, for the log.
+
+    Args:
+        accelerator: the processes; all are taken to have the same hardware.
+        objective: the prepared `Objective`.
+        model: the language model in it.
+        block_size: tokens of context.
+
+    Attributes:
+        watch: to be told the parts of each step.
+        operations: of one token, forward and backward; None where they can't be counted so.
+        rate: operations a second of all processes' hardware in a large matrix product.
+    """
+
+    def __init__(self, accelerator: Accelerator, objective: nn.Module, model: PreTrainedModel, block_size: int) -> None:
+        self.watch = Stopwatch(accelerator.device)
+        self.operations = operations_per_token(model, block_size)
+        self.rate = matrix_rate(accelerator.device, _DTYPES[accelerator.mixed_precision]) * accelerator.num_processes
+        self._cuda = accelerator.device.type == "cuda"
+        self._parallel = objective if isinstance(objective, DistributedDataParallel) else None
+        if self._parallel is not None:
+            self._parallel._set_ddp_runtime_logging_sample_rate(1)
+
+    def of_step(self, tokens: int, seconds: float) -> dict[str, Any]:
+        """What the log says of a step with so many targets that took so many seconds; see `MEASURED`."""
+        parts = self.watch.read()
+        exposed = min(self._exposed(), parts["backward"])
+        parts["backward"] -= exposed
+        parts["communication"] += exposed
+        found: dict[str, Any] = {"tokens_per_second": tokens / seconds, "seconds": seconds}
+        if self.operations is not None:
+            found["mfu"] = self.operations * tokens / seconds / self.rate
+        found["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if self._cuda else _peak_resident()
+        return found | {f"{part}_seconds": round(parts[part], 7) for part in PARTS}
+
+    def _exposed(self) -> float:
+        """Seconds by which the exchange of gradients outlasted the last backward pass."""
+        if self._parallel is None:
+            return 0.0
+        found = self._parallel._get_ddp_logging_data()
+        exposed = found.get("backward_comm_time", 0) - found.get("backward_compute_comm_overlap_time", 0)
+        return max(0.0, exposed / 1e9)
+
+
+def _peak_resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def operations_per_token(model: PreTrainedModel, block_size: int) -> int | None:
+    """Operations (a multiplication or an addition each) of one token's forward and backward pass.
+
+    None for mixtures of experts, where a token meets only a part of the weights.
+    """
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return None
+    looked_up = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
+    head = model.get_output_embeddings()
+    if head is not None:
+        looked_up.discard(id(head.weight))
+    weights = sum(each.numel() for each in model.parameters() if each.ndim > 1 and id(each) not in looked_up)
+    heads = getattr(config, "num_attention_heads", 0) or 0
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    return 6 * weights + 12 * getattr(config, "num_hidden_layers", 0) * heads * width * block_size
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of the best of several large matrix products, of whichever library is used here."""
+    side = _SIDE.get(device.type, 2048)
+    x, y = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    fast = cpu.has_products() and cpu.fits(x)
+    wait = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
+    best, began = 0.0, time.perf_counter()
+    while not best or time.perf_counter() - began < _SECONDS:
+        for multiply in (lambda: x @ y, *([lambda: cpu.product(x, y)] if fast else [])):
+            wait()
+            start = time.perf_counter()
+            multiply()
+            wait()
+            best = max(best, 2 * side**3 / (time.perf_counter() - start))
+    return best
