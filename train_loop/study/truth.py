@@ -122,7 +122,6 @@ def table(sheet: dict[str, Any]) -> str:
     hosts = Counter(each["host"] for each in found["each"])
     devices = Counter(each["name"] for each in found["each"])
     rates, speed = sheet["learning_rate"], sheet["speed"]
-    operations = speed["operations_per_token"]
     idle = max(0, found["present"] - batch["micro_batches_per_step"])
     started = f"{found['present']} of {found['asked']} asked, {found['parallelism']}, on "
     computing = f"{precision['asked']} asked; computes in {precision['compute']}, weights "
@@ -155,12 +154,7 @@ def table(sheet: dict[str, Any]) -> str:
         + (f"; {idle} processes have nothing to do: lower batch.micro_batch_size" if idle else ""),
         "the run": f"{batch['steps']:,} steps, {batch['steps_per_epoch']:,} an epoch; {batch['targets']:,} targets, "
         f"{batch['targets_per_epoch']:,} an epoch",
-        "speed": f"at most {speed['operations_per_second'] / 1e9:,.0f} billion operations a second, measured"
-        + (
-            f"; a token takes {speed['operations_per_token'] / 1e9:.3g} billion"
-            if speed["operations_per_token"]
-            else ""
-        ),
+        "speed": f"at most {speed['operations_per_second'] / 1e9:,.0f} billion operations a second, measured",
         "learning rate": f"{rates['first_step']:.3g} at first, {rates['after_warmup']:.3g} after "
         f"{rates['warmup_steps']} steps of warm-up, {rates['last_step']:.3g} at the end ({rates['schedule']})",
     }
