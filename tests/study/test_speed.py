@@ -97,6 +97,6 @@ def test_parts_add_up_to_the_step(command: Command, settings: Callable[..., list
         assert step["communication_seconds"] == step["waiting_seconds"] == 0
         assert min(step["forward_seconds"], step["backward_seconds"], step["optimizer_seconds"]) > 0
         assert step["mfu"] > 0 and step["peak_memory_bytes"] > 10**8
-    sheet = json.loads((tmp_path / "run" / "truth.json").read_text())["speed"]
-    expected = sheet["operations_per_token"] * steps[0]["tokens_per_second"] / sheet["operations_per_second"]
-    assert steps[0]["mfu"] == pytest.approx(expected)
+    operations = json.loads((tmp_path / "run" / "truth.json").read_text())["operations_per_token"]
+    rates = {round(operations * step["tokens_per_second"] / step["mfu"]) for step in steps}
+    assert max(rates) == pytest.approx(min(rates))  # one hardware, measured once

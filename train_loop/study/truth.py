@@ -65,7 +65,7 @@ def measure(run: "Run") -> dict[str, Any]:
             "compiled": config.model.compile,
             "activation_checkpointing": bool(run.model.is_activation_checkpointing),
         },
-        "speed": {"operations_per_token": run.speed.operations, "operations_per_second": run.speed.rate},
+        "operations_per_token": run.speed.operations,
         "data": run.data.fingerprint,
         "seed": config.run.seed,
         "versions": checkpoint.versions(),
@@ -121,7 +121,7 @@ def table(sheet: dict[str, Any]) -> str:
     found, precision, parameters, batch = (sheet[name] for name in ("processes", "precision", "parameters", "batch"))
     hosts = Counter(each["host"] for each in found["each"])
     devices = Counter(each["name"] for each in found["each"])
-    rates, speed = sheet["learning_rate"], sheet["speed"]
+    rates = sheet["learning_rate"]
     idle = max(0, found["present"] - batch["micro_batches_per_step"])
     started = f"{found['present']} of {found['asked']} asked, {found['parallelism']}, on "
     computing = f"{precision['asked']} asked; computes in {precision['compute']}, weights "
@@ -154,7 +154,6 @@ def table(sheet: dict[str, Any]) -> str:
         + (f"; {idle} processes have nothing to do: lower batch.micro_batch_size" if idle else ""),
         "the run": f"{batch['steps']:,} steps, {batch['steps_per_epoch']:,} an epoch; {batch['targets']:,} targets, "
         f"{batch['targets_per_epoch']:,} an epoch",
-        "speed": f"at most {speed['operations_per_second'] / 1e9:,.0f} billion operations a second, measured",
         "learning rate": f"{rates['first_step']:.3g} at first, {rates['after_warmup']:.3g} after "
         f"{rates['warmup_steps']} steps of warm-up, {rates['last_step']:.3g} at the end ({rates['schedule']})",
     }
