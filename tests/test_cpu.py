@@ -59,6 +59,41 @@ def test_loss_and_gradients_are_torchs(kind: str, tokenizer_folder: Path, monkey
     assert not used
 
 
+def kept(built: Any) -> int:
+    """Bytes, but for the weights, that a forward pass keeps for the backward pass."""
+    weights = {each.untyped_storage().data_ptr() for each in built.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        nll = Objective(built)(*batch())
+    assert nll.requires_grad  # and so keeps the tensors until here
+    return sum(found.values())
+
+
+@needs_products
+def test_the_output_of_a_gelu_is_made_again(tokenizer_folder: Path) -> None:
+    built = build("gpt2", tokenizer_folder)
+    before = kept(built)
+    cpu.use_products(built)
+    outputs = batch()[0].numel() * 4 * built.config.n_embd * 4 * built.config.n_layer
+    assert kept(built) == before - outputs
+    # Changed in place on its way, it is no GELU's any more.
+    mlp = built.transformer.h[0].mlp
+    mlp.act.register_forward_hook(lambda module, inputs, output: output.mul_(3))
+    _, found = gradients(built)
+    plain = build("gpt2", tokenizer_folder)
+    plain.transformer.h[0].mlp.act.register_forward_hook(lambda module, inputs, output: output.mul_(3))
+    _, expected = gradients(plain)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=2e-5)
+
+
 @needs_products
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 @pytest.mark.parametrize("biased", [False, True])
