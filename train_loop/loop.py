@@ -147,13 +147,11 @@ def _loop(run: Run, log: MetricsLog, saver: Saver, start: int, stop: StopRequest
     process, others = accelerator.process_index, accelerator.num_processes
     # The plan of a step is needed twice: by the loader, which may read ahead, and here.
     plans, to_load = itertools.tee(plan.steps(start, run.total_steps))
-    batches = iter(
-        loader(
-            run.train,
-            itertools.chain.from_iterable(share(step, process, others) for step in to_load),
-            num_workers=config.data.num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-        )
+    batches = loader(
+        run.train,
+        itertools.chain.from_iterable(share(step, process, others) for step in to_load),
+        num_workers=config.data.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
     )
     run.objective.train()
     watch = run.speed.watch

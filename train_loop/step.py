@@ -98,10 +98,10 @@ def train_step(
         clipped = torch.nn.utils.clip_grad_norm_(parameters, limit)
         # That of sharded gradients is the square root of a sum over the processes.
         clipped = clipped.full_tensor() if isinstance(clipped, DTensor) else clipped
-        numbers = torch.cat([told.flatten(), clipped.reshape(1)]).cpu()
-        losses, wishes = numbers[:-1].view(told.shape).split([len(micro_batches), 1], dim=1)
-        loss = math.fsum(losses.flatten().tolist()) / targets  # exact, so the order of processes makes no difference
-        norm, stopping = float(numbers[-1]), bool(wishes.any())
+        *numbers, norm = torch.cat([told.flatten(), clipped.reshape(1)]).tolist()
+        stopping = any(numbers[len(micro_batches) :: len(micro_batches) + 1])
+        del numbers[len(micro_batches) :: len(micro_batches) + 1]
+        loss = math.fsum(numbers) / targets  # exact, so the order of processes makes no difference
         taken = math.isfinite(loss) and math.isfinite(norm)
         if taken or not math.isfinite(loss) or scaler is None or scaler.get_scale() <= 1:
             break
@@ -150,7 +150,7 @@ def _gradient(
             sums.add()
         lap("backward")
         nll.append(nll_sum.detach())
-    mine = torch.stack([*nll, nll[0].new_tensor(stop())])[None]
+    mine = torch.stack([*nll, torch.full_like(nll[0], stop())])[None]
     if accelerator.num_processes > 1:
         mine = accelerator.gather(mine)
         lap("waiting")

@@ -65,3 +65,24 @@ def test_workers_keep_the_order(workers: int) -> None:
     batches = [batch for step in range(5) for batch in plan.share(step, 0, 1)]
     found = list(loader(windows, batches, num_workers=workers))
     assert [batch.inputs[:, 0].tolist() for batch in found] == [(blocks * 5 + 1).tolist() for _, blocks in batches]
+
+
+@pytest.mark.parametrize("together", [1, 12, 10_000])
+@pytest.mark.parametrize("isolate", [False, True])
+def test_gathered_together_is_gathered_one_by_one(
+    together: int, isolate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train_loop.data.loader._TOKENS_TOGETHER", together)
+    store = stream(63)
+    store.document_ends = np.array([3, 20, 21, 63])
+    windows = Windows(store, 5, filler=0, isolate=isolate)
+    plan = Plan(len(windows), 5, 2, seed=1)
+    batches = [batch for step in range(plan.steps_per_epoch) for batch in plan.share(step, 1, 2)]
+    assert any(len(blocks) == 0 for _, blocks in batches)
+    found = list(loader(windows, batches))
+    assert len(found) == len(batches)
+    for batch, micro_batch in zip(found, batches, strict=True):
+        alone = windows[micro_batch]
+        assert batch.number == alone.number and (batch.positions is None) == (not isolate)
+        for mine, expected in zip(batch[1:], alone[1:], strict=True):
+            assert mine is expected or torch.equal(mine, expected)

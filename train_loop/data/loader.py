@@ -5,12 +5,14 @@
     window 1          [t3 t4 t5 t6]            input t3 t4 t5   target t4 t5 t6
 
 There is nothing to collate and no sampler: `order.py` says which blocks make up a batch, and the DataLoader only has
-to fetch them (in other processes, ahead of time, where data.num_workers asks for it).
+to fetch them (in other processes, ahead of time, where data.num_workers asks for it). Small micro-batches are gathered
+several at a time: between the passes of a model, a gather finds nothing of what it needs in the processor's caches.
 """
 
+import itertools
 import signal
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,8 @@ from train_loop.signals import STOP_SIGNALS
 
 IGNORED = -100
 """Target of a position that is not predicted: the filling of a short window or of an empty micro-batch."""
+
+_TOKENS_TOGETHER = 1 << 14  # of a gather, at least: a quarter of a megabyte
 
 
 class Batch(NamedTuple):
@@ -80,11 +84,27 @@ class Windows(Dataset[Batch]):
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         """The windows of a micro-batch; of an empty one, a single row without targets."""
-        number, blocks = micro_batch
-        if len(blocks) == 0:
-            shape = (1, self.block_size)
-            positions = None if self.borders is None else torch.arange(self.block_size)[None]
-            return Batch(number, torch.full(shape, self.filler), torch.full(shape, IGNORED), positions)
+        return self.__getitems__([micro_batch])[0]
+
+    def __getitems__(self, micro_batches: list[MicroBatch]) -> list[Batch]:
+        """The same of several micro-batches, which costs little more than of one."""
+        rows = self._gather(np.concatenate([blocks for _, blocks in micro_batches]))
+        batches, first = [], 0
+        for number, blocks in micro_batches:
+            last = first + len(blocks)
+            own = [None if each is None else each[first:last] for each in rows] if len(blocks) else self._nothing()
+            batches.append(Batch(number, *own))
+            first = last
+        return batches
+
+    def _nothing(self) -> list[Any]:
+        """A row without targets: inputs, targets and positions."""
+        shape = (1, self.block_size)
+        positions = None if self.borders is None else torch.arange(self.block_size)[None]
+        return [torch.full(shape, self.filler), torch.full(shape, IGNORED), positions]
+
+    def _gather(self, blocks: Ids) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Inputs, targets and positions of some windows."""
         places: npt.NDArray[np.int64] = blocks[:, None] * self.block_size + self._offsets
         window = torch.from_numpy(self.store.tokens[np.minimum(places, len(self.store) - 1)].astype(np.int64))
         inputs, targets = window[:, :-1], window[:, 1:]
@@ -94,36 +114,53 @@ class Windows(Dataset[Batch]):
             inputs[missing[:, :-1]] = self.filler
             targets[missing[:, 1:]] = IGNORED
         if self.borders is None:
-            return Batch(number, inputs, targets)
+            return inputs, targets, None
         begins = self.borders[np.searchsorted(self.borders, places, "right") - 1]
         first = torch.from_numpy(places == begins)
         targets = targets.masked_fill(first[:, 1:], IGNORED)
         positions = torch.from_numpy(places - np.maximum(begins, places[:, :1]))
-        return Batch(number, inputs, targets, positions[:, :-1])
+        return inputs, targets, positions[:, :-1]
 
 
-class _Identity:
-    """A sampler that hands on what it is given; the DataLoader asks for an iterable it can restart."""
+class _Together:
+    """A sampler that hands on what it is given, as many micro-batches at a time as are gathered together.
 
-    def __init__(self, micro_batches: Iterable[MicroBatch]) -> None:
-        self.micro_batches = micro_batches
+    The DataLoader asks for an iterable that it can restart.
+    """
 
-    def __iter__(self) -> Iterator[MicroBatch]:
-        return iter(self.micro_batches)
+    def __init__(self, micro_batches: Iterable[MicroBatch], block_size: int) -> None:
+        self.micro_batches, self.block_size = micro_batches, block_size
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        group: list[MicroBatch] = []
+        tokens = 0
+        for micro_batch in self.micro_batches:
+            group.append(micro_batch)
+            tokens += max(1, len(micro_batch.blocks)) * self.block_size
+            if tokens >= _TOKENS_TOGETHER:
+                yield group
+                group, tokens = [], 0
+        if group:
+            yield group
 
 
 def loader(
     windows: Windows, micro_batches: Iterable[MicroBatch], num_workers: int = 0, pin_memory: bool = False
-) -> DataLoader[Batch]:
-    """A DataLoader that yields one `Batch` for each micro-batch, in their order."""
-    return DataLoader(
-        windows,
-        batch_size=None,
-        sampler=_Identity(micro_batches),
+) -> Iterator[Batch]:
+    """One `Batch` for each micro-batch, in their order, from a DataLoader."""
+    groups: DataLoader[list[Batch]] = DataLoader(
+        windows,  # type: ignore[arg-type]
+        batch_sampler=_Together(micro_batches, windows.block_size),
+        collate_fn=_as_they_are,
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_training,
     )
+    return itertools.chain.from_iterable(groups)
+
+
+def _as_they_are(batches: list[Batch]) -> list[Batch]:
+    return batches
 
 
 def _leave_signals_to_training(worker: int) -> None:
