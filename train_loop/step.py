@@ -145,7 +145,9 @@ def _gradient(
             batch = batch.to(accelerator.device)
             nll_sum = objective(batch.inputs, batch.targets, batch.positions)
             lap("forward")
-            accelerator.backward(nll_sum * weight)
+            # What Accelerate's own would do, without a division by its count of accumulated steps, which is 1.
+            scaled = nll_sum * weight
+            (scaled if accelerator.scaler is None else accelerator.scaler.scale(scaled)).backward()
         if sums is not None:
             sums.add()
         lap("backward")

@@ -89,9 +89,14 @@ def main() -> None:
     ]
     found = alternate(contenders, given.rounds)
     report(f"{given.steps} steps", found, given.steps, "steps", given.json)
-    pairs = zip(found["the loop"], found["forward, backward, clip, AdamW alone"], strict=True)
-    overhead = statistics.median((mine - bare) / given.steps * 1e3 for mine, bare in pairs)
-    print(json.dumps({"overhead_ms_a_step": overhead}) if given.json else f"\nthe loop adds {overhead:.3f} ms a step")
+    whole, alone = found["the loop"], found["forward, backward, clip, AdamW alone"]
+    pairs = [(mine - bare) / given.steps * 1e3 for mine, bare in zip(whole, alone, strict=True)]
+    quiet = (min(whole) - min(alone)) / given.steps * 1e3
+    told = {"overhead_ms_a_step": statistics.median(pairs), "of_the_fastest_turns_ms_a_step": quiet}
+    if given.json:
+        print(json.dumps(told))
+    else:
+        print(f"\nthe loop adds {told['overhead_ms_a_step']:.3f} ms a step; by the fastest turns {quiet:.3f} ms")
 
 
 if __name__ == "__main__":
