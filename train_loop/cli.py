@@ -36,8 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(error)
         return EXIT_BAD_INPUT
     except LostError as error:
-        if error.speaks:
-            _complain(error)
+        _complain(error, error.speaks)
         # No way out of the interpreter that waits for the lost one.
         sys.stdout.flush()
         os._exit(EXIT_FAILED)
@@ -62,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
-def _complain(error: object) -> None:
+def _complain(error: object, speaks: bool | None = None) -> None:
     # Launchers start the command once per process: one line on each host is enough.
-    if isinstance(error, LostError) or os.environ.get("LOCAL_RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", "0") == "0" if speaks is None else speaks:
         print(f"train-loop: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 

@@ -18,10 +18,10 @@ class LostError(TrainingError):
     """A run that cannot go on because another process or host is gone.
 
     Args:
-        speaks: whether this process says so: one of each host does.
+        speaks: whether this process says so: one of each host does; the first one where that lives.
     """
 
-    def __init__(self, reason: str, speaks: bool = True) -> None:
+    def __init__(self, reason: str, speaks: bool | None = None) -> None:
         super().__init__(reason)
         self.speaks = speaks
 

@@ -113,6 +113,9 @@ class Peers:
         self._roster = self._call(report(settings))
         self._store_heard, self._heard = 0.0, [0.0] * self.processes
         self._texts = [""] * self.processes
+        self._threads = [
+            threading.Thread(target=target, name="peers", daemon=True) for target in (self._beat, self._watch_store)
+        ]
 
     # Before the process group exists.
 
@@ -186,7 +189,7 @@ class Peers:
         if self._is_ours and "roster" not in verdict:
             time.sleep(1)  # let the others read it
         if "lost" in verdict:
-            raise LostError(verdict["lost"], speaks=mine["local"] == 0)
+            raise LostError(verdict["lost"])
         if "mistake" in verdict:
             raise InputError(verdict["mistake"])
         return list(verdict["roster"])
@@ -218,13 +221,8 @@ class Peers:
             yield
         except RuntimeError as error:
             if not of_communication(error):
-                self._end()
                 raise
-            self._end()
             raise LostError(self._unreached() or f"pre-flight: {one_line(error)}; {_GOES_ON}") from None
-        except BaseException:
-            self._end()
-            raise
         self._store.set(f"reached/{self.me}", "")
         self._deadline = None
 
@@ -249,7 +247,7 @@ class Peers:
                 raise
             # This one has failed because another one has. Which?
             line = self._find_out(error)
-            self._end()
+            self._ended.set()
             self.lost(line)
             raise LostError(line, self._speaks()) from None
         except BaseException as error:
@@ -285,11 +283,15 @@ class Peers:
     def _start(self) -> None:
         self._store_heard = time.monotonic()
         self._heard = [self._store_heard] * self.processes
-        for target in (self._beat, self._watch_store):
-            threading.Thread(target=target, name="peers", daemon=True).start()
+        for thread in self._threads:
+            thread.start()
 
     def _end(self) -> None:
+        """End the threads; one that waits for a store which does not answer is left."""
         self._ended.set()
+        for thread in self._threads:
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join(2.0)
 
     def _beat(self) -> None:
         """A thread: say that this process lives, and look at the others."""
@@ -381,7 +383,7 @@ class Peers:
         """End this process from a thread: the main one waits for somebody who does not come."""
         if self._ended.is_set():
             return
-        self._end()
+        self._ended.set()
         self.lost(line)
         if self._speaks():
             print(f"train-loop: {line}", file=sys.stderr, flush=True)

@@ -43,17 +43,33 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key not in MEASURED} for line in lines]
 
 
+def surroundings(**variables: str) -> dict[str, str]:
+    """The environment that the launch script is given."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return environment(ON_CPU | {"HOSTS": " ".join(NAMES), "PROCESSES": "1", "PATH": path} | variables)
+
+
+def changed(folder: Path, what: str, configuration: str = "machines") -> Path:
+    """scripts/launch/machines.sh with something else to start."""
+    text = (ROOT / "scripts" / "launch" / "machines.sh").read_text()
+    root, start = 'cd "$(dirname "${BASH_SOURCE[0]}")/../.."', "-m train_loop train"
+    for old, new in ((root, f"cd {ROOT}"), (start, f"-m {what}"), ("/machines.yaml", f"/{configuration}.yaml")):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (script := folder / "machines.sh").write_text(text)
+    return script
+
+
 def start(hosts: Hosts, name: str, arguments: list[str], disk: Path, **variables: str) -> subprocess.Popen[str]:
     """scripts/launch/machines.sh on one host, whose output folder and cache are on a disk of its own."""
     (own := disk / name / "runs").mkdir(parents=True, exist_ok=True)
     (shared := disk / "runs").mkdir(exist_ok=True)
-    set_ = {"HOSTS": " ".join(NAMES), "PROCESSES": "1", "TRAIN_LOOP_CACHE": str(disk / name / "cache")}
-    set_ |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    script = variables.pop("script", str(ROOT / "scripts" / "launch" / "machines.sh"))
     return hosts.start(
         name,
-        ["bash", ROOT / "scripts" / "launch" / "machines.sh", NAMES.index(name), *arguments],
+        ["bash", script, NAMES.index(name), *arguments],
         private={shared: own},
-        env=environment(ON_CPU | set_ | variables),
+        env=surroundings(TRAIN_LOOP_CACHE=str(disk / name / "cache"), **variables),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -117,12 +133,8 @@ def test_a_process_that_never_comes_is_named(hosts: Hosts, make: Callable[..., l
     arguments = make(tmp_path / "runs" / "run", run__preflight_timeout_seconds=8)
     started = [start(hosts, "alpha", arguments, tmp_path)]
     script = (ROOT / "scripts" / "launch" / "machines.sh").read_text()
-    own = tmp_path / "machines.sh"
-    root = 'cd "$(dirname "${BASH_SOURCE[0]}")/../.."'
-    assert script.count(root) == 1 and script.count("-m train_loop train") == 1
-    own.write_text(script.replace(root, f"cd {ROOT}").replace("-m train_loop train", "-m tests.cluster.hangs"))
-    set_ = {"HOSTS": " ".join(NAMES), "PROCESSES": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    other = hosts.start("beta", ["bash", own, 1], env=environment(ON_CPU | set_), cwd=ROOT)
+    script = changed(tmp_path, "tests.cluster.hangs")
+    other = hosts.start("beta", ["bash", script, 1], env=surroundings(), cwd=ROOT)
     began = time.monotonic()
     ((code, lines, err),) = ended(started)
     hosts.kill("beta")
@@ -152,3 +164,23 @@ def test_a_host_that_differs_is_named(hosts: Hosts, make: Callable[..., list[str
         assert code == 1 and len(lines) == 1 and expected in lines[0], err
         assert "exitcode  : 2" in err  # of the process; the launcher's is 1
     assert not (tmp_path / "alpha" / "runs" / "run").exists()
+
+
+def test_fsdp2_without_a_shared_disk_is_refused_before_training(
+    hosts: Hosts, make: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    script = str(changed(tmp_path, "tests.distributed.several", "fsdp2"))
+    run, todo = tmp_path / "runs" / "run", tmp_path / "todo.json"
+    todo.write_text(json.dumps([["train", *make(run)]]))
+    outcomes = ended(
+        [
+            start(hosts, name, [str(todo), str(tmp_path / "done")], tmp_path, script=script, TESTS_FSDP2_ON_CPU="true")
+            for name in NAMES
+        ]
+    )
+    assert [code for code, _, _ in outcomes] == [0, 0], outcomes
+    for rank in (0, 1):
+        ((code, _, err),) = json.loads((tmp_path / f"done.{rank}").read_text())
+        assert code == 2 and err.splitlines()[-1].startswith("train-loop: run.output_dir"), err
+        assert "is not one folder for all hosts (beta is without" in err
+    assert not (tmp_path / "alpha" / "runs" / "run" / "metrics.jsonl").exists()
