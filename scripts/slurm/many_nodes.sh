@@ -8,7 +8,7 @@
 # goes on from the newest checkpoint.
 #
 #SBATCH --job-name=train_loop
-#SBATCH --nodes=2                   # 1-2 also goes on with one node when there are not two
+#SBATCH --nodes=2                   # 1-2: also with one node, where there are not two
 #SBATCH --ntasks-per-node=1         # one launcher; it starts a process for each GPU
 #SBATCH --gres=gpu:8                # GPUs of each node; --gres=none for CPUs
 #SBATCH --cpus-per-task=32          # for all processes of a node together

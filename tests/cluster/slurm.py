@@ -82,7 +82,7 @@ class Slurm:
             self._daemon(CONTROL, "slurmctld", "-D", "-c")
             for node in NODES:
                 self.start_node(node)
-            self._until(lambda: self.states() == dict.fromkeys(NODES, "idle"), "the nodes", 40)
+            self.wait_idle()
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -116,6 +116,10 @@ class Slurm:
         except AssertionError:  # the controller is not up yet
             return {}
         return dict(line.split() for line in lines if line)
+
+    def wait_idle(self) -> None:
+        """Wait until both nodes are there and have nothing to do."""
+        self._until(lambda: self.states() == dict.fromkeys(NODES, "idle"), "the nodes", 40)
 
     def job(self, number: str) -> dict[str, str]:
         """What SLURM says of a job."""

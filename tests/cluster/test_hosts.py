@@ -149,11 +149,11 @@ def test_a_host_that_differs_is_named(hosts: Hosts, make: Callable[..., list[str
     other, variables, expected = same, {}, ""
     if kind == "version":
         # What pip would have left there of another version: Python finds it first.
-        information = tmp_path / "site" / "safetensors-0.7.9.dist-info"
+        information = tmp_path / "site" / "accelerate-1.15.99.dist-info"
         information.mkdir(parents=True)
-        (information / "METADATA").write_text("Metadata-Version: 2.1\nName: safetensors\nVersion: 0.7.9\n")
+        (information / "METADATA").write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 1.15.99\n")
         variables = {"PYTHONPATH": str(information.parent)}
-        expected = "and 0.7.9 on process 1 (beta); install the same on every host"
+        expected = "and 1.15.99 on process 1 (beta); install the same on every host"
     else:
         other = make(tmp_path / "runs" / "run", run__seed=7)
         expected = "the configuration differs: run.seed is 0 on process 0 (alpha) and 7 on process 1 (beta)"
