@@ -76,12 +76,12 @@ def _train(config: Config, peers: Peers) -> Summary:
             if config.run.log_with:
                 start_trackers(run.accelerator, run.folder.path, step, _flat(to_dict(config)))
             log = MetricsLog(run.accelerator, run.folder.metrics, step)
-            peers.step = lambda: log.step
             settings = config.checkpoint
             saver = Saver(run.accelerator, run.folder.checkpoints, settings.keep, settings.background, run.damaged)
             saver.step = None if run.found is None else step
             if main:
                 run.folder.set_status("running", step)
+            peers.step = lambda: log.step
             while True:
                 try:
                     step, stopped = _loop(run, log, saver, step, stop)
