@@ -74,10 +74,10 @@ def set_up(config: Config, peers: Peers | None = None) -> Run:
         InputError: for whatever doesn't fit.
     """
     folder = RunFolder(config.output_dir)
+    check_trackers(config.run.log_with)
     peers = peers or Peers(config.run, shared_settings(config))
     accelerator = processes.start(config.run, peers, folder.path)
     processes.together(accelerator, "check", lambda: folder.check(config))
-    check_trackers(config.run.log_with)
     data = processes.together(accelerator, "prepare", lambda: prepare(config, shown=accelerator.is_local_main_process))
     language_model = processes.together(accelerator, "build", lambda: model.build(config, data.tokenizer))
     processes.check_same(accelerator, "the data", data.fingerprint, "give every host the same documents and tokenizer")
