@@ -72,7 +72,7 @@ def _write(
                 batch_size=run.evaluation_batch_size,
                 precision=config.run.mixed_precision,
                 # A sharded model may be larger than the memory of one device.
-                device="cpu" if accelerator.is_fsdp2 else str(accelerator.device),
+                device="cpu" if accelerator.is_fsdp2 or accelerator.device.type == "cpu" else str(accelerator.device),
                 stop=lambda: stop.asked,
             )
             if not verified:
