@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: makes .venv in the repository when it is missing or stale.
 #
 # PYTHON names the interpreter to make it with (python3.11 or newer); the packages are those of constraints.txt.

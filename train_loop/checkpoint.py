@@ -264,6 +264,31 @@ def load_weights(found: Found, model: nn.Module) -> None:
             parts.read_into(tensor.detach(), name)
 
 
+def in_memory(model: nn.Module, optimizer: Optimizer | None, with_moments: bool) -> Iterator[torch.Tensor]:
+    """A model's weights and, if wanted, AdamW's state, each once, in an order that depends on the model alone.
+
+    Args:
+        model: unwrapped; not sharded.
+        optimizer: over its parameters; what it doesn't hold yet of its state is made, of zeros.
+        with_moments: whether its state is wanted.
+    """
+    weights = _once(model)
+    for weight in weights.values():
+        yield weight.detach()
+    if optimizer is None or not with_moments:
+        return
+    state = _inner(optimizer).state
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for parameter in weights.values():
+        if id(parameter) not in trained:
+            continue
+        if parameter not in state:
+            state[parameter] = {moment: torch.zeros_like(parameter.detach()) for moment in _MOMENTS}
+            state[parameter]["step"] = torch.zeros((), device=parameter.device)
+        for name in ("step", *_MOMENTS):
+            yield state[parameter][name]
+
+
 def tensors(found: Found, kind: str = "model") -> dict[str, torch.Tensor]:
     """All weights (or, of kind "optimizer", moments) by name, whole, on the CPU; tied ones once."""
     with _open(found, kind) as parts:

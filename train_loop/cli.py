@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from train_loop import __version__
-from train_loop.config import Config, load
-from train_loop.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, InputError, TrainingError
+from train_loop.config import Config, load, shared_settings
+from train_loop.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, InputError, LostError, TrainingError
 from train_loop.settings import help_text
 
 
@@ -35,6 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         _complain(error)
         return EXIT_BAD_INPUT
+    except LostError as error:
+        _complain(error, error.speaks)
+        # No way out of the interpreter that waits for the lost one.
+        sys.stdout.flush()
+        os._exit(EXIT_FAILED)
     except TrainingError as error:
         _complain(error)
         return EXIT_FAILED
@@ -56,10 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
-def _complain(error: object) -> None:
-    # Launchers start the command once per process: one line is enough.
-    if os.environ.get("RANK", "0") == "0":
-        print(f"train-loop: {' '.join(str(error).split())}", file=sys.stderr)
+def _complain(error: object, speaks: bool | None = None) -> None:
+    # Launchers start the command once per process: one line on each host is enough.
+    if os.environ.get("LOCAL_RANK", "0") == "0" if speaks is None else speaks:
+        print(f"train-loop: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -130,7 +135,16 @@ def train(arguments: list[str]) -> int:
             print(f"accuracy         {last['accuracy']:.4f}")
         if not summary.stopped:
             print(f"model            {run.folder.model}" + (f" and {summary.hub}" if summary.hub else ""))
-    return EXIT_STOPPED if summary.stopped else EXIT_DONE
+    return _stopped() if summary.stopped else EXIT_DONE
+
+
+def _stopped() -> int:
+    """The exit code of a run that a signal has stopped.
+
+    A launcher that restarts what fails would start it again; to that, stopping is success. status.json says stopped.
+    """
+    restarts, so_far = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
+    return EXIT_DONE if so_far < restarts else EXIT_STOPPED
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -145,29 +159,32 @@ def evaluate(arguments: list[str]) -> int:
     from train_loop.data import store
     from train_loop.data.loader import Windows
     from train_loop.objective import Objective
+    from train_loop.peers import Peers
     from train_loop.study import truth
 
-    accelerator = processes.start(config.run)
-    language_model, its_tokenizer = processes.together(
-        accelerator, "load", lambda: pretrained.load(name, config.model.attention)
-    )
-    model.check_fits(language_model, its_tokenizer, config.data.block_size, f"model {name}")
-    if config.data.isolate_documents:
-        model.check_positions(language_model)
-    shown = accelerator.is_local_main_process
-    data = processes.together(accelerator, "prepare", lambda: store.prepare(config, its_tokenizer, shown=shown))
-    eos = its_tokenizer.eos_token_id
-    assert isinstance(eos, int)
-    windows = Windows(data.validation, config.data.block_size, eos, config.data.isolate_documents)
-    objective = processes.prepare_to_evaluate(accelerator, Objective(language_model.to(accelerator.device)))
-    if config.data.isolate_documents and truth.documents_cross(accelerator, objective, config):
-        attention = str(language_model.config._attn_implementation)
-        raise InputError(truth.cannot_isolate(type(language_model).__name__, attention))
-    batch_size = config.evaluation.batch_size or config.micro_batch_size
-    metrics = evaluation.evaluate(accelerator, objective, windows, batch_size)
-    if accelerator.is_main_process:
-        print(json.dumps(metrics))
-    accelerator.end_training()
+    peers = Peers(config.run, shared_settings(config))
+    with peers.named():
+        accelerator = processes.start(config.run, peers)
+        language_model, its_tokenizer = processes.together(
+            accelerator, "load", lambda: pretrained.load(name, config.model.attention)
+        )
+        model.check_fits(language_model, its_tokenizer, config.data.block_size, f"model {name}")
+        if config.data.isolate_documents:
+            model.check_positions(language_model)
+        shown = accelerator.is_local_main_process
+        data = processes.together(accelerator, "prepare", lambda: store.prepare(config, its_tokenizer, shown=shown))
+        eos = its_tokenizer.eos_token_id
+        assert isinstance(eos, int)
+        windows = Windows(data.validation, config.data.block_size, eos, config.data.isolate_documents)
+        objective = processes.prepare_to_evaluate(accelerator, Objective(language_model.to(accelerator.device)))
+        if config.data.isolate_documents and truth.documents_cross(accelerator, objective, config):
+            attention = str(language_model.config._attn_implementation)
+            raise InputError(truth.cannot_isolate(type(language_model).__name__, attention))
+        batch_size = config.evaluation.batch_size or config.micro_batch_size
+        metrics = evaluation.evaluate(accelerator, objective, windows, batch_size)
+        if accelerator.is_main_process:
+            print(json.dumps(metrics))
+        accelerator.end_training()
     return EXIT_DONE
 
 

@@ -6,7 +6,6 @@ Their docstrings, with units, are what `train-loop train --help` prints; `settin
 """
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +41,10 @@ class RunConfig:
         log_with: trackers of Accelerate to log to (tensorboard, wandb, mlflow, ...), beside metrics.jsonl.
         keep_memory: on a CPU, keep memory that a step has freed for the next one, instead of handing it back to the
             kernel: faster steps.
+        preflight_timeout_seconds: how long all processes have to come, agree and reach each other before training;
+            whoever doesn't is named.
+        timeout_seconds: after this long without a sign of life from a process, or without an answer to it, the others
+            stop and name it.
     """
 
     output_dir: str | None = None
@@ -51,6 +54,8 @@ class RunConfig:
     reproducible: Literal["no", "bitwise"] = "no"
     log_with: list[str] = field(default_factory=list)
     keep_memory: bool = True
+    preflight_timeout_seconds: PositiveInt = 50
+    timeout_seconds: PositiveInt = 600
 
 
 @dataclass
@@ -303,6 +308,8 @@ FREE_KEYS = (
     "run.resume",
     "run.log_with",
     "run.keep_memory",
+    "run.preflight_timeout_seconds",
+    "run.timeout_seconds",
     "batch.micro_batch_size",
     "data.cache_dir",
     "data.num_workers",
@@ -409,15 +416,15 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def shared_digest(config: Config) -> str:
-    """A hash of the settings that all processes of a run must share; where files lie may differ between hosts."""
+def shared_settings(config: Config) -> dict[str, Any]:
+    """The settings that all processes of a run must share, by key; where files lie may differ between hosts."""
     values = to_dict(config)
     for section, key in (
         *(("run", "output_dir"), ("model", "name_or_path"), ("tokenizer", "name_or_path"), ("data", "name")),
         *(("data", "files"), ("data", "validation_files"), ("data", "cache_dir"), ("data", "num_workers")),
     ):
         del values[section][key]
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+    return dict(_flatten(values))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""The two ways in which a command ends early on purpose, and the exit code of each."""
+"""The ways in which a command ends early on purpose, and the exit code of each."""
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -12,6 +12,18 @@ class InputError(Exception):
 
 class TrainingError(Exception):
     """A run that cannot go on although its input was fine (say, a loss that stays NaN). Exit code 1."""
+
+
+class LostError(TrainingError):
+    """A run that cannot go on because another process or host is gone.
+
+    Args:
+        speaks: whether this process says so: one of each host does; the first one where that lives.
+    """
+
+    def __init__(self, reason: str, speaks: bool | None = None) -> None:
+        super().__init__(reason)
+        self.speaks = speaks
 
 
 def one_line(error: BaseException) -> str:

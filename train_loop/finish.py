@@ -10,6 +10,7 @@ from train_loop.errors import TrainingError, one_line
 from train_loop.evaluation import measure
 from train_loop.generation import generate
 from train_loop.progress import say
+from train_loop.restore import restore
 from train_loop.run import Run
 from train_loop.sampling import Sampling
 from train_loop.signals import Question, StopRequest, agree
@@ -42,7 +43,7 @@ def finish(run: Run, log: MetricsLog, step: int, stop: StopRequest) -> Finished 
     accelerator = run.accelerator
     chosen = _choose(run, log, step)
     if chosen.step != step:
-        checkpoint.load_weights(chosen, run.model)
+        restore(accelerator, chosen, run.model)
     expected = _expected(run, stop) if run.config.export.verify else None
     if agree(accelerator, stop):
         return None
@@ -71,7 +72,7 @@ def _write(
                 batch_size=run.evaluation_batch_size,
                 precision=config.run.mixed_precision,
                 # A sharded model may be larger than the memory of one device.
-                device="cpu" if accelerator.is_fsdp2 else str(accelerator.device),
+                device="cpu" if accelerator.is_fsdp2 or accelerator.device.type == "cpu" else str(accelerator.device),
                 stop=lambda: stop.asked,
             )
             if not verified:

@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from train_loop import checkpoint, finish, memory, model, optimizer, processes
-from train_loop.config import Config, to_dict
+from train_loop.config import Config, shared_settings, to_dict
 from train_loop.data.loader import loader
 from train_loop.data.order import share
 from train_loop.errors import InputError, TrainingError
 from train_loop.evaluation import evaluate
+from train_loop.peers import Peers
 from train_loop.progress import Progress, say
 from train_loop.reproducible import TOLERANCE
+from train_loop.restore import check_disk, restore
 from train_loop.run import Run, set_up
 from train_loop.sampler import Sampler
 from train_loop.sampling import Sampling
@@ -49,16 +51,25 @@ def train(config: Config) -> Summary:
     Raises:
         InputError: for a mistake in the configuration or the data; nothing was written to the run's folder then.
         TrainingError: when training cannot go on.
+        LostError: when another process is gone.
     """
-    run = set_up(config)
+    peers = Peers(config.run, shared_settings(config))
+    with peers.named():
+        return _train(config, peers)
+
+
+def _train(config: Config, peers: Peers) -> Summary:
+    run = set_up(config, peers)
     main = run.accelerator.is_main_process
     sheet = truth.measure(run)
     truth.check(sheet)
     step, saver = 0, None
     if main:
+        peers.lost = lambda reason: run.folder.set_status("failed", peers.step(), reason)
         run.folder.claim(config, run.data.ledger(), sheet, [run.model.config, run.data.tokenizer])
         say(truth.table(sheet))
     run.accelerator.wait_for_everyone()
+    check_disk(run.accelerator, run.folder.path / "truth.json")
     try:
         with StopRequest() as stop:
             step = _resume(run)
@@ -70,6 +81,7 @@ def train(config: Config) -> Summary:
             saver.step = None if run.found is None else step
             if main:
                 run.folder.set_status("running", step)
+            peers.step = lambda: log.step
             while True:
                 try:
                     step, stopped = _loop(run, log, saver, step, stop)
@@ -111,7 +123,7 @@ def _resume(run: Run) -> int:
     if found is None:
         return 0
     try:
-        checkpoint.load(found, run.model, run.optimizer)
+        restore(run.accelerator, found, run.model, run.optimizer)
     except ValueError as error:
         raise InputError(f"{error}; model.name_or_path has changed since; name another run.output_dir") from None
     if run.accelerator.scaler is not None and found.state.get("loss_scale"):

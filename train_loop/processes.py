@@ -11,46 +11,59 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from train_loop.config import RunConfig
 from train_loop.errors import InputError, TrainingError, one_line
+from train_loop.peers import Peers
 
 Result = TypeVar("Result")
 
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.01, 0.5
 
 
-def start(run: RunConfig, project_dir: Path | None = None) -> Accelerator:
+def start(run: RunConfig, peers: Peers, project_dir: Path | None = None) -> Accelerator:
     """The processes and devices of a run.
 
     Raises:
         InputError: where the launcher or the hardware gives something else than was asked for.
+        LostError: where the processes don't reach each other in time.
     """
     _check_launcher(run)
     if run.reproducible == "bitwise":
         _compute_reproducibly()
     # Each process builds the whole model from the same numbers; nobody has to wait for the first one's weights.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    try:
-        accelerator = Accelerator(
-            mixed_precision=run.mixed_precision,
-            log_with=run.log_with or None,
-            project_dir=None if project_dir is None else str(project_dir),
-            # `train_step` accumulates by itself; a number from the launcher would divide its gradients once more.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        )
-    except (ValueError, ImportError, NotImplementedError) as error:
-        raise InputError(f"accelerate: {one_line(error)}") from None
-    _check_processes(accelerator, run)
+    with peers.reaching():
+        try:
+            accelerator = Accelerator(
+                mixed_precision=run.mixed_precision,
+                log_with=run.log_with or None,
+                project_dir=None if project_dir is None else str(project_dir),
+                # `train_step` accumulates by itself; a number from the launcher would divide its gradients once more.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=run.timeout_seconds))],
+            )
+        except (ValueError, ImportError, NotImplementedError) as error:
+            raise InputError(f"accelerate: {one_line(error)}") from None
+        _check_processes(accelerator, run)
+        if accelerator.num_processes > 1:
+            reached = accelerator.reduce(torch.ones(1, device=accelerator.device)).item()
+            assert reached == accelerator.num_processes
     if accelerator.num_processes > 1:
         # The process group has to outlive the model. Freed together with DDP's reducer, as its last owner, gloo's group
         # joins its threads while holding the interpreter's lock, for which one of them may be waiting: a run would

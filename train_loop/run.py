@@ -8,12 +8,13 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from train_loop import checkpoint, cpu, memory, model, optimizer, processes
-from train_loop.config import Config, shared_digest
+from train_loop.config import Config, shared_settings
 from train_loop.data.loader import Windows
 from train_loop.data.order import Plan
 from train_loop.data.store import Prepared, prepare
 from train_loop.errors import InputError
 from train_loop.objective import Objective
+from train_loop.peers import Peers
 from train_loop.progress import say
 from train_loop.reproducible import FixedPointSums
 from train_loop.run_folder import RunFolder
@@ -33,6 +34,7 @@ class Run:
     config: Config
     folder: RunFolder
     accelerator: Accelerator
+    peers: Peers
     data: Prepared
     train: Windows
     validation: Windows
@@ -61,17 +63,21 @@ class Run:
         return step > 0 and (step % period == 0 or step == self.total_steps)
 
 
-def set_up(config: Config) -> Run:
+def set_up(config: Config, peers: Peers | None = None) -> Run:
     """Data, model, optimizer and processes of a run, checked; nothing is written to the run's folder.
+
+    Args:
+        config: the settings.
+        peers: its processes, called together; called here where nobody watches over them.
 
     Raises:
         InputError: for whatever doesn't fit.
     """
     folder = RunFolder(config.output_dir)
-    folder.check(config)
     check_trackers(config.run.log_with)
-    accelerator = processes.start(config.run, folder.path)
-    processes.check_same(accelerator, "the configuration", shared_digest(config), "give every host the same settings")
+    peers = peers or Peers(config.run, shared_settings(config))
+    accelerator = processes.start(config.run, peers, folder.path)
+    processes.together(accelerator, "check", lambda: folder.check(config))
     data = processes.together(accelerator, "prepare", lambda: prepare(config, shown=accelerator.is_local_main_process))
     language_model = processes.together(accelerator, "build", lambda: model.build(config, data.tokenizer))
     processes.check_same(accelerator, "the data", data.fingerprint, "give every host the same documents and tokenizer")
@@ -103,6 +109,7 @@ def set_up(config: Config) -> Run:
         config,
         folder,
         accelerator,
+        peers,
         data,
         windows,
         validation,
@@ -134,10 +141,6 @@ def _to_resume(accelerator: Accelerator, folder: RunFolder) -> tuple[checkpoint.
             f"run.output_dir {folder.path}: no checkpoint is whole ({'; '.join(damaged.values())}); put one back from "
             f"a copy, or remove {folder.checkpoints} to start again from the first step"
         )
-    if found is not None:
-        place = "run.output_dir has to be on a disk that all hosts share"
-        here = (found.folder / "manifest.json").is_file()
-        processes.check_same(accelerator, f"whether checkpoint {found.folder} is there", here, place)
     return found, damaged
 
 

@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather
 
+from train_loop.peers import of_communication
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SECONDS_BETWEEN_QUESTIONS = 1.0
 
@@ -49,6 +51,8 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, RuntimeError) and of_communication(error):
+            self.ignore_from_now_on()  # there is still to be found out which of the others is gone
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -70,13 +70,15 @@ class Outcome(NamedTuple):
     codes: list[int]
 
 
-def several(number: int, commands: Sequence[Sequence[Any]], fsdp2: bool = False, seconds: float = 500) -> list[Outcome]:
+def several(
+    number: int, commands: Sequence[Sequence[Any]], fsdp2: bool = False, seconds: float = 500, **more: str
+) -> list[Outcome]:
     """Runs commands one after the other in the same `number` processes: to start them takes longer than to train."""
     with tempfile.TemporaryDirectory() as folder:
         todo, done = Path(folder) / "todo.json", Path(folder) / "done.json"
         todo.write_text(json.dumps(commands))
         sharded = ["--config_file", str(CONFIGS / "fsdp2.yaml"), "--num_processes", str(number)]
-        variables = ON_CPU | ({"TESTS_FSDP2_ON_CPU": "true"} if fsdp2 else {})
+        variables = ON_CPU | more | ({"TESTS_FSDP2_ON_CPU": "true"} if fsdp2 else {})
         launcher = sharded if fsdp2 else processes(number)
         result = run(launcher, [str(todo), str(done)], "tests.distributed.several", seconds, **variables)
         assert result.returncode == 0, result.stderr

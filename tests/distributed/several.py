@@ -22,6 +22,18 @@ def shard_on_cpu() -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
+def note_writes(root: str, written: set[str]) -> None:
+    """From now on, note the files below a folder that Python code of this process opens to write, or renames."""
+
+    def hear(event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        for path in arguments[:1] if writes else arguments[:2] if event == "os.rename" else ():
+            if str(path).startswith(root):
+                written.add(str(path))
+
+    sys.addaudithook(hear)
+
+
 def run(command: list[Any]) -> tuple[int, str, str]:
     from accelerate.state import AcceleratorState
 
@@ -49,6 +61,11 @@ if __name__ == "__main__":
     destroy = PartialState.destroy_process_group
     PartialState.destroy_process_group = lambda *_: None  # type: ignore[method-assign]
     todo, done = map(Path, sys.argv[1:])
+    written: set[str] = set()
+    if root := os.environ.get("TESTS_NOTE_WRITES"):
+        note_writes(root, written)
     outcomes = [run(arguments) for arguments in json.loads(todo.read_text())]
     done.with_name(f"{done.name}.{os.environ.get('RANK', '0')}").write_text(json.dumps(outcomes))
+    if root:
+        Path(root, f"written.{os.environ.get('RANK', '0')}").write_text("\n".join(sorted(written)))
     destroy(PartialState())

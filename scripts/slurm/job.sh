@@ -1,0 +1,79 @@
+# shellcheck shell=bash
+# Sourced by the sbatch files of this folder: what a job does around its steps.
+#
+# A job's life: train until SLURM says that the time is nearly up (SIGUSR1, see --signal), have the run write its
+# checkpoint, put the job back into the queue, go on from there; until the run is complete.
+
+cd "${SLURM_SUBMIT_DIR:-.}" || exit 1                # jobs are submitted from the root of the repository
+PATH=$PWD/.venv/bin:$PATH                            # or activate an environment of your own, on a disk of all nodes
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}         # threads of a process, for what is left to the CPU
+
+# The run's folder: what --run.output_dir or the configuration's name says, as train-loop itself finds it.
+output_of() {
+    local output='' config='' name
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --run.output_dir=*) output=${1#*=} ;;
+            --config=*) config=${1#*=} ;;
+            --run.output_dir) output=${2:-} ;;
+            --config) config=${2:-} ;;
+        esac
+        shift
+    done
+    if [ -z "$output" ] && [ -n "$config" ]; then
+        output=$(sed -n 's/^  output_dir: *\([^ #]*\).*/\1/p' "$config" | head -n 1)
+    fi
+    name=$(basename "${config:-train}")
+    echo "${output:-runs/${name%.*}}"
+}
+
+# The state in a run's status.json: running, stopped, failed or complete.
+state_of() {
+    sed -n 's/.*"state": "\([a-z]*\)".*/\1/p' "$1/status.json" 2>/dev/null
+}
+
+# The newest checkpoint, to see whether a job got any further.
+newest_of() {
+    find "$1/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort | tail -n 1
+}
+
+# train_in_queue ARGUMENTS: one launcher on each node of the job, and afterwards what becomes of the job.
+train_in_queue() {
+    local output before step code asked='' state
+    output=$(output_of "$@")
+    before=$(newest_of "$output")
+
+    # --kill-on-bad-exit=0: when one node fails, the others are to say so and to end by themselves.
+    srun --kill-on-bad-exit=0 --label bash scripts/slurm/node.sh "$@" &
+    step=$!
+    trap 'asked=yes' USR1
+    code=''
+    while [ -z "$code" ]; do
+        if [ -n "$asked" ] && kill -USR1 "$step" 2>/dev/null; then
+            sleep 5 &                                # srun hands it to the nodes; again, in case they were just starting
+            wait $!
+            continue
+        fi
+        wait "$step"                                 # ends early when the signal comes
+        state=$?
+        kill -0 "$step" 2>/dev/null || code=$state
+    done
+
+    state=$(state_of "$output")
+    echo "job ${SLURM_JOB_ID}: the run in $output is ${state:-not begun} (srun: exit code $code)"
+    if [ "$state" = complete ] && [ "$code" -eq 0 ]; then
+        return 0
+    fi
+    if [ -n "$asked" ] && [ "$state" = stopped ]; then
+        requeue "the time is nearly up"
+    elif [ "$(newest_of "$output")" != "$before" ]; then
+        requeue "something failed, but there is a newer checkpoint than before"
+    fi
+    return 1                                         # nothing was gained: to try again would not help
+}
+
+requeue() {
+    echo "job ${SLURM_JOB_ID}: $1; back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60                                         # SLURM ends this script
+}
