@@ -138,6 +138,8 @@ class Watch:
     # --- gradients and updates
 
     def _begin_micro_batch(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if not torch.is_grad_enabled():
+            return
         if len(self._micro_batches) == self._rounds:  # the step is computed once more
             self._micro_batches = []
         scaler = self.run.accelerator.scaler
