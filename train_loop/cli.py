@@ -263,6 +263,55 @@ def sample(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
+def inspect(arguments: list[str]) -> int:
+    """Replay a step of a run: its documents, each token's loss, gradients and update; prints a table."""
+    parser = _Parser("inspect", description=inspect.__doc__, allow_abbrev=False)
+    option = parser.add_argument
+    option("--run", metavar="FOLDER", required=True, help="folder of the run; nothing is written to it")
+    option("--step", type=int, required=True, help="number of the step, from 1, as in metrics.jsonl")
+    option("--compare", type=int, metavar="STEP", help="another step, to set beside it")
+    option(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what the step would have been with another setting (optimizer.learning_rate=1e-4, dropout=0); repeated "
+        "for several",
+    )
+    option("--json", action="store_true", help="print one JSON object a step, with everything")
+    option("--html", metavar="FILE", help="write a page as well")
+    given = parser.parse_args(arguments)
+    if given.compare is not None and given.set:
+        raise InputError("inspect: --compare sets another step beside it, --set the same one; give one of them")
+    steps = [given.step] if given.compare is None else [given.step, given.compare]
+    _quiet_libraries()
+    from pathlib import Path
+
+    from train_loop.study import inspection
+    from train_loop.study.replay import Replay
+
+    replay = Replay(Path(given.run), steps)
+    if given.set:
+        found = replay.instead(given.step, given.set)
+    else:
+        of = {step: replay.step(step) for step in sorted(set(steps))}
+        found = [of[step] for step in steps]
+    if given.html:
+        title = f"{Path(given.run).resolve().name}, step {' and '.join(map(str, steps))}"
+        try:
+            Path(given.html).write_text(inspection.page(found, title), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--html {given.html}: cannot be written ({error.strerror})") from None
+    if given.json:
+        for each in found:
+            print(json.dumps(each))
+    else:
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print(inspection.lines(found, colour))
+    verdicts = [each["verification"]["verdict"] for each in found if each["verification"]]
+    return EXIT_FAILED if "different" in verdicts else EXIT_DONE
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse whose mistakes are `InputError`s: one line, no usage text before it."""
 
@@ -279,4 +328,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "sample": sample,
+    "inspect": inspect,
 }

@@ -5,7 +5,7 @@ ledger.json     the data it trains on: books and fingerprint
 truth.json      what is, measured before the first step: processes, precision, decay groups, loss, documents
 status.json     state (running | stopped | failed | complete), step and reason; launchers hide exit codes
 architecture/   the model's configuration and its tokenizer: what a checkpoint's weights belong to
-metrics.jsonl   checkpoints/   model/
+metrics.jsonl   study.jsonl (where steps are watched)   checkpoints/   model/
 """
 
 import json

@@ -1,0 +1,70 @@
+"""What watching costs: steps with study.every 50 against steps with nothing watched.
+
+    python scripts/bench/study.py [--shape small|distilgpt2] [--steps 50] [--rounds 3] [--json]
+
+The same steps by the same loop, with its log, on one process: `--steps` of them, of which every 50th is watched. What a
+single watched step costs beyond the others is measured by itself as well, since the rest is noise of the machine.
+"""
+
+import statistics
+import tempfile
+from pathlib import Path
+
+from measure import Contender, alternate, parser, report, seconds
+
+SHAPES = {
+    # name: (model, vocabulary of its tokenizer, block size, sequences a step, sequences a micro-batch)
+    "small": ("{model_type: gpt2, n_layer: 4, n_embd: 128, n_head: 4}", 4096, 128, 16, 8),
+    "distilgpt2": ("{model_type: gpt2, n_layer: 6, vocab_size: 50257}", 4096, 128, 8, 4),
+}
+
+
+def main() -> None:
+    """Run the benchmark."""
+    options = parser(__doc__, rounds=3)
+    options.add_argument("--shape", choices=SHAPES, default="small", help="what is trained (small)")
+    options.add_argument("--steps", type=int, default=50, help="steps of one run, a multiple of 50; 0: a single step (50)")
+    given = options.parse_args()
+
+    from train_loop import config, loop
+    from train_loop.saver import Saver
+    from train_loop.signals import StopRequest
+    from train_loop.study.metrics import MetricsLog
+    from train_loop.study.statistics import Watch
+
+    architecture, vocabulary, block, sequences, micro_batch = SHAPES[given.shape]
+    run = loop.set_up(
+        config.load(
+            [
+                *("--model.architecture", architecture, "--tokenizer.train_vocab_size", str(vocabulary)),
+                *("--data.block_size", str(block), "--batch.sequences_per_step", str(sequences)),
+                *("--batch.micro_batch_size", str(micro_batch), "--train.max_steps", str(given.steps or 4)),
+                *("--evaluation.every", "1000000", "--checkpoint.every", "1000000"),
+                *("--run.output_dir", tempfile.mkdtemp(prefix="bench-study-")),
+            ]
+        )
+    )
+    # Evaluation and checkpoint of the last step are not part of a step.
+    loop._evaluate = lambda *_: False
+    loop._checkpoint = lambda *_: None
+    saver = Saver(run.accelerator, run.folder.checkpoints, keep=1, background=True)
+    run.folder.path.mkdir(exist_ok=True)
+
+    def steps(every: int | None) -> float:
+        run.watch = None if every is None else Watch(run, every)
+        log = MetricsLog(run.accelerator, Path(run.folder.metrics), 0, study=every is not None)
+        return seconds(lambda: loop._loop(run, log, saver, 0, StopRequest()))
+
+    if given.steps:
+        contenders = [Contender("nothing watched", lambda: steps(None)), Contender("study.every 50", lambda: steps(50))]
+        found = alternate(contenders, given.rounds)
+        report(f"{given.shape}: {given.steps} steps of {sequences} x {block}", found, given.steps, "steps", given.json)
+    few = run.total_steps = 4
+    alone = alternate([Contender("off", lambda: steps(None)), Contender("each", lambda: steps(1))], given.rounds)
+    step = statistics.median(alone["off"]) / few
+    extra = statistics.median((each - off) / few for off, each in zip(alone["off"], alone["each"], strict=True))
+    print(f"\na watched step costs {extra / step:.2f} of a step more: {extra / step / 50:.2%} at N = 50")
+
+
+if __name__ == "__main__":
+    main()
