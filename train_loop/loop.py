@@ -194,7 +194,8 @@ def _loop(run: Run, log: MetricsLog, saver: Saver, start: int, stop: StopRequest
                 **measured,
                 **_remarks(run, step, result),
             )
-            progress.update(1, f"loss {result.loss:.4f}, {measured['tokens_per_second']:,.0f} tokens/s")
+            told = f"loss {result.loss:.4f}, {measured['tokens_per_second']:,.0f} tokens/s"
+            progress.update(1, told, curve=result.loss)
             if log.skipped >= config.train.max_bad_steps:
                 _fail(run, log, saver, done, result)
             stopping = _between_steps(run, log, saver, done, stop.hear(result.stop), stop)
