@@ -82,7 +82,7 @@ def pieces(model: nn.Module, optimizer: Optimizer, main: bool = True) -> Pieces:
         main: whether this is the main process, which writes what all of them hold.
     """
     state = _inner(optimizer).state
-    weights = _once(model)
+    weights = tensors_once(model)
     moments: dict[str, torch.Tensor] = {}
     for name, parameter in weights.items():
         if parameter in state:
@@ -245,7 +245,7 @@ def load(found: Found, model: nn.Module, optimizer: Optimizer) -> None:
     load_weights(found, model)
     state = _inner(optimizer).state
     with _open(found, "optimizer") as moments:
-        for name, parameter in _once(model).items():
+        for name, parameter in tensors_once(model).items():
             if f"{name}.step" not in moments.shapes:
                 continue
             # Fused AdamW counts its updates in a tensor beside the parameter.
@@ -258,9 +258,9 @@ def load(found: Found, model: nn.Module, optimizer: Optimizer) -> None:
 def load_weights(found: Found, model: nn.Module) -> None:
     """Put a checkpoint's weights into a model; see `load`."""
     with _open(found, "model") as parts, torch.no_grad():
-        if {name: tuple(tensor.shape) for name, tensor in _once(model).items()} != parts.shapes:
+        if {name: tuple(tensor.shape) for name, tensor in tensors_once(model).items()} != parts.shapes:
             raise ValueError(f"{found.folder} holds another model's weights")
-        for name, tensor in _once(model).items():
+        for name, tensor in tensors_once(model).items():
             parts.read_into(tensor.detach(), name)
 
 
@@ -345,7 +345,7 @@ def _first_copy(tensor: torch.Tensor) -> bool:
     )
 
 
-def _once(model: nn.Module) -> dict[str, torch.Tensor]:
+def tensors_once(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers by name, those that share memory under their first.
 
     They come from the state dict, before which FSDP2 puts its shards back: after a forward pass alone, the parameters

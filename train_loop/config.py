@@ -248,6 +248,30 @@ class CheckpointConfig:
     background: bool = True
 
 
+# One fact, one sum and a name that comes back: what is learned by heart, worked out, and looked up in the text.
+PROBE = "When Mary and John went to the store, John gave a drink to Mary. Two plus two is four, and Paris is in France."
+
+
+@dataclass
+class StudyConfig:
+    """What is watched while a run trains, for study.jsonl; it changes nothing of what is computed.
+
+    Args:
+        every: watch each step whose number this divides: weights, gradients and updates, activations, attention, loss
+            by position and frequency. null watches nothing and costs nothing.
+        probe: text whose tokens' losses and likeliest predictions are recorded at each evaluation, where steps are
+            watched or the text is not the default; null or empty records none.
+    """
+
+    every: PositiveInt | None = None
+    probe: str | None = PROBE
+
+    @property
+    def probing(self) -> bool:
+        """Whether there is a probe to record."""
+        return bool(self.probe) and (self.every is not None or self.probe != PROBE)
+
+
 @dataclass
 class ExportConfig:
     """What becomes of the finished model, beside being written to output_dir/model.
@@ -282,6 +306,7 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
 
     @property
     def output_dir(self) -> Path:
@@ -311,6 +336,7 @@ FREE_KEYS = (
     "sample",
     "checkpoint",
     "export",
+    "study",
     "model.activation_checkpointing",
     "model.compile",
 )

@@ -23,7 +23,7 @@ from train_loop.sampling import Sampling
 from train_loop.saver import Saver
 from train_loop.signals import Question, StopRequest, agree
 from train_loop.step import StepResult, train_step
-from train_loop.study import truth
+from train_loop.study import probe, truth
 from train_loop.study.metrics import MetricsLog, start_trackers
 
 
@@ -64,7 +64,10 @@ def train(config: Config) -> Summary:
             step = _resume(run)
             if config.run.log_with:
                 start_trackers(run.accelerator, run.folder.path, step, _flat(to_dict(config)))
-            log = MetricsLog(run.accelerator, run.folder.metrics, step)
+            studied = config.study.every is not None or config.study.probing
+            log = MetricsLog(run.accelerator, run.folder.metrics, step, studied)
+            if run.watch is not None:
+                run.watch.recall(step)
             settings = config.checkpoint
             saver = Saver(run.accelerator, run.folder.checkpoints, settings.keep, settings.background, run.damaged)
             saver.step = None if run.found is None else step
@@ -163,6 +166,8 @@ def _loop(run: Run, log: MetricsLog, saver: Saver, start: int, stop: StopRequest
         for step, micro_batches in enumerate(plans, start):
             if stopping or _enough(run, log):
                 return step, stopping
+            if run.watch is not None:
+                run.watch.before(step)
             began = time.perf_counter()
             watch.begin()
             targets = sum(run.train.targets(micro_batch.blocks) for micro_batch in micro_batches)
@@ -194,6 +199,8 @@ def _loop(run: Run, log: MetricsLog, saver: Saver, start: int, stop: StopRequest
                 **measured,
                 **_remarks(run, step, result),
             )
+            if run.watch is not None and (seen := run.watch.after(step, result)) is not None:
+                log.write_study("statistics", done, seen)
             told = f"loss {result.loss:.4f}, {measured['tokens_per_second']:,.0f} tokens/s"
             progress.update(1, told, curve=result.loss)
             if log.skipped >= config.train.max_bad_steps:
@@ -269,6 +276,8 @@ def _evaluate(run: Run, log: MetricsLog, step: int, stop: StopRequest) -> bool:
                 f"perplexity {metrics['perplexity']:.3f}, {metrics['bits_per_byte']:.4f} bits per byte, "
                 f"accuracy {metrics['accuracy']:.4f}"
             )
+    if config.study.probing and log.probed != step:
+        log.write_study("probe", step, probe.measure(run))
     settings = config.sample
     chosen = Sampling(
         settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p, seed=config.run.seed

@@ -12,6 +12,7 @@ model's own logits, for architectures that do more to them than one matrix produ
 a model is measured, not looked up.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,10 @@ from train_loop.model import context_length
 _CHUNK = 1024  # positions whose logits are held at once
 _CPU_CHUNK = 256
 _FUSED = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=_CHUNK, chunking_method=None)
+
+
+Visit = Callable[[torch.Tensor, torch.Tensor], None]
+"""Is shown logits [chunk, vocabulary] float32 and targets [chunk] of some positions."""
 
 
 class Statistics(NamedTuple):
@@ -60,6 +65,7 @@ class Objective(nn.Module):
         targets: torch.Tensor,
         positions: torch.Tensor | None = None,
         statistics: bool = False,
+        visit: Visit | None = None,
     ) -> Any:
         """Summed nll of a batch.
 
@@ -69,6 +75,7 @@ class Objective(nn.Module):
             positions: place of each input in its document [batch, block] int64. Where given, attention stays inside
                 the stretches in which it counts upwards; else each row is one stretch.
             statistics: for evaluation, return `Statistics` instead.
+            visit: for study, is shown all logits, a chunk of positions at a time in their order; nothing is returned.
 
         Returns:
             The nll summed over all targets, in nats [] float32.
@@ -76,6 +83,10 @@ class Objective(nn.Module):
         targets = targets.flatten()
         if statistics:
             return self._statistics(inputs, targets, positions)
+        if visit is not None:
+            for logits, target in self._chunks(inputs, targets, positions):
+                visit(logits, target)
+            return None
         if self.loss_path == "logits":
             logits = self._logits(inputs, positions).float()
             return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
@@ -118,12 +129,18 @@ class Objective(nn.Module):
         assert isinstance(head, nn.Linear)
         return head
 
-    def _statistics(self, inputs: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None) -> Statistics:
-        nll, correct = [], []
+    def _chunks(
+        self, inputs: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Logits [chunk, vocabulary] float32 and targets [chunk], chunk by chunk."""
         plain = self.loss_path == "fused"
         states = self._hidden(inputs, positions) if plain else self._logits(inputs, positions)
         for state, target in zip(states.split(_CHUNK), targets.split(_CHUNK), strict=True):
-            logits = (self._head()(state) if plain else state).float()
+            yield (self._head()(state) if plain else state).float(), target
+
+    def _statistics(self, inputs: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None) -> Statistics:
+        nll, correct = [], []
+        for logits, target in self._chunks(inputs, targets, positions):
             nll.append(F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="none"))
             correct.append(logits.argmax(-1) == target)
         # Apple's GPUs have no float64, so the sum is made on the CPU there.

@@ -18,8 +18,10 @@ from train_loop.progress import say
 from train_loop.reproducible import FixedPointSums
 from train_loop.run_folder import RunFolder
 from train_loop.sampler import check_prompt, prompt_ids
+from train_loop.study import probe
 from train_loop.study.metrics import check_trackers
 from train_loop.study.speed import Speed
+from train_loop.study.statistics import Watch
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Run:
     speed: Speed
     found: checkpoint.Found | None
     damaged: dict[int, str]
+    watch: Watch | None = None
 
     @property
     def model(self) -> Any:
@@ -91,6 +94,8 @@ def set_up(config: Config) -> Run:
         if not config.model.compile:
             cpu.use_products(language_model)
             objective.tied = cpu.tie_gradients(language_model)
+    if config.study.probing:
+        probe.check(objective.model, data.tokenizer, config)
     for prompt in config.sample.prompts or []:
         check_prompt(objective.model, prompt_ids(data.tokenizer, prompt))
     prepared, adamw = accelerator.prepare(objective, optimizer.build(objective, config.optimizer))
@@ -99,7 +104,7 @@ def set_up(config: Config) -> Run:
     if config.batch.micro_batch_size == "auto":
         size = _fitting(config, accelerator, prepared, adamw, found)
     plan = Plan(len(windows), config.batch.sequences_per_step, size, config.run.seed)
-    return Run(
+    run = Run(
         config,
         folder,
         accelerator,
@@ -115,6 +120,9 @@ def set_up(config: Config) -> Run:
         found=found,
         damaged=damaged,
     )
+    if config.study.every is not None:
+        run.watch = Watch(run, config.study.every)
+    return run
 
 
 def _to_resume(accelerator: Accelerator, folder: RunFolder) -> tuple[checkpoint.Found | None, dict[int, str]]:

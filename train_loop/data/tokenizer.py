@@ -8,7 +8,7 @@ end-of-text token that the store puts after each document.
 import hashlib
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from train_loop.errors import InputError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
+_LONGEST_CHARACTER = 4  # bytes of UTF-8
 
 
 def load(name_or_path: str) -> PreTrainedTokenizerFast:
@@ -142,6 +143,27 @@ def first_token_bytes(core: Tokenizer, text: str, token: int) -> int:
     start = text[:100]  # to encode little, but more than a token
     offsets = core.encode(start, add_special_tokens=False).offsets
     return len(start[: offsets[0][1]].encode()) if offsets else 0
+
+
+def strings(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds [tokens]: together they are the whole text.
+
+    Where several tokens make up one character, the last of them has it and the others have nothing.
+    """
+    found: list[str] = []
+    start, read = 0, 0  # decoded again for context, and already read
+
+    def text(first: int, end: int) -> str:
+        return str(tokenizer.decode(list(ids[first:end]), clean_up_tokenization_spaces=False))
+
+    for end in range(1, len(ids) + 1):
+        known, whole = text(start, read), text(start, end)
+        if whole.endswith("\ufffd") and end < len(ids) and end - read < _LONGEST_CHARACTER:
+            found.append("")
+            continue
+        found.append(whole[len(known) :])
+        start, read = read, end
+    return found
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

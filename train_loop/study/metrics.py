@@ -1,4 +1,7 @@
-"""metrics.jsonl: one JSON object a line for each step, evaluation and sample; and Accelerate's trackers beside it."""
+"""metrics.jsonl: one JSON object a line for each step, evaluation and sample; and Accelerate's trackers beside it.
+
+What is watched inside the model (`statistics.py`, `probe.py`) goes into study.jsonl, which is kept the same way.
+"""
 
 import hashlib
 import itertools
@@ -18,17 +21,77 @@ from train_loop.processes import from_main
 from train_loop.progress import say
 from train_loop.settings import nearest
 
+STUDY = "study.jsonl"
 
-class MetricsLog:
-    """Appends events to metrics.jsonl on the main process, and hands their numbers to the trackers.
+
+class EventFile:
+    """Appends events to a file, one JSON object a line.
 
     A full disk ends no run: lines wait in memory until there is room.
 
     Args:
-        accelerator: its trackers get every step and evaluation.
         path: the file.
+        kept: its events so far; others are removed from it.
+    """
+
+    def __init__(self, path: Path, kept: list[dict[str, Any]]) -> None:
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+        self._name = path.name
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._waiting = b""
+        self._writing = threading.Lock()
+        self._full = False
+
+    def append(self, line: dict[str, Any]) -> None:
+        """One line, of values that JSON knows."""
+        with self._writing:
+            self._waiting += (json.dumps(line) + "\n").encode()
+        self._write()
+
+    def _write(self) -> None:
+        with self._writing:
+            try:
+                while self._waiting:
+                    self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+                self._full = False
+            except OSError as error:
+                if not self._full:
+                    say(f"{self._name}: {one_line(error)}; its lines wait in memory")
+                self._full = True
+
+    def flush(self) -> None:
+        """Have the disk hold what was written; may be called in another thread.
+
+        Raises:
+            OSError: when it can't.
+        """
+        self._write()
+        if self._waiting:
+            raise OSError(f"no room for the lines of {self._name}")
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Write what waits, and have the disk hold it.
+
+        Raises:
+            OSError: when it can't.
+        """
+        self.flush()
+        os.close(self._file)
+
+
+class MetricsLog:
+    """Appends events to metrics.jsonl on the main process, and hands their numbers to the trackers.
+
+    Args:
+        accelerator: its trackers get every step and evaluation.
+        path: the file; study.jsonl is beside it.
         step: the run goes on after this step: later lines, of a run that was cut off, are removed, so that no step
             stands twice.
+        study: whether there will be events for study.jsonl.
 
     Attributes:
         step: the last one that was logged.
@@ -37,28 +100,30 @@ class MetricsLog:
         since_best: how many came after it.
         samples: how many texts were sampled after the last step.
         skipped: how many steps in a row, up to the last one, were not taken.
+        probed: the last step after which a probe was recorded; 0 before there is one.
     """
 
-    def __init__(self, accelerator: Accelerator, path: Path, step: int) -> None:
+    def __init__(self, accelerator: Accelerator, path: Path, step: int, study: bool = False) -> None:
         self.accelerator = accelerator
         self.step = step
-        self.file: int | None = None
-        self._waiting = b""
-        self._writing = threading.Lock()
-        self._full = False
+        self._events: EventFile | None = None
+        self._study: EventFile | None = None
         kept: list[dict[str, Any]] = []
+        watched: list[dict[str, Any]] = []
         if accelerator.is_main_process:
             kept = [event for event in read(path) if event["step"] <= step]
-            temporary = path.with_name(f"{path.name}.tmp")
-            temporary.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
-            sync(temporary)
-            os.replace(temporary, path)
-            self.file = os.open(path, os.O_WRONLY | os.O_APPEND)
+            self._events = EventFile(path, kept)
+            beside = path.with_name(STUDY)
+            if study or beside.exists():
+                watched = [event for event in read(beside) if event["step"] <= step]
+                self._study = EventFile(beside, watched)
         steps = [event for event in kept if event["event"] == "step"]
         evaluations = [event for event in kept if event["event"] == "evaluation"]
         samples = sum(event["event"] == "sample" and event["step"] == step for event in kept)
         skipped = sum(1 for _ in itertools.takewhile(lambda event: event.get("skipped"), reversed(steps)))
-        evaluations, self.samples, self.skipped = from_main(accelerator, (evaluations, samples, skipped))
+        probed = max((event["step"] for event in watched if event["event"] == "probe"), default=0)
+        state = (evaluations, samples, skipped, probed)
+        evaluations, self.samples, self.skipped, self.probed = from_main(accelerator, state)
         self.evaluations: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
         self.since_best = 0
@@ -73,7 +138,7 @@ class MetricsLog:
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """One line. Numbers that JSON doesn't know (NaN, infinity) become null."""
-        line = {"event": event, "step": step} | {name: _plain(value) for name, value in values.items()}
+        line = plain({"event": event, "step": step} | values)
         self.step = step
         if event == "step":
             self.samples, self.skipped = 0, self.skipped + 1 if values.get("skipped") else 0
@@ -81,26 +146,19 @@ class MetricsLog:
             self._remember(line)
         else:
             self.samples += 1
-        if self.file is not None:
-            with self._writing:
-                self._waiting += (json.dumps(line) + "\n").encode()
-            self._write()
+        if self._events is not None:
+            self._events.append(line)
         if self.accelerator.trackers:
             prefix = "train" if event == "step" else event
             numbers = {f"{prefix}/{name}": value for name, value in line.items() if isinstance(value, int | float)}
             self.accelerator.log(numbers if event != "sample" else {}, step=step)
 
-    def _write(self) -> None:
-        assert self.file is not None
-        with self._writing:
-            try:
-                while self._waiting:
-                    self._waiting = self._waiting[os.write(self.file, self._waiting) :]
-                self._full = False
-            except OSError as error:
-                if not self._full:
-                    say(f"metrics.jsonl: {one_line(error)}; its lines wait in memory")
-                self._full = True
+    def write_study(self, event: str, step: int, values: dict[str, Any]) -> None:
+        """One line of study.jsonl."""
+        if event == "probe":
+            self.probed = step
+        if self._study is not None:
+            self._study.append(plain({"event": event, "step": step} | values))
 
     def flush(self) -> None:
         """Have the disk hold what was written; may be called in another thread.
@@ -108,11 +166,9 @@ class MetricsLog:
         Raises:
             OSError: when it can't.
         """
-        if self.file is not None:
-            self._write()
-            if self._waiting:
-                raise OSError("no room for the lines of metrics.jsonl")
-            os.fsync(self.file)
+        for file in (self._events, self._study):
+            if file is not None:
+                file.flush()
 
     def close(self) -> None:
         """Write what waits, and have the disk hold it.
@@ -120,14 +176,14 @@ class MetricsLog:
         Raises:
             OSError: when it can't.
         """
-        if self.file is not None:
-            self.flush()
-            os.close(self.file)
-            self.file = None
+        for file in (self._events, self._study):
+            if file is not None:
+                file.close()
+        self._events = self._study = None
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The events of a metrics.jsonl; a last line that a killed process left half written is left out."""
+    """The events of a metrics.jsonl or study.jsonl; a last line that a killed process left half written is left out."""
     if not path.exists():
         return []
     events = []
@@ -139,7 +195,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     return events
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The same with null for numbers that JSON doesn't know."""
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
