@@ -278,9 +278,14 @@ class Figure {
     }
     const ticks = xTicks || linearTicks(xLow, xHigh, Math.max(2, Math.floor(width / 110)));
     const xText = tickLabel(ticks, xFormat);
+    let free = -Infinity; // where the label before ends
     for (const tick of ticks) {
       const at = x(tick);
       const anchor = at > box.right - 14 ? "end" : "middle";
+      const wide = 6.8 * String(xText(tick)).length;
+      const begin = anchor === "end" ? at - wide : at - wide / 2;
+      if (begin < free + 6) continue;
+      free = begin + wide;
       grid.append(svg("line", { class: "tick", x1: at.toFixed(1), x2: at.toFixed(1), y1: box.bottom, y2: box.bottom + 4 }));
       grid.append(svg("text", { x: at.toFixed(1), y: box.bottom + 16, "text-anchor": anchor }, xText(tick)));
     }

@@ -379,7 +379,7 @@ const SECTIONS = [
       },
       {
         id: "by_frequency", title: "Loss by token frequency", unit: "nats per token", log: "linear", own: true,
-        words: "Frequent tokens are learned first, rare ones last and never well. A run that stops falling on the right only is short of data, not of steps.",
+        words: "Frequent tokens are learned first, rare ones last and never well. Where rare tokens alone stop falling, a run is short of data, not of steps.",
         draw: () => byBin("by_frequency", "tokens by frequency"),
       },
     ],
