@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -204,6 +205,15 @@ def test_the_command_writes_one_page_and_needs_no_torch(run: Path, tmp_path: Pat
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout == f"{output}\n" and result.stderr == ""
     assert "default-src 'none'" in output.read_text() and list(tmp_path.iterdir()) == [output]
+
+
+def test_a_wheel_takes_the_pages_parts_along() -> None:
+    root = Path(__file__).parents[2]
+    settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = settings["tool"]["setuptools"]["package-data"]["train_loop.study.report"]
+    parts = [path for path in (root / "train_loop/study/report").iterdir() if path.is_file() and path.suffix != ".py"]
+    assert {path.name for path in parts} >= {"page.html", "page.css", "page.js", "charts.js"}
+    assert all(any(path.match(pattern) for pattern in patterns) for path in parts)
 
 
 def test_the_page_stands_in_the_runs_folder(command: Command, tmp_path: Path) -> None:
