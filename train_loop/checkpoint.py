@@ -272,7 +272,7 @@ def in_memory(model: nn.Module, optimizer: Optimizer | None, with_moments: bool)
         optimizer: over its parameters; what it doesn't hold yet of its state is made, of zeros.
         with_moments: whether its state is wanted.
     """
-    weights = _once(model)
+    weights = tensors_once(model)
     for weight in weights.values():
         yield weight.detach()
     if optimizer is None or not with_moments:

@@ -312,6 +312,34 @@ def inspect(arguments: list[str]) -> int:
     return EXIT_FAILED if "different" in verdicts else EXIT_DONE
 
 
+def report(arguments: list[str]) -> int:
+    """Show what happened in one or several runs, on one page; prints where it is."""
+    parser = _Parser("report", description=report.__doc__, allow_abbrev=False)
+    option = parser.add_argument
+    option("--run", metavar="RUN", action="append", required=True, help="folder of a run; repeat it to compare runs")
+    option("--output", metavar="FILE", help="the page (report.html in the first run's folder)")
+    option("--png", metavar="FOLDER", help="also draw each figure as a PNG into this folder; needs matplotlib")
+    option("--serve", metavar="PORT", type=int, help="serve the page on 127.0.0.1, renewed while a run goes on")
+    given = parser.parse_args(arguments)
+    if given.serve is not None and (given.output or given.png):
+        raise InputError("--serve shows a page and writes none: leave out --output and --png")
+    from pathlib import Path
+
+    from train_loop.study.report import figures, page, server
+    from train_loop.study.report.files import RunFiles
+    from train_loop.study.report.gather import gather
+
+    runs = [RunFiles(run) for run in given.run]
+    if given.serve is not None:
+        server.serve(runs, given.serve, lambda address: print(address, flush=True))
+        return EXIT_DONE
+    data, path = gather(runs), Path(given.output or runs[0].folder / "report.html")
+    drawn = figures.write(data, Path(given.png)) if given.png else []
+    page.write(data, path)
+    print(path, *drawn, sep="\n")
+    return EXIT_DONE
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse whose mistakes are `InputError`s: one line, no usage text before it."""
 
@@ -329,4 +357,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "sample": sample,
     "inspect": inspect,
+    "report": report,
 }

@@ -211,7 +211,8 @@ def _loop(run: Run, log: MetricsLog, saver: Saver, start: int, stop: StopRequest
             )
             if run.watch is not None and (seen := run.watch.after(step, result)) is not None:
                 log.write_study("statistics", done, seen)
-            progress.update(1, f"loss {result.loss:.4f}, {measured['tokens_per_second']:,.0f} tokens/s")
+            told = f"loss {result.loss:.4f}, {measured['tokens_per_second']:,.0f} tokens/s"
+            progress.update(1, told, curve=result.loss)
             if log.skipped >= config.train.max_bad_steps:
                 _fail(run, log, saver, done, result)
             stopping = _between_steps(run, log, saver, done, stop.hear(result.stop), stop)

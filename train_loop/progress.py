@@ -1,5 +1,11 @@
-"""Progress of long work on stderr: a tqdm bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work on stderr: a tqdm bar on a terminal, a plain line now and then elsewhere.
 
+    training 400/1100, 1 min 02 s, 1 min 48 s left, ▇▅▄▃▃▂▂▂▁▂▁▁▁ loss 4.9127, 6,812 tokens/s
+
+The blocks are the whole run's loss so far, from its first step on the left to the last on the right.
+"""
+
+import math
 import sys
 import time
 from types import TracebackType
@@ -7,6 +13,48 @@ from types import TracebackType
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LOOKS = 0.1  # of the bar, which shows nothing oftener
+_BLOCKS, _PLAIN = "▁▂▃▄▅▆▇█", "_.-=*#"  # low to high
+
+
+class Sparkline:
+    """A curve of any length in at most `width` characters.
+
+    Values are kept as means of stretches; where these are twice as many as characters, neighbours become one. So a
+    value costs the same at any length.
+    """
+
+    def __init__(self, width: int = 16) -> None:
+        self.width = width
+        self._means: list[float] = []
+        self._stretch = 1  # values a mean
+        self._sum, self._count = 0.0, 0
+
+    def add(self, value: float) -> None:
+        """One more value; one that is not finite is left out."""
+        if not math.isfinite(value):
+            return
+        self._sum += value
+        self._count += 1
+        if self._count < self._stretch:
+            return
+        self._means.append(self._sum / self._count)
+        self._sum, self._count = 0.0, 0
+        if len(self._means) == 2 * self.width:
+            self._means = [(a + b) / 2 for a, b in zip(self._means[::2], self._means[1::2], strict=True)]
+            self._stretch *= 2
+
+    def text(self, encoding: str | None) -> str:
+        """The curve, between its lowest and its highest value; in ASCII where the encoding is not UTF-8."""
+        signs = _BLOCKS if (encoding or "").lower().replace("-", "").startswith("utf8") else _PLAIN
+        count, drawn = len(self._means), min(len(self._means), self.width)
+        parts = [self._means[count * place // drawn : count * (place + 1) // drawn] for place in range(drawn)]
+        means = [sum(part) / len(part) for part in parts]
+        if len(means) < 2:
+            return ""
+        low, high = min(means), max(means)
+        scale = (len(signs) - 1) / (high - low) if high > low else 0.0
+        return "".join(signs[round((mean - low) * scale)] for mean in means)
 
 
 class Progress:
@@ -19,6 +67,8 @@ class Progress:
     def __init__(self, title: str, unit: str, total: int | None, start: int = 0, shown: bool = True) -> None:
         self.title, self.unit, self.total, self.count, self.first = title, unit, total, start, start
         self.values = ""
+        self.curve = Sparkline()
+        self.last_look = 0.0
         self.started = self.last_line = time.monotonic()
         terminal = shown and sys.stderr.isatty()
         scaled = unit == "B"
@@ -36,30 +86,56 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.bar is not None:
+            if self.values:
+                self.bar.set_postfix_str(self._values(), refresh=False)
             self.bar.close()
         elif self.lines and kind is None:
             self._line()
 
-    def update(self, amount: int, values: str = "") -> None:
-        """Count `amount` more; `values` is shown beside the count, e.g. `loss 3.21`."""
+    def update(self, amount: int, values: str = "", curve: float | None = None) -> None:
+        """Count `amount` more.
+
+        Args:
+            amount: of the unit.
+            values: shown beside the count, e.g. `loss 3.21`.
+            curve: the next value of the curve that is drawn before them.
+        """
         self.count += amount
         self.values = values or self.values
+        if curve is not None and (self.bar is not None or self.lines):
+            self.curve.add(curve)
         if self.bar is not None:
-            if values:
-                self.bar.set_postfix_str(values, refresh=False)
+            now = time.monotonic()
+            if self.values and now - self.last_look > SECONDS_BETWEEN_LOOKS:
+                self.last_look = now
+                self.bar.set_postfix_str(self._values(), refresh=False)
             self.bar.update(amount)
         elif self.lines and time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
             self._line()
+
+    def _values(self) -> str:
+        return " ".join(each for each in (self.curve.text(sys.stderr.encoding), self.values) if each)
 
     def _line(self) -> None:
         self.last_line = time.monotonic()
         seconds = self.last_line - self.started
         of = f"/{_scaled(self.total, self.unit)}" if self.total else ""
-        parts = [f"{self.title} {_scaled(self.count, self.unit)}{of}", f"{seconds:.0f} s"]
+        parts = [f"{self.title} {_scaled(self.count, self.unit)}{of}", duration(seconds)]
         if self.total and self.first < self.count < self.total:
             left = seconds / (self.count - self.first) * (self.total - self.count)
-            parts.append(f"{left:.0f} s left")
-        print(", ".join([*parts, self.values] if self.values else parts), file=sys.stderr, flush=True)
+            parts.append(f"{duration(left)} left")
+        print(", ".join([*parts, self._values()] if self.values else parts), file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds to read: 42 s, 3 min 07 s, 2 h 05 min, 3 d 4 h."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
 
 
 def _scaled(count: int, unit: str) -> str:

@@ -23,7 +23,9 @@ def main() -> None:
     """Run the benchmark."""
     options = parser(__doc__, rounds=3)
     options.add_argument("--shape", choices=SHAPES, default="small", help="what is trained (small)")
-    options.add_argument("--steps", type=int, default=50, help="steps of one run, a multiple of 50; 0: a single step (50)")
+    options.add_argument(
+        "--steps", type=int, default=50, help="steps of one run, a multiple of 50; 0: a single step (50)"
+    )
     given = options.parse_args()
 
     from train_loop import config, loop

@@ -1,0 +1,57 @@
+"""One HTML file out of plain data: the template, its style and scripts, and the data in it as JSON.
+
+What comes from a run (names, prompts, texts, tokens) is data and stays text: here every `<` of it is escaped, so that
+nothing in it ends the script element, and the page's script sets text with textContent alone. A content security policy
+forbids every request.
+"""
+
+import html
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from train_loop.errors import InputError, one_line
+
+_FILE = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+_SERVED = f"{_FILE}; connect-src 'self'"  # to ask for newer data
+
+
+def page(data: dict[str, Any], live: bool = False) -> str:
+    """The page of what `gather` found; a live one asks its server for newer data."""
+    parts = {
+        "POLICY": _SERVED if live else _FILE,
+        "TITLE": html.escape(", ".join(run["name"] for run in data["runs"])),
+        "STYLE": _asset("page.css"),
+        "SCRIPT": "\n".join(_asset(name) for name in ("charts.js", "page.js")),
+        "DATA": as_json(data | {"live": live}),
+    }
+    text = _asset("page.html")
+    for name, value in parts.items():
+        before, after = text.split(f"<!--{name}-->")
+        parts[name] = before + value
+        text = after
+    return "".join([*parts.values(), text])
+
+
+def write(data: dict[str, Any], path: Path) -> None:
+    """Write the page, whole or not at all.
+
+    Raises:
+        InputError: where the file can't be written.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_text(page(data), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"report {path}: cannot be written ({one_line(error)}); name another with --output") from None
+
+
+def as_json(data: dict[str, Any]) -> str:
+    """JSON that may stand in a script element."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _asset(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
