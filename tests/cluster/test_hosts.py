@@ -142,43 +142,32 @@ def test_a_process_that_never_comes_is_named(hosts: Hosts, make: Callable[..., l
     assert len(lines) == 1 and "process 1 of 2 did not come within 4 s (machine 1" in lines[0], err
 
 
-def test_a_host_with_another_library_is_named(hosts: Hosts, make: Callable[..., list[str]], tmp_path: Path) -> None:
-    """What pip would have left there of another version: Python finds it first."""
-    information = tmp_path / "site" / "accelerate-1.15.99.dist-info"
-    information.mkdir(parents=True)
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 1.15.99\n")
-    arguments = make(tmp_path / "runs" / "run")
-    variables: dict[str, dict[str, str]] = {"alpha": {}, "beta": {"PYTHONPATH": str(information.parent)}}
-    began = time.monotonic()
-    outcomes = ended([start(hosts, name, arguments, tmp_path, **variables[name]) for name in NAMES])
-    assert time.monotonic() - began < 60
-    for code, lines, err in outcomes:
-        assert code == 1 and len(lines) == 1, err
-        assert "and 1.15.99 on process 1 (beta); install the same on every host" in lines[0]
-        assert "exitcode  : 2" in err  # of the process; the launcher's is 1
-    assert not (tmp_path / "alpha" / "runs" / "run").exists()
-
-
-def test_other_settings_other_data_and_fsdp2_without_a_shared_disk_are_refused_before_training(
+def test_a_host_that_differs_or_does_not_share_what_it_has_to_is_named_before_training(
     hosts: Hosts, make: Callable[..., list[str]], tmp_path: Path, corpus: Path
 ) -> None:
-    """Three commands one after the other, in the same two processes."""
+    """Another library, other settings, other data, FSDP2 without a shared disk; all in the same two processes."""
     script = str(changed(tmp_path, "tests.distributed.several", "fsdp2"))
-    run = tmp_path / "runs" / "run"
-    other = {"alpha": [{}, {}, {}], "beta": [{"run__seed": 7}, {"data__files": f"{corpus}/0*.txt"}, {}]}
-    started = []
-    for name in NAMES:
-        (todo := tmp_path / f"{name}.json").write_text(
-            json.dumps([["train", *make(run, **each)] for each in other[name]])
-        )
-        arguments = [str(todo), str(tmp_path / "done")]
-        started.append(start(hosts, name, arguments, tmp_path, script=script, TESTS_FSDP2_ON_CPU="true"))
+    # What pip would have left of another version: Python finds it first.
+    (information := tmp_path / "site" / "accelerate-1.15.99.dist-info").mkdir(parents=True)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 1.15.99\n")
+    variables = {"TESTS_OTHER_VERSION": str(information.parent), "TESTS_FSDP2_ON_CPU": "true"}
+    same = ["train", *make(tmp_path / "runs" / "run")]
+    other = [
+        ["train", *make(tmp_path / "runs" / "run", **each)]
+        for each in ({"run__seed": 7}, {"data__files": corpus / "0*"})
+    ]
+    broken = [*same, {"fault": "version", "process": 1, "at": 0}]
+    began, started = time.monotonic(), []
+    for name, commands in (("alpha", [broken, same, same, same]), ("beta", [broken, *other, same])):
+        (todo := tmp_path / f"{name}.json").write_text(json.dumps(commands))
+        started.append(start(hosts, name, [str(todo), str(tmp_path / "done")], tmp_path, script=script, **variables))
     outcomes = ended(started)
-    assert [code for code, _, _ in outcomes] == [0, 0], outcomes
+    assert [code for code, _, _ in outcomes] == [0, 0] and time.monotonic() - began < 60, outcomes
     for rank in (0, 1):
         found = json.loads((tmp_path / f"done.{rank}").read_text())
-        assert [code for code, _, _ in found] == [2, 2, 2], found
-        settings, data, disk = (err.splitlines()[-1].removeprefix("train-loop: ") for _, _, err in found)
+        assert [code for code, _, _ in found] == [2, 2, 2, 2], found
+        version, settings, data, disk = (err.splitlines()[-1].removeprefix("train-loop: ") for _, _, err in found)
+        assert "and 1.15.99 on process 1 (beta); install the same on every host" in version
         assert settings.startswith("the configuration differs: run.seed is 0 on process 0 (alpha) and 7 on process 1 (")
         assert data.startswith("the data differs: ") and "on process 1 (beta); " in data
         assert disk.startswith("run.output_dir") and "is not one folder for all hosts (beta is without" in disk
