@@ -127,15 +127,15 @@ def test_a_killed_process_is_named_by_the_other(settings: Settings, tmp_path: Pa
 @pytest.mark.slow
 def test_the_launchers_restart_resumes(settings: Settings, tmp_path: Path, command: Command) -> None:
     """The launcher hands its store on, in which the first attempt's addresses stand."""
-    make = functools.partial(settings, train__max_steps=80, checkpoint__every=20, run__reproducible="bitwise")
+    make = functools.partial(settings, train__max_steps=150, checkpoint__every=20, run__reproducible="bitwise")
     launcher = launched(make(), "--max_restarts", "1")
-    kill_one(launcher, tmp_path / "run", 1, 25)
+    kill_one(launcher, tmp_path / "run", 1, 50)
     _, err = launcher.communicate(timeout=100)
     assert launcher.returncode == 0 and err.count("resuming from") == 1, err
     assert names_the_lost(err, 1)
     assert command("train", *make(run__output_dir=tmp_path / "whole")) == 0  # bitwise: one process gives the same
     losses = [[(each["step"], each["loss"]) for each in events(tmp_path / name, "step")] for name in ("run", "whole")]
-    assert losses[0] == losses[1] and len(losses[0]) == 80
+    assert losses[0] == losses[1] and len(losses[0]) == 150
 
 
 @pytest.mark.slow
