@@ -103,12 +103,19 @@ def signal_in_save(patch: pytest.MonkeyPatch, process: int, at: int) -> None:
     patch.setattr(loop.Saver, "begin", begun)
 
 
+def another_version(patch: pytest.MonkeyPatch, process: int, at: int) -> None:
+    """On one process, what Python finds first of the libraries' versions is in another folder."""
+    if _here(process):
+        patch.syspath_prepend(os.environ["TESTS_OTHER_VERSION"])
+
+
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch, int, int], None]] = {
     "nan": nan,
     "step": signal_in_step,
     "evaluation": signal_in_evaluation,
     "sampling": signal_in_sampling,
     "save": signal_in_save,
+    "version": another_version,
 }
 
 

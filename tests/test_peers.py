@@ -1,5 +1,6 @@
 """Who else trains: missing, different or lost, and named."""
 
+import functools
 import itertools
 import json
 import subprocess
@@ -13,8 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import events
-from tests.distributed.launch import ON_CPU, ROOT, command, environment, free_port, processes, several
+from tests.conftest import Command, events
+from tests.distributed import launch
+from tests.distributed.launch import ON_CPU, ROOT, environment, free_port, processes, several
 from train_loop import peers, roll_call
 from train_loop.config import Config, shared_settings
 
@@ -89,7 +91,7 @@ def test_a_roll_call_loads_nothing() -> None:
 
 
 def launched(settings: list[str], *launcher: str) -> subprocess.Popen[str]:
-    start = command([*processes(2), *launcher], ["train", *settings])
+    start = launch.command([*processes(2), *launcher], ["train", *settings])
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(start, cwd=ROOT, env=environment(ON_CPU), text=True, **pipes)
 
@@ -104,30 +106,35 @@ def kill_one(launcher: subprocess.Popen[str], run: Path, rank: int, step: int) -
     next(worker for worker in workers if worker.environ().get("RANK") == str(rank)).kill()
 
 
+def names_the_lost(err: str, process: int) -> bool:
+    """Whether the first thing said is one line of ours, about this process."""
+    said = [line for line in err.splitlines() if line.startswith("train-loop: ")]
+    assert len(said) == 1 and "Traceback" not in err.partition(said[0])[0], err
+    return f"lost process {process} (" in said[0] and "it was killed, or ended" in said[0]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_is_named_by_the_other(settings: Settings, tmp_path: Path, victim: int) -> None:
+def test_a_killed_process_is_named_by_the_other(settings: Settings, tmp_path: Path) -> None:
+    """Also the first one, whose status.json the other does not write."""
     launcher = launched(settings(train__max_steps=2000, checkpoint__every=50, evaluation__every=1000))
-    kill_one(launcher, tmp_path / "run", victim, 60)
+    kill_one(launcher, tmp_path / "run", 0, 20)
     began = time.monotonic()
     _, err = launcher.communicate(timeout=60)
-    said = [line for line in err.splitlines() if line.startswith("train-loop: ")]
     assert launcher.returncode != 0 and time.monotonic() - began < 20
-    assert len(said) == 1 and f"lost process {victim} (" in said[0] and "it was killed, or ended" in said[0], err
-    assert "Traceback" not in err.partition(said[0])[0]
+    assert names_the_lost(err, 0)
 
 
 @pytest.mark.slow
-def test_the_launchers_restart_resumes(settings: Settings, tmp_path: Path) -> None:
+def test_the_launchers_restart_resumes(settings: Settings, tmp_path: Path, command: Command) -> None:
     """The launcher hands its store on, in which the first attempt's addresses stand."""
-    same = settings(train__max_steps=150, checkpoint__every=20, evaluation__every=100)
-    launcher = launched(same, "--max_restarts", "1")
+    make = functools.partial(settings, train__max_steps=150, checkpoint__every=20, run__reproducible="bitwise")
+    launcher = launched(make(), "--max_restarts", "1")
     kill_one(launcher, tmp_path / "run", 1, 50)
     _, err = launcher.communicate(timeout=100)
     assert launcher.returncode == 0 and err.count("resuming from") == 1, err
-    whole = settings(train__max_steps=150, checkpoint__every=20, evaluation__every=100, run__output_dir=tmp_path / "w")
-    assert several(2, [["train", *whole]])[0].code == 0
-    losses = [[(event["step"], event["loss"]) for event in events(tmp_path / name, "step")] for name in ("run", "w")]
+    assert names_the_lost(err, 1)
+    assert command("train", *make(run__output_dir=tmp_path / "whole")) == 0  # bitwise: one process gives the same
+    losses = [[(each["step"], each["loss"]) for each in events(tmp_path / name, "step")] for name in ("run", "whole")]
     assert losses[0] == losses[1] and len(losses[0]) == 150
 
 

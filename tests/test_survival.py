@@ -47,6 +47,23 @@ def test_a_signal_at_any_moment_loses_nothing(
     assert len(weights) == 1
 
 
+@pytest.mark.parametrize(("restarts", "so_far", "expected"), [(None, None, 3), (0, 0, 3), (2, 1, 0), (2, 2, 3)])
+def test_a_launcher_with_restarts_left_does_not_restart_a_run_that_was_stopped(
+    command: Command,
+    settings: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    restarts: int | None,
+    so_far: int | None,
+    expected: int,
+) -> None:
+    for name, value in (("MAX_RESTARTS", restarts), ("RESTART_COUNT", so_far)):
+        if value is not None:
+            monkeypatch.setenv(f"TORCHELASTIC_{name}", str(value))
+    with fault("step", 0, 2):
+        assert command("train", *settings(train__max_steps=5)) == expected
+    assert "stopped by SIGTERM at step 2" in command.out
+
+
 def test_a_signal_during_the_verification_of_the_model(
     command: Command, settings: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

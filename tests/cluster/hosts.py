@@ -31,7 +31,12 @@ def need(programs: Sequence[str]) -> None:
         tried = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, check=False)
         reason = "needs to make namespaces, which this machine refuses" if tried.returncode else ""
     if reason:
-        (pytest.fail if os.environ.get(MUST_RUN) == "must run" else pytest.skip)(reason)
+        cannot(reason)
+
+
+def cannot(reason: str) -> None:
+    """Skip a test, or fail where it has to run."""
+    (pytest.fail if os.environ.get(MUST_RUN) == "must run" else pytest.skip)(reason)
 
 
 class Hosts:
@@ -103,6 +108,14 @@ class Hosts:
         assert started.returncode == 0, (command, out, err)
         return out
 
+    def slow(self, name: str, megabits: int) -> None:
+        """Let a host send no more than so many megabits a second: its steps take time, and nobody's cores."""
+        rate = ["rate", f"{megabits}mbit", "burst", "32kb", "latency", "2s"]
+        try:
+            self._run("tc", "-n", self.space(name), "qdisc", "replace", "dev", _CARD, "root", "tbf", *rate)
+        except subprocess.CalledProcessError as error:
+            cannot(f"needs to slow a cable down, which this machine's kernel cannot (tc: {error.stderr.strip()})")
+
     def cut(self, name: str) -> None:
         """Pull a host's cable out of the switch."""
         self._ip("-n", self._switch, "link", "set", name, "down")
@@ -126,4 +139,7 @@ class Hosts:
                     continue
 
     def _ip(self, *arguments: str) -> None:
-        subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+        self._run("ip", *arguments)
+
+    def _run(self, *command: str) -> None:
+        subprocess.run(command, check=True, capture_output=True, text=True)

@@ -12,7 +12,7 @@ from tests.cluster.hosts import Hosts, need
 from tests.distributed.launch import ON_CPU, ROOT, environment
 
 CONTROL, NODES = "control", ("n1", "n2")
-PROGRAMS = ("ip", "unshare", "munged", "slurmctld", "slurmd", "sbatch", "pkill")
+PROGRAMS = ("ip", "tc", "unshare", "munged", "slurmctld", "slurmd", "sbatch", "pkill")
 
 # One second here, a few there: on a real cluster these are minutes.
 CONFIGURATION = """
