@@ -336,7 +336,7 @@ const SECTIONS = [
       },
       {
         id: "layer_weight_norm", title: "Weight norm by layer", unit: "by step", log: "linear", kind: "heat", detail: true,
-        words: "Rises while a model learns, until weight decay holds it. Without decay it keeps rising.",
+        words: "Rises while a model learns; weight decay slows it.",
         draw: () => heat("layers", "weight_norm", "layer"),
       },
       {
