@@ -2,10 +2,13 @@
 
     python scripts/bench/study.py [--shape small|distilgpt2] [--steps 50] [--rounds 3] [--json]
 
-The same steps by the same loop, with its log, on one process: `--steps` of them, of which every 50th is watched. What a
-single watched step costs beyond the others is measured by itself as well, since the rest is noise of the machine.
+The same steps by the same loop, with its log, on one process: `--steps` of them, of which every 50th is watched. How
+far apart two runs are with nothing watched in either says how much of a difference is noise of the machine. Measured by
+themselves, too: the steps between those that are watched, which should cost what they always do, and what one that is
+watched costs beyond the others.
 """
 
+import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -52,15 +55,28 @@ def main() -> None:
     saver = Saver(run.accelerator, run.folder.checkpoints, keep=1, background=True)
     run.folder.path.mkdir(exist_ok=True)
 
+    between: dict[int | None, list[float]] = {None: [], 50: []}  # seconds of steps that are not watched
+
     def steps(every: int | None) -> float:
         run.watch = None if every is None else Watch(run, every)
         log = MetricsLog(run.accelerator, Path(run.folder.metrics), 0, study=every is not None)
-        return seconds(lambda: loop._loop(run, log, saver, 0, StopRequest()))
+        took = seconds(lambda: loop._loop(run, log, saver, 0, StopRequest()))
+        if every in between:
+            log.flush()
+            lines = [json.loads(line) for line in Path(run.folder.metrics).read_text(encoding="utf-8").splitlines()]
+            between[every] += [line["seconds"] for line in lines if line["step"] % 50]
+        return took
 
     if given.steps:
-        contenders = [Contender("nothing watched", lambda: steps(None)), Contender("study.every 50", lambda: steps(50))]
+        contenders = [
+            Contender("nothing watched", lambda: steps(None)),
+            Contender("study.every 50", lambda: steps(50)),
+            Contender("nothing watched, again", lambda: steps(None)),
+        ]
         found = alternate(contenders, given.rounds)
         report(f"{given.shape}: {given.steps} steps of {sequences} x {block}", found, given.steps, "steps", given.json)
+        off, on = (statistics.median(between[every]) for every in (None, 50))
+        print(f"\na step that is not watched: {off * 1e3:.1f} ms without, {on * 1e3:.1f} ms in a watched run (medians)")
     few = run.total_steps = 4
     alone = alternate([Contender("off", lambda: steps(None)), Contender("each", lambda: steps(1))], given.rounds)
     step = statistics.median(alone["off"]) / few

@@ -11,7 +11,7 @@ moment v, after its update:
     weight_norm |w|, before the update      grad_norm |g|      update_ratio |w_after - w| / |w|
     second_moment sqrt(mean v): the size of gradient that the update is divided by
 
-A layer's norms are those of all its parameters together. Where FSDP2 shards them, each process adds up its rows.
+A layer's are those of all its parameters together. Where FSDP2 shards them, each process adds up its rows.
 
 The gradient noise scale (McCandlish et al., "An empirical model of large-batch training", 2018, appendix A.1) compares
 the gradients of micro-batches, of t_m targets each, with that of the step, of T:
@@ -196,16 +196,15 @@ class Watch:
             weight, update = (
                 math.sqrt(sum(found[f"{name}/{what}"] for name in names)) for what in ("weight", "update")
             )
+            numbers = sum(self.parameters[name].numel() for name in names)
+            moments = sum(found.get(f"{name}/moment", 0.0) for name in names)
             return {
                 "weight_norm": weight,
                 "grad_norm": math.sqrt(sum(gradients[name] for name in names)),
                 "update_ratio": update / weight if weight else math.inf if update else 0.0,
+                "second_moment": math.sqrt(moments / max(1, numbers)),
             }
 
-        parameters = {
-            name: norms([name]) | {"second_moment": math.sqrt(found.get(f"{name}/moment", 0.0) / parameter.numel())}
-            for name, parameter in self.parameters.items()
-        }
         layers = {
             str(number): norms([name for name, layer in self.layer_of.items() if layer == str(number)])
             | self._activations(str(number))
@@ -215,7 +214,7 @@ class Watch:
         _, entropy, top, z = (seen["logits"] / seen["positions"]).tolist()
         return {
             "tokens": trained_tokens(self.run, step + 1),
-            "parameters": parameters,
+            "parameters": {name: norms([name]) for name in self.parameters},
             "layers": layers,
             "logits": {"entropy": entropy, "top_1_probability": top, "z": z},
             "clipped_share": sum(self._clipped) / len(self._clipped),

@@ -328,7 +328,7 @@ const SECTIONS = [
       },
       {
         id: "dead_units", title: "Dead units by layer", unit: "% of the hidden units", log: "linear", kind: "heat", detail: true,
-        words: "Units of the feed-forward part that answer to no token. A step upwards after a spike is capacity that is lost for good.",
+        words: "Units of the feed-forward part that answer to no token. A rise early on may go back; a step upwards after a spike that stays is capacity lost.",
         draw: () => {
           const found = heat("layers", "dead_units", "layer", percent);
           return found && { ...found, values: found.values.map((row) => row.map((value) => (value === null ? null : 100 * value))) };
@@ -336,7 +336,7 @@ const SECTIONS = [
       },
       {
         id: "layer_weight_norm", title: "Weight norm by layer", unit: "by step", log: "linear", kind: "heat", detail: true,
-        words: "Rises while a model learns, until weight decay holds it. Without decay it keeps rising.",
+        words: "Rises while a model learns; weight decay slows it.",
         draw: () => heat("layers", "weight_norm", "layer"),
       },
       {
