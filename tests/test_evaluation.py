@@ -75,9 +75,7 @@ def test_the_metric_adds_rows_and_needs_no_hub() -> None:
 
 
 @pytest.mark.parametrize("bound", ["positions", "bytes"])
-def test_no_logits_are_kept(
-    settings: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, bound: str
-) -> None:
+def test_no_logits_are_kept(settings: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
     """At most a chunk's logits exist at once: the head never sees more positions than that, fewer of more words."""
     from train_loop import objective
 

@@ -3,10 +3,10 @@
     python scripts/bench/evaluation.py [--layers 6] [--rounds 5] [--json]
 
 DistilGPT2's shape in fp32, 8 x 128 tokens a batch. The rival is Transformers' forward pass without gradients, whose
-logits are dropped at once: it sums up nothing, and nobody knows from it how good the model is. On a CPU it is timed
-both as Transformers multiplies and with the matrix products that train_loop uses (--layers 0 leaves it out). Memory is the
-process's peak beyond what it had before, weights among it, in evaluating a Llama of width 512 with 4,096, 32,768 and
-131,072 tokens in its vocabulary; each in a process of its own.
+logits are dropped at once: it sums up nothing, and nobody knows from it how good the model is. It is timed both as
+Transformers multiplies and with the matrix products that train_loop uses (--layers 0 leaves all of this out). Memory is
+the process's peak beyond what it had before, weights among it, in evaluating a Llama of width 512 with 4,096, 32,768
+and 131,072 tokens in its vocabulary; each in a process of its own.
 """
 
 import contextlib

@@ -12,7 +12,7 @@ Liger's fused one where `liger_kernel` is installed. --profile writes where the 
 
 --cpu runs all of it on a CPU, to see that it works; say small sizes with it:
 
-    python scripts/bench/gpu.py --cpu --layers 2 --width 64 --vocabulary 512 --block 64 --sequences 4 --steps 2 --rounds 1
+    python scripts/bench/gpu.py --cpu --layers 2 --width 64 --vocabulary 512 --block 64 --sequences 4 --steps 2
 """
 
 import argparse
@@ -56,7 +56,8 @@ def main() -> int:
     title = f"{given.steps} steps of {given.sequences} x {given.block}, {given.layers} layers of {given.width}, bf16"
     report(title, found, tokens, "tokens", given.json)
     speed = run.speed
-    told: dict[str, Any] = {"device": _name(given.cpu), "measured_rate": speed.rate, "operations_per_token": speed.operations}
+    told: dict[str, Any] = {"device": _name(given.cpu), "measured_rate": speed.rate}
+    told["operations_per_token"] = speed.operations
     for name, times in found.items():
         told[f"mfu, {name}"] = round(speed.operations * tokens / statistics.median(times) / speed.rate, 4)
     print(json.dumps(told, indent=None if given.json else 2))
@@ -173,16 +174,14 @@ def _losses(given: argparse.Namespace) -> None:
     device = "cpu" if given.cpu else "cuda"
     positions = given.sequences * given.block
     options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16, "requires_grad": True}
-    hidden, weight = torch.randn(positions, given.width, **options), torch.randn(given.vocabulary, given.width, **options)
+    hidden, weight = (torch.randn(rows, given.width, **options) for rows in (positions, given.vocabulary))
     targets = torch.randint(0, given.vocabulary, (positions,), device=device)
 
     def whole() -> Any:
         return F.cross_entropy((hidden @ weight.t()).float(), targets, reduction="sum")
 
     def fused() -> Any:
-        nll = F.linear_cross_entropy(
-            hidden, weight, targets, reduction="none", ignore_index=IGNORED, options=_FUSED
-        )
+        nll = F.linear_cross_entropy(hidden, weight, targets, reduction="none", ignore_index=IGNORED, options=_FUSED)
         return nll.float().sum()
 
     ways: dict[str, Callable[[], Any]] = {"over all logits": whole, "torch's linear_cross_entropy": fused}
