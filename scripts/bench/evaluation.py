@@ -95,7 +95,8 @@ def _memory_of(way: str, vocabulary: int) -> float:
         from train_loop.objective import Objective
 
         torch.manual_seed(0)
-        sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8}
+        sizes: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}
+        sizes["num_attention_heads"] = 8
         language_model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **sizes)).eval()
         objective = Objective(language_model).eval()
         if way == WAYS[0]:

@@ -142,7 +142,8 @@ def _plain_loop(given: argparse.Namespace) -> Callable[[], float]:
 
     device = "cpu" if given.cpu else "cuda"
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(**_architecture(given))).to(device).train()
+    model: Any = GPT2LMHeadModel(GPT2Config(**_architecture(given)))
+    model.to(device).train()
     compiled = torch.compile(model)
     decayed = [each for each in model.parameters() if each.ndim > 1]
     others = [each for each in model.parameters() if each.ndim < 2]

@@ -8,8 +8,8 @@ prepared data, model, truth sheet, the step itself; the first run also prepares 
 with a tokenizer of 4,096 entries). Resuming counts until the line of the step after the checkpoint's.
 
 The checkpoint of step 1,000,000 is that of step 1 with another number in its state.json, manifest and folder's name.
-Its metrics.jsonl has one line; --lines gives it as many as a run's that long, which are read once. What it takes to find
-the step's data is timed alone as well.
+Its metrics.jsonl has one line; --lines gives it as many as a run's that long, which are read once. What it takes to
+find the step's data is timed alone as well.
 """
 
 import functools
