@@ -74,16 +74,22 @@ def test_the_metric_adds_rows_and_needs_no_hub() -> None:
     assert huge is not None and huge["perplexity"] == math.inf
 
 
-def test_no_logits_are_kept(settings: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most a chunk's logits exist at once: the head never sees more positions than that."""
+@pytest.mark.parametrize("bound", ["positions", "bytes"])
+def test_no_logits_are_kept(settings: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
+    """At most a chunk's logits exist at once: the head never sees more positions than that, fewer of more words."""
     from train_loop import objective
 
-    monkeypatch.setattr(objective, "_CHUNK", 50)
     run = loop.set_up(config.load(settings()))
+    expected = evaluate(Accelerator(), run.objective, run.validation, 8)
+    if bound == "positions":
+        monkeypatch.setattr(objective, "_CHUNK", 50)
+    else:
+        monkeypatch.setattr(objective, "_LOGIT_BYTES", {"cpu": 4 * 50 * run.model.config.vocab_size})
     seen: list[int] = []
     run.model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
-    evaluate(Accelerator(), run.objective, run.validation, 8)
-    assert seen and max(seen) <= 50
+    found = evaluate(Accelerator(), run.objective, run.validation, 8)
+    assert max(seen) == 50
+    assert expected is not None and found == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_command_agrees_with_the_run(command: Command, settings: Callable[..., list[str]], tmp_path: Path) -> None:

@@ -325,6 +325,30 @@ def test_compiling_changes_neither_losses_nor_names(
     assert weights(tmp_path / "plain").keys() == weights(tmp_path / "compiled").keys()
 
 
+@pytest.mark.slow
+def test_nothing_is_compiled_again_after_the_first_evaluation(
+    command: Command, settings: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever comes: short last micro-batches, steps and batches of evaluation, samples, other epochs."""
+    torch._dynamo.reset()
+    graphs: list[int] = []
+    between = loop._between_steps
+
+    def counted(*arguments: Any) -> bool:
+        stopping = between(*arguments)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return stopping
+
+    monkeypatch.setattr(loop, "_between_steps", counted)
+    shapes = {"batch__micro_batch_size": 3, "evaluation__batch_size": 5, "evaluation__every": 2}
+    assert command("train", *settings(**shapes, train__epochs=2, model__compile="true")) == 0
+    sizes = [step["tokens"] for step in events(tmp_path / "run", "step")]
+    assert len(events(tmp_path / "run", "sample")) > 2 and len(set(sizes)) > 1  # a step of each epoch is short
+    before, evaluated = graphs[0], graphs[2]
+    assert graphs[1] - before == 2 and evaluated - graphs[1] == 1  # 3 rows and 2 of a step, 5 of an evaluation
+    assert graphs[-1] == evaluated
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Of a run's exported model."""
     return load_file(folder / "model" / "model.safetensors")

@@ -91,12 +91,12 @@ def _wants_help(arguments: list[str], command: str, usage: str) -> bool:
 
 def _quiet_libraries() -> None:
     """Let the libraries speak up only when something is wrong: their notes would drown ours."""
-    import datasets
+    # Datasets asks for this when it is loaded, which takes a second and is not always needed.
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity_error()
 
 
 def prepare(arguments: list[str]) -> int:
@@ -155,7 +155,7 @@ def evaluate(arguments: list[str]) -> int:
     # The model to evaluate stands in for the one to train, so the file's own may be anything.
     config = load(rest)
     _quiet_libraries()
-    from train_loop import evaluation, model, pretrained, processes
+    from train_loop import cpu, evaluation, model, pretrained, processes
     from train_loop.data import store
     from train_loop.data.loader import Windows
     from train_loop.objective import Objective
@@ -176,6 +176,10 @@ def evaluate(arguments: list[str]) -> int:
         eos = its_tokenizer.eos_token_id
         assert isinstance(eos, int)
         windows = Windows(data.validation, config.data.block_size, eos, config.data.isolate_documents)
+        if accelerator.device.type == "cpu":
+            if config.run.keep_memory:
+                cpu.keep_freed_memory()
+            cpu.use_products(language_model)
         objective = processes.prepare_to_evaluate(accelerator, Objective(language_model.to(accelerator.device)))
         if config.data.isolate_documents and truth.documents_cross(accelerator, objective, config):
             attention = str(language_model.config._attn_implementation)

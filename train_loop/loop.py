@@ -147,6 +147,7 @@ def _halve(run: Run, error: RuntimeError) -> None:
     if not automatic or size == 1 or run.accelerator.num_processes > 1 or not memory.is_out_of_memory(error):
         raise error
     run.plan = replace(run.plan, micro_batch_size=size // 2)
+    run.choose_compiled()
     run.optimizer.optimizer.zero_grad()
     memory.clear_device_cache(garbage_collection=True)
     say(f"batch.micro_batch_size auto: out of memory with {size} sequences; goes on with {size // 2}")

@@ -81,11 +81,11 @@ def compile_layers(model: PreTrainedModel) -> None:
     """Compile a model's layers in place, so that no weight is renamed.
 
     Layers are alike, so one is compiled for all of them, and FSDP2 can still shard them one by one. Dropout draws its
-    masks from torch's own generator, as without compiling.
+    masks from torch's own generator, as without compiling. Which shapes are compiled is up to `Objective.compiled`.
     """
     names = set(model._no_split_modules or [])
     for layer in [each for each in model.modules() if type(each).__name__ in names] or [model]:
-        layer.compile(options={"fallback_random": True})
+        layer.compile(dynamic=False, options={"fallback_random": True})
 
 
 def eagerly(config: Config) -> Any:
@@ -138,13 +138,18 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrained
     return model
 
 
+def _is_causal(model_type: str) -> bool:
+    """Whether Transformers has a causal language model of this type."""
+    return model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 def _model_config(
     architecture: dict[str, Any], tokenizer: PreTrainedTokenizerFast, block_size: int
 ) -> PreTrainedConfig:
     model_type = architecture.pop("model_type")
-    known = [name for name, kind in CONFIG_MAPPING.items() if kind in MODEL_FOR_CAUSAL_LM_MAPPING]
-    if model_type not in known:
-        close = nearest(str(model_type), known)
+    # Asked of one type alone: to go through all of them loads a module for each, which takes longer than all else here.
+    if not _is_causal(str(model_type)):
+        close = nearest(str(model_type), [name for name in CONFIG_MAPPING if _is_causal(name)])
         hint = close if close.startswith("did") else "for example gpt2, llama, qwen3 or gpt_neox"
         raise InputError(f"model.architecture.model_type: no causal language model {model_type}; {hint}")
     default = CONFIG_MAPPING[model_type]()

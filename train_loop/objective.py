@@ -25,6 +25,8 @@ from train_loop.data.loader import IGNORED
 from train_loop.model import context_length
 
 _CHUNK = 1024  # positions whose logits are held at once
+_LOGIT_BYTES = {"cpu": 2**25}  # and what they take at most where nothing is trained, so that no vocabulary is too large
+_LOGIT_BYTES_ELSEWHERE = 2**28  # GPUs want larger products
 _CPU_CHUNK = 256
 _FUSED = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=_CHUNK, chunking_method=None)
 
@@ -46,6 +48,12 @@ class Objective(nn.Module):
 
     Args:
         model: any causal language model of Transformers.
+
+    Attributes:
+        loss_path: "fused" or "logits".
+        tied: see `cpu.TiedGradient`.
+        compiled: where layers are compiled, for which (training, rows, tokens) of inputs; others, such as a short last
+            micro-batch, run as they are, as compiling once more would take longer than they do.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -53,6 +61,7 @@ class Objective(nn.Module):
         self.model = model
         self.loss_path = "fused" if head_is_plain(model) else "logits"
         self.tied: cpu.TiedGradient | None = None
+        self.compiled: set[tuple[bool, int, int]] | None = None
 
     @property
     def _no_split_modules(self) -> list[str]:
@@ -80,6 +89,19 @@ class Objective(nn.Module):
         Returns:
             The nll summed over all targets, in nats [] float32.
         """
+        if self.compiled is None or (self.training, *inputs.shape) in self.compiled:
+            return self._forward(inputs, targets, positions, statistics, visit)
+        with torch.compiler.set_stance("force_eager"):
+            return self._forward(inputs, targets, positions, statistics, visit)
+
+    def _forward(
+        self,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        positions: torch.Tensor | None,
+        statistics: bool,
+        visit: Visit | None,
+    ) -> Any:
         targets = targets.flatten()
         if statistics:
             return self._statistics(inputs, targets, positions)
@@ -135,14 +157,21 @@ class Objective(nn.Module):
         """Logits [chunk, vocabulary] float32 and targets [chunk], chunk by chunk."""
         plain = self.loss_path == "fused"
         states = self._hidden(inputs, positions) if plain else self._logits(inputs, positions)
-        for state, target in zip(states.split(_CHUNK), targets.split(_CHUNK), strict=True):
+        vocabulary = self._head().out_features if plain else states.shape[1]
+        size = min(_CHUNK, max(1, _LOGIT_BYTES.get(inputs.device.type, _LOGIT_BYTES_ELSEWHERE) // (4 * vocabulary)))
+        for state, target in zip(states.split(size), targets.split(size), strict=True):
             yield (self._head()(state) if plain else state).float(), target
 
     def _statistics(self, inputs: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None) -> Statistics:
         nll, correct = [], []
         for logits, target in self._chunks(inputs, targets, positions):
-            nll.append(F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="none"))
-            correct.append(logits.argmax(-1) == target)
+            likeliest = logits.argmax(-1)
+            correct.append(likeliest == target)
+            # What cross_entropy does, in the place of the logits instead of in a copy.
+            logits -= logits.gather(1, likeliest[:, None])
+            picked = logits.gather(1, target.clamp(min=0)[:, None])[:, 0]
+            nll.append((logits.exp_().sum(-1).log() - picked).masked_fill(target == IGNORED, 0))
+            del logits  # before the next ones come: two chunks' need not be held
         # Apple's GPUs have no float64, so the sum is made on the CPU there.
         device = "cpu" if inputs.device.type == "mps" else inputs.device
         return Statistics(

@@ -60,6 +60,15 @@ class Run:
         """Sequences of one forward pass in evaluation."""
         return self.config.evaluation.batch_size or self.plan.micro_batch_size
 
+    def choose_compiled(self) -> None:
+        """Have those shapes compiled, where any are, that come in every step and in every evaluation."""
+        if not self.config.model.compile:
+            return
+        length, size = self.config.data.block_size, self.plan.micro_batch_size
+        training = {size, self.plan.sequences_per_step % size} - {0}
+        shapes = {(True, rows, length) for rows in training} | {(False, self.evaluation_batch_size, length)}
+        self.accelerator.unwrap_model(self.objective).compiled = shapes
+
     def due(self, every: int | str, step: int) -> bool:
         """Whether something that happens every `every` ("epoch" or steps) happens after `step` finished steps."""
         period = self.plan.steps_per_epoch if every == "epoch" else int(every)
@@ -127,6 +136,7 @@ def set_up(config: Config, peers: Peers | None = None) -> Run:
         found=found,
         damaged=damaged,
     )
+    run.choose_compiled()
     if config.study.every is not None:
         run.watch = Watch(run, config.study.every)
     return run
