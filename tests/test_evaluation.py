@@ -50,6 +50,16 @@ def test_the_same_at_every_batch_size_and_as_a_float64_sum(run: loop.Run) -> Non
     assert max(losses) / min(losses) - 1 < 1e-7
 
 
+def test_positions_without_a_target_count_nothing(run: loop.Run) -> None:
+    inputs = torch.arange(12).reshape(2, 6)
+    targets = inputs.roll(-1, 1)
+    targets[:, -2:] = IGNORED
+    with torch.no_grad():
+        found = run.objective.eval()(inputs, targets, statistics=True)
+        expected = run.model(input_ids=inputs).logits.double().log_softmax(-1)[:, :4].gather(2, targets[:, :4, None])
+    assert float(found.nll) == pytest.approx(-float(expected.sum()), rel=1e-6) and int(found.targets) == 8
+
+
 def test_dropout_is_off_and_the_mode_is_put_back(run: loop.Run) -> None:
     run.objective.train()
     first, second = (evaluate(run.accelerator, run.objective, run.validation, 8) for _ in range(2))
