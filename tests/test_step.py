@@ -1,6 +1,7 @@
 """One optimizer step: the gradient of the mean over all its targets, and `Trainer`'s losses and weights."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from train_loop import checkpoint, config, loop, optimizer
 from train_loop.data.loader import IGNORED, loader
 from train_loop.saver import Saver
 from train_loop.signals import StopRequest
-from train_loop.step import train_step
+from train_loop.step import gradient_norm, train_step
 from train_loop.study.metrics import MetricsLog
 
 
@@ -244,6 +245,15 @@ def test_a_step_without_a_target_has_no_loss_and_no_gradient(
     ]
     arguments = (run.accelerator, run.objective, run.optimizer, batches, len(batches), 0, 1e-2, 1.0, (0, 0), run.sums)
     assert train_step(*arguments) == (0.0, 0.0, True, 0, False)
+
+
+def test_the_norm_of_large_gradients_is_float64s() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.empty(shape)) for shape in ((4000, 2500), (70_000,), (3, 5), (2,))]
+    for parameter in parameters[:-1]:  # the last one has no gradient
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    exact = math.sqrt(sum(float(each.grad.double().square().sum()) for each in parameters[:-1]))
+    assert float(gradient_norm(parameters)) == pytest.approx(exact, rel=1e-6)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -26,6 +26,8 @@ from train_loop.data.loader import Batch
 from train_loop.randomness import seed_torch
 from train_loop.reproducible import FixedPointSums
 
+_PIECE = 1 << 16  # numbers whose squares fp32 adds up to a millionth
+
 
 class StepResult(NamedTuple):
     """What a step was.
@@ -95,7 +97,8 @@ def train_step(
                 continue
         if scaler is not None:
             scaler.unscale_(inner)
-        clipped = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        clipped = gradient_norm(parameters)
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, clipped)
         # That of sharded gradients is the square root of a sum over the processes.
         clipped = clipped.full_tensor() if isinstance(clipped, DTensor) else clipped
         *numbers, norm = torch.cat([told.flatten(), clipped.reshape(1)]).tolist()
@@ -118,6 +121,25 @@ def train_step(
     inner.zero_grad()
     lap("optimizer")
     return StepResult(loss, norm, taken, overflows, stopping)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """The 2-norm [] of all gradients together, before clipping; sharded where they are.
+
+    On a CPU, torch adds up a tensor's squares in fp32, one after the other: of 40 million normal numbers the norm comes
+    out 0.3 % too small. Of pieces that are added up in their turn it does not.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    pieces = [
+        piece
+        for each in gradients
+        for piece in (each.flatten().split(_PIECE) if each.numel() > _PIECE and _is_plain(each) else [each])
+    ]
+    return torch.nn.utils.get_total_norm(pieces)
+
+
+def _is_plain(gradient: torch.Tensor) -> bool:
+    return gradient.device.type == "cpu" and not isinstance(gradient, DTensor)
 
 
 def _gradient(
