@@ -340,12 +340,16 @@ def test_nothing_is_compiled_again_after_the_first_evaluation(
         return stopping
 
     monkeypatch.setattr(loop, "_between_steps", counted)
-    shapes = {"batch__micro_batch_size": 3, "evaluation__batch_size": 5, "evaluation__every": 2}
-    assert command("train", *settings(**shapes, train__epochs=2, model__compile="true")) == 0
+    shapes = {"batch__sequences_per_step": 10, "batch__micro_batch_size": 4, "evaluation__batch_size": 7}
+    arguments = settings(**shapes, evaluation__every=2, train__epochs=2, model__compile="true")
+    assert command("train", *arguments) == 0
     sizes = [step["tokens"] for step in events(tmp_path / "run", "step")]
-    assert len(events(tmp_path / "run", "sample")) > 2 and len(set(sizes)) > 1  # a step of each epoch is short
+    assert (
+        len(events(tmp_path / "run", "sample")) > 2 and sum(size <= 32 for size in sizes) == 2
+    )  # one row, once an epoch
+    assert -(-events(tmp_path / "run", "evaluation")[0]["tokens"] // 32) % 7 == 3  # rows in the last batch
     before, evaluated = graphs[0], graphs[2]
-    assert graphs[1] - before == 2 and evaluated - graphs[1] == 1  # 3 rows and 2 of a step, 5 of an evaluation
+    assert graphs[1] - before == 2 and evaluated - graphs[1] == 1  # 4 rows and 2 of a step, 7 of an evaluation
     assert graphs[-1] == evaluated
 
 
