@@ -12,6 +12,7 @@ from train_loop.config import Config, shared_settings
 from train_loop.data.loader import Windows
 from train_loop.data.order import Plan
 from train_loop.data.store import Prepared, prepare
+from train_loop.dropout import use_cheap_dropout
 from train_loop.errors import InputError
 from train_loop.objective import Objective
 from train_loop.peers import Peers
@@ -106,6 +107,7 @@ def set_up(config: Config, peers: Peers | None = None) -> Run:
     if accelerator.device.type == "cpu":
         if config.run.keep_memory:
             cpu.keep_freed_memory()
+        use_cheap_dropout(language_model)
         if not config.model.compile:
             cpu.use_products(language_model)
             objective.tied = cpu.tie_gradients(language_model)

@@ -145,8 +145,8 @@ def _loop(shape: str, keep_memory: bool) -> None:
     turns = _Turns()
     build = loop.set_up
 
-    def set_up(settings: config.Config) -> loop.Run:
-        run = build(settings)
+    def set_up(*arguments: Any) -> loop.Run:
+        run = build(*arguments)
         turns.parameters = sum(parameter.numel() for parameter in run.model.parameters())
         return run
 

@@ -1,0 +1,132 @@
+"""Dropout on a CPU by cheaper random numbers (Srivastava et al., 2014).
+
+    keep = bits >= 65,536 p        y = x keep / (1 - p)        16 random bits for each number
+
+torch's own draws from MKL, whose random numbers took 4 % of a training step. These are torch's generator's, cut into
+pieces of 16 bits; p is rounded to 1/65,536, and what is kept is scaled by the rounded one, so that the mean stays x.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+_STEPS = 1 << 16
+_SMALL = 1 << 13  # numbers: of fewer, torch's are as fast
+_ATTENTION = "sdpa_cheap_dropout"
+
+# An operator, so that a compiler takes its numbers as they come and never draws them twice.
+_operators = torch.library.Library("train_loop", "FRAGMENT")
+_operators.define("random_bits(Tensor like) -> Tensor", tags=[torch.Tag.nondeterministic_seeded])
+
+
+def _random_bits(like: torch.Tensor) -> torch.Tensor:
+    """16 random bits for each number of `like`, as int16 of the same shape."""
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    return words.view(torch.int16)[: like.numel()].view(like.shape)
+
+
+_operators.impl("random_bits", _random_bits, "CPU")
+torch.library.register_fake(
+    "train_loop::random_bits", lambda like: torch.empty(like.shape, dtype=torch.int16, device=like.device)
+)
+
+
+def use_cheap_dropout(model: PreTrainedModel) -> None:
+    """Let a model's dropout, in place, be this one on a CPU; that of attention, too, where torch's sdpa computes it."""
+    drops = bool(getattr(model.config, "attention_dropout", 0))
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout:
+                setattr(module, name, Dropout(child.p).train(child.training))
+                drops |= child.p > 0
+    if drops and model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(_ATTENTION, attention)
+        AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+        model.set_attn_implementation(_ATTENTION)
+
+
+class Dropout(nn.Dropout):
+    """`drop` as a layer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [...] with a share of p dropped in training, and as it is otherwise."""
+        return drop(x, self.p) if self.training else x
+
+
+def drop(x: torch.Tensor, p: float) -> torch.Tensor:
+    """x [...] with each number put to 0 with probability p, and the others divided by 1 - p."""
+    return _Dropout.apply(x, round(p * _STEPS)) if _is_worth_it(x, p) else F.dropout(x, p)
+
+
+def _is_worth_it(x: torch.Tensor, p: float) -> bool:
+    return x.device.type == "cpu" and x.numel() >= _SMALL and 0 < round(p * _STEPS) < _STEPS
+
+
+class _Dropout(torch.autograd.Function):
+    """Keeps the bits for the backward pass: half of what the mask would take as numbers."""
+
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor, threshold: int) -> torch.Tensor:
+        bits = torch.ops.train_loop.random_bits(x) if torch.compiler.is_compiling() else _random_bits(x)
+        context.save_for_backward(bits)
+        context.threshold = threshold
+        return _dropped(x, bits, threshold)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (bits,) = context.saved_tensors
+        return _dropped(gradients[0], bits, context.threshold), None
+
+
+def _dropped(x: torch.Tensor, bits: torch.Tensor, threshold: int) -> torch.Tensor:
+    # Compared into numbers: a mask of booleans would have to be converted, which takes four times as long.
+    keep = torch.ge(bits, threshold - _STEPS // 2, out=torch.empty_like(x))
+    return keep.mul_(x).mul_(_STEPS / (_STEPS - threshold))
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """softmax(Q K^T scaling + mask) V with dropout of the probabilities, as Transformers calls for it.
+
+    Without dropout, or on another device than a CPU, it is torch's scaled_dot_product_attention.
+
+    Args:
+        query: [batch, heads, queries, width].
+        key, value: [batch, heads or fewer, keys, width].
+        attention_mask: what to attend to, bool, or numbers to be added [batch, 1 or heads, queries, keys].
+
+    Returns:
+        [batch, queries, heads, width], and no weights.
+    """
+    plain = not any(others.get(name) is not None for name in ("position_bias", "cache", "softcap"))
+    if not plain or not _is_worth_it(query, dropout):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **others
+        )
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+    scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(-2, -1)
+    if attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:  # added, which is faster than filled in
+            hidden = torch.zeros_like(attention_mask, dtype=scores.dtype)
+            attention_mask = hidden.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
+        scores = scores.add_(attention_mask)
+    probabilities = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    return (drop(probabilities, dropout) @ value).transpose(1, 2).contiguous(), None
