@@ -112,8 +112,10 @@ def train_step(
         scaler.update()
         inner.zero_grad()
     if taken:
-        if norm + 1e-6 > limit:  # else torch would multiply each gradient by 1
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
+        if norm + 1e-6 > limit:
+            # As torch's clip_grads_with_norm_, which multiplies by 1 where there is nothing to clip.
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            torch._foreach_mul_(gradients, torch.clamp(limit / (total + 1e-6), max=1))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         inner.step() if scaler is None else scaler.step(inner)
