@@ -52,6 +52,7 @@ class EventFile:
             self._write()
 
     def _write(self) -> None:
+        """Write what waits; who calls holds the lock."""
         try:
             while self._waiting:
                 self._waiting = self._waiting[os.write(self._file, self._waiting) :]
