@@ -104,7 +104,9 @@ def test_losses_and_weights_are_those_of_trainer(settings: Callable[..., list[st
         assert difference.max() < 1e-5, parameter
 
 
-def gradient(run: loop.Run, step: int, micro_batch_size: int) -> dict[str, torch.Tensor]:
+def gradient(
+    run: loop.Run, step: int, micro_batch_size: int, max_grad_norm: float | None = None
+) -> dict[str, torch.Tensor]:
     """The gradient of one step, seen just before the update (which learning rate 0 makes harmless)."""
     found: dict[str, torch.Tensor] = {}
 
@@ -115,7 +117,7 @@ def gradient(run: loop.Run, step: int, micro_batch_size: int) -> dict[str, torch
     handle = run.optimizer.optimizer.register_step_pre_hook(remember)
     batches = list(loader(run.train, plan.share(step, 0, 1)))
     targets = run.train.targets(plan.blocks(step))
-    rest = (len(batches), targets, 0.0, None, (0, step), run.sums)
+    rest = (len(batches), targets, 0.0, max_grad_norm, (0, step), run.sums)
     train_step(run.accelerator, run.objective, run.optimizer, batches, *rest)
     handle.remove()
     return found
@@ -147,6 +149,25 @@ def test_the_gradient_is_that_of_the_mean_over_all_targets(
                 assert expected.grad is not None
                 difference = (found[parameter].double() - expected.grad).norm()
                 assert difference <= 1e-5 * expected.grad.norm(), parameter
+
+
+def test_gradients_are_clipped_as_torch_does(settings: Callable[..., list[str]]) -> None:
+    """To the bit: far above the limit, at it, and below it, where they stay as they are."""
+    run = set_up(settings, "gpt2")
+    whole = gradient(run, 0, 4)
+    parameters = dict(run.model.named_parameters())
+    for name, parameter in parameters.items():
+        parameter.grad = whole[name].clone()
+    norm = gradient_norm(parameters.values())
+    for limit in (float(norm) / 7, float(norm), float(norm) * 2, None):
+        for name, parameter in parameters.items():
+            parameter.grad = whole[name].clone()
+        torch.nn.utils.clip_grads_with_norm_(parameters.values(), limit or math.inf, norm)
+        expected = {name: parameter.grad for name, parameter in parameters.items()}
+        run.optimizer.optimizer.zero_grad()
+        found = gradient(run, 0, 4, limit)
+        assert all(torch.equal(found[name], expected[name]) for name in found), limit
+        assert all(torch.equal(found[name], whole[name]) for name in found) == (limit is None or limit > float(norm))
 
 
 def test_gradients_beyond_the_fixed_points_room_are_added_with_another_scale(

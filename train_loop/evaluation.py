@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from train_loop.data.loader import Windows, loader
-from train_loop.data.order import Ids, cut, share
+from train_loop.data.order import Ids, cut
 from train_loop.progress import Progress
 
 
@@ -65,7 +65,7 @@ def measure(
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[float, float, float] | None:
     """Summed nll in nats, correct and all targets of some windows; see `evaluate`."""
-    batches = share(cut(blocks, batch_size), accelerator.process_index, accelerator.num_processes)
+    batches = cut(blocks, batch_size, accelerator.process_index, accelerator.num_processes)
     training = objective.training
     objective.eval()
     rows = []

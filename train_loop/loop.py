@@ -12,7 +12,7 @@ from typing import Any
 from train_loop import checkpoint, finish, memory, model, optimizer, processes
 from train_loop.config import Config, shared_settings, to_dict
 from train_loop.data.loader import loader
-from train_loop.data.order import share
+from train_loop.data.order import cut
 from train_loop.errors import InputError, TrainingError
 from train_loop.evaluation import evaluate
 from train_loop.peers import Peers
@@ -161,11 +161,11 @@ def _loop(run: Run, log: MetricsLog, saver: Saver, start: int, stop: StopRequest
     """
     config, accelerator, plan = run.config, run.accelerator, run.plan
     process, others = accelerator.process_index, accelerator.num_processes
-    # The plan of a step is needed twice: by the loader, which may read ahead, and here.
-    plans, to_load = itertools.tee(plan.steps(start, run.total_steps))
+    # A step's blocks are needed twice: by the loader, which may read ahead, and here.
+    to_train, to_load = itertools.tee(plan.steps(start, run.total_steps))
     batches = loader(
         run.train,
-        itertools.chain.from_iterable(share(step, process, others) for step in to_load),
+        itertools.chain.from_iterable(cut(blocks, plan.micro_batch_size, process, others) for blocks in to_load),
         num_workers=config.data.num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
@@ -174,21 +174,21 @@ def _loop(run: Run, log: MetricsLog, saver: Saver, start: int, stop: StopRequest
     # What a signal or a crash has left undone after the step that the run resumes from.
     stopping = _between_steps(run, log, saver, start, False, stop)
     with Progress("training", "step", run.total_steps, start, accelerator.is_main_process) as progress:
-        for step, micro_batches in enumerate(plans, start):
+        for step, blocks in enumerate(to_train, start):
             if stopping or _enough(run, log):
                 return step, stopping
             if run.watch is not None:
                 run.watch.before(step)
             began = time.perf_counter()
             watch.begin()
-            targets = sum(run.train.targets(micro_batch.blocks) for micro_batch in micro_batches)
+            targets, count = run.train.targets(blocks), -(-len(blocks) // plan.micro_batch_size)
             rate = optimizer.learning_rate(step, run.total_steps, config.optimizer.learning_rate, config.schedule)
             result = train_step(
                 accelerator,
                 run.objective,
                 run.optimizer,
-                itertools.islice(batches, -(-len(micro_batches) // others)),
-                count=len(micro_batches),
+                itertools.islice(batches, -(-count // others)),
+                count=count,
                 targets=targets,
                 learning_rate=rate,
                 max_grad_norm=config.optimizer.max_grad_norm,

@@ -97,11 +97,10 @@ def train_step(
                 continue
         if scaler is not None:
             scaler.unscale_(inner)
-        clipped = gradient_norm(parameters)
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, clipped)
+        total = gradient_norm(parameters)
         # That of sharded gradients is the square root of a sum over the processes.
-        clipped = clipped.full_tensor() if isinstance(clipped, DTensor) else clipped
-        *numbers, norm = torch.cat([told.flatten(), clipped.reshape(1)]).tolist()
+        whole = total.full_tensor() if isinstance(total, DTensor) else total
+        *numbers, norm = torch.hstack([*told, whole]).tolist()
         stopping = any(numbers[len(micro_batches) :: len(micro_batches) + 1])
         del numbers[len(micro_batches) :: len(micro_batches) + 1]
         loss = math.fsum(numbers) / targets  # exact, so the order of processes makes no difference
@@ -113,12 +112,17 @@ def train_step(
         scaler.update()
         inner.zero_grad()
     if taken:
+        if norm + 1e-6 > limit:
+            # As torch's clip_grads_with_norm_, which multiplies by 1 where there is nothing to clip.
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            torch._foreach_mul_(gradients, torch.clamp(limit / (total + 1e-6), max=1))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         inner.step() if scaler is None else scaler.step(inner)
     if scaler is not None:
         scaler.update()
-    inner.zero_grad()
+    for parameter in parameters:  # as zero_grad, which is profiled
+        parameter.grad = None
     lap("optimizer")
     return StepResult(loss, norm, taken, overflows, stopping)
 
@@ -135,7 +139,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
         for each in gradients
         for piece in (each.flatten().split(_PIECE) if each.numel() > _PIECE and _is_plain(each) else [each])
     ]
-    return torch.nn.utils.get_total_norm(pieces)
+    # As torch's get_total_norm, without sorting them by device and type.
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces)))
 
 
 def _is_plain(gradient: torch.Tensor) -> bool:
@@ -151,11 +156,12 @@ def _gradient(
     sums: FixedPointSums | None,
     stop: Callable[[], bool],
     lap: Callable[[str], None],
-) -> torch.Tensor:
+) -> list[torch.Tensor]:
     """Forward and backward of one step.
 
     Returns:
-        Of each process, the nll of its micro-batches and whether it was asked to stop [processes, micro-batches + 1].
+        Of each process, its micro-batches' nll and whether it was asked to stop: processes * (micro-batches + 1)
+        numbers, in tensors [] or [numbers].
     """
     weight = accelerator.num_processes / targets if sums is None else 1
     nll = []
@@ -174,8 +180,9 @@ def _gradient(
             sums.add()
         lap("backward")
         nll.append(nll_sum.detach())
-    mine = torch.stack([*nll, torch.full_like(nll[0], stop())])[None]
-    if accelerator.num_processes > 1:
-        mine = accelerator.gather(mine)
-        lap("waiting")
-    return mine
+    mine = [*nll, torch.full_like(nll[0], stop())]
+    if accelerator.num_processes == 1:
+        return mine
+    everyones = accelerator.gather(torch.stack(mine))
+    lap("waiting")
+    return [everyones]

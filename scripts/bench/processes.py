@@ -93,16 +93,15 @@ def _train(number: int, steps: int, architecture: str, folder: Path) -> None:
 
 def _order() -> dict[str, float]:
     """Milliseconds of a step's order, for one of its processes and for all, of ten million blocks."""
-    from train_loop.data.order import Plan, share
+    from train_loop.data.order import Plan, cut
 
     plan = Plan(10_000_000, SEQUENCES_OF_MANY, 1, 0)
     steps = 20
     every = range(PROCESSES)
     # As the loop does: the plan of many steps at once, and this process's share of each.
-    mine = seconds(lambda: [share(step, 0, PROCESSES) for step in plan.steps(0, steps)]) / steps
+    mine = seconds(lambda: [cut(blocks, 1, 0, PROCESSES) for blocks in plan.steps(0, steps)]) / steps
     all_of_them = seconds(lambda: [plan.share(7, process, PROCESSES) for process in every])
-    whole = plan.micro_batches(7)
-    dealt = sorted(each.number for process in every for each in share(whole, process, PROCESSES))
+    dealt = sorted(each.number for process in every for each in plan.share(7, process, PROCESSES))
     assert dealt == list(range(SEQUENCES_OF_MANY))
     return {"one_process_ms_a_step": round(1e3 * mine, 2), "all_shares_ms": round(1e3 * all_of_them, 1)}
 

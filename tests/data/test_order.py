@@ -69,10 +69,8 @@ def test_the_steps_of_an_epoch_see_every_block_once(plan: Plan, epoch: int) -> N
 def test_steps_in_a_row_are_those_found_one_by_one(plan: Plan, start: int, count: int) -> None:
     in_a_row = list(plan.steps(start, start + count))
     assert len(in_a_row) == count
-    for step, micro_batches in enumerate(in_a_row, start):
-        alone = plan.micro_batches(step)
-        assert [batch.number for batch in micro_batches] == [batch.number for batch in alone]
-        assert all(np.array_equal(mine.blocks, other.blocks) for mine, other in zip(micro_batches, alone, strict=True))
+    for step, blocks in enumerate(in_a_row, start):
+        assert np.array_equal(blocks, plan.blocks(step))
 
 
 @given(plan=PLANS, step=st.integers(0, 500), processes=st.integers(1, 9))
@@ -84,7 +82,11 @@ def test_the_processes_share_one_plan(plan: Plan, step: int, processes: int) -> 
     real = sorted((batch for share in shares for batch in share if len(batch.blocks)), key=lambda batch: batch.number)
     whole = plan.micro_batches(step)
     assert [batch.number for batch in real] == [batch.number for batch in whole]
+    assert all(np.array_equal(mine.blocks, other.blocks) for mine, other in zip(real, whole, strict=True))
     assert np.array_equal(np.concatenate([batch.blocks for batch in real]), plan.blocks(step))
+    for process, share in enumerate(shares):
+        assert all(batch.number % processes == process for batch in share)
+    assert all(1 <= len(batch.blocks) <= plan.micro_batch_size for batch in whole)
 
 
 def test_any_step_of_a_huge_corpus_takes_under_a_millisecond() -> None:

@@ -100,8 +100,12 @@ class Plan:
         """All micro-batches of one step, whichever process runs them."""
         return cut(self.blocks(step), self.micro_batch_size)
 
-    def steps(self, start: int, stop: int) -> Iterator[list[MicroBatch]]:
-        """The micro-batches of the steps start..stop-1, one after the other: the same as `micro_batches` of each.
+    def share(self, step: int, process: int, processes: int) -> list[MicroBatch]:
+        """The micro-batches of one step that one process runs; equally many on every process."""
+        return cut(self.blocks(step), self.micro_batch_size, process, processes)
+
+    def steps(self, start: int, stop: int) -> Iterator[Ids]:
+        """The block ids of the steps start..stop-1, one after the other: the same as `blocks` of each.
 
         The permutation is computed for many steps at once: on a step's few blocks, the calls cost more than the sums.
         """
@@ -111,26 +115,16 @@ class Plan:
             count = min(max(1, _BLOCKS_AHEAD // size), self.steps_per_epoch - position, stop - start)
             places = np.arange(position * size, min((position + count) * size, self.blocks_per_epoch))
             blocks = permute(places, self.blocks_per_epoch, self.seed, epoch)
-            yield from (
-                cut(blocks[first : first + size], self.micro_batch_size) for first in range(0, len(blocks), size)
-            )
+            yield from (blocks[first : first + size] for first in range(0, len(blocks), size))
             start += count
 
-    def share(self, step: int, process: int, processes: int) -> list[MicroBatch]:
-        """The micro-batches of one step that one process runs; equally many on every process."""
-        return share(self.micro_batches(step), process, processes)
 
+def cut(blocks: Ids, size: int, process: int = 0, processes: int = 1) -> list[MicroBatch]:
+    """A step's blocks in runs of at most `size`: those that one process runs, equally many on every process.
 
-def cut(blocks: Ids, size: int) -> list[MicroBatch]:
-    """Blocks in runs of at most `size`."""
-    starts = range(0, len(blocks), size)
-    return [MicroBatch(number, blocks[start : start + size]) for number, start in enumerate(starts)]
-
-
-def share(batches: list[MicroBatch], process: int, processes: int) -> list[MicroBatch]:
-    """The batches process, process + processes, ..., filled up with empty ones to the same number on each."""
-    rounds = -(-len(batches) // processes)
-    mine = batches[process::processes]
-    empty = np.empty(0, dtype=np.int64)
-    # Past the last real number, so that an empty micro-batch shares no other one's dropout key.
-    return mine + [MicroBatch(process + processes * turn, empty) for turn in range(len(mine), rounds)]
+    Those past the last block are empty, and their numbers past the last real one, so that they share no other one's
+    dropout key.
+    """
+    rounds = -(-len(blocks) // (size * processes))
+    mine = range(process, rounds * processes, processes)
+    return [MicroBatch(number, blocks[number * size : (number + 1) * size]) for number in mine]

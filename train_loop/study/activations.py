@@ -31,7 +31,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from train_loop import model
 from train_loop.data.loader import IGNORED, Batch, loader
-from train_loop.data.order import cut, share
 
 if TYPE_CHECKING:
     from train_loop.run import Run
@@ -247,13 +246,13 @@ def of_step(run: "Run", step: int, layers: list[nn.Module], frequency: torch.Ten
         layers, frequency, bins: see `Look`.
     """
     accelerator, objective = run.accelerator, run.objective
-    batches = cut(run.plan.blocks(step), run.plan.micro_batch_size)
+    mine = run.plan.share(step, accelerator.process_index, accelerator.num_processes)
     found = Look(layers, str(run.model.config._attn_implementation), frequency, bins)
     training = objective.training
     objective.eval()
     try:
         with model.eagerly(run.config):
-            for batch in loader(run.train, share(batches, accelerator.process_index, accelerator.num_processes)):
+            for batch in loader(run.train, mine):
                 found.of_batch(objective, batch.to(accelerator.device))
     finally:
         objective.train(training)

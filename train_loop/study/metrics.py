@@ -49,18 +49,18 @@ class EventFile:
         """One line, of values that JSON knows."""
         with self._writing:
             self._waiting += (json.dumps(line) + "\n").encode()
-        self._write()
+            self._write()
 
     def _write(self) -> None:
-        with self._writing:
-            try:
-                while self._waiting:
-                    self._waiting = self._waiting[os.write(self._file, self._waiting) :]
-                self._full = False
-            except OSError as error:
-                if not self._full:
-                    say(f"{self._name}: {one_line(error)}; its lines wait in memory")
-                self._full = True
+        """Write what waits; who calls holds the lock."""
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                say(f"{self._name}: {one_line(error)}; its lines wait in memory")
+            self._full = True
 
     def flush(self) -> None:
         """Have the disk hold what was written; may be called in another thread.
@@ -68,7 +68,8 @@ class EventFile:
         Raises:
             OSError: when it can't.
         """
-        self._write()
+        with self._writing:
+            self._write()
         if self._waiting:
             raise OSError(f"no room for the lines of {self._name}")
         os.fsync(self._file)

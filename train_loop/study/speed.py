@@ -51,12 +51,12 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._ends: deque[tuple[str, Any]] = deque()
-        self._parts = dict.fromkeys(PARTS, 0.0)
+        self._parts = dict.fromkeys(PARTS, 0)  # nanoseconds, so that what comes of them has few digits
         self._last = self._now()
 
     def _now(self) -> Any:
         if not self._cuda:
-            return time.perf_counter()
+            return time.perf_counter_ns()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -78,14 +78,14 @@ class Stopwatch:
         """Seconds of each part since this was last asked, of all that has ended."""
         while self._ends and self._ends[0][1].query():
             part, end = self._ends.popleft()
-            self._add(part, self._last.elapsed_time(end) / 1e3)
+            self._add(part, round(self._last.elapsed_time(end) * 1e6))
             self._last = end
-        parts, self._parts = self._parts, dict.fromkeys(PARTS, 0.0)
-        return parts
+        parts, self._parts = self._parts, dict.fromkeys(PARTS, 0)
+        return {part: nanoseconds / 1e9 for part, nanoseconds in parts.items()}
 
-    def _add(self, part: str, seconds: float) -> None:
+    def _add(self, part: str, nanoseconds: int) -> None:
         if part:
-            self._parts[part] += seconds
+            self._parts[part] += nanoseconds
 
 
 class Speed:
@@ -122,7 +122,7 @@ class Speed:
         if self.operations is not None:
             found["mfu"] = self.operations * tokens / seconds / self.rate
         found["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if self._cuda else _peak_resident()
-        return found | {f"{part}_seconds": round(parts[part], 7) for part in PARTS}
+        return found | {f"{part}_seconds": each for part, each in parts.items()}
 
     def _exposed(self) -> float:
         """Seconds by which the exchange of gradients outlasted the last backward pass."""
