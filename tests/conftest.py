@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import random
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,9 @@ from train_loop.cli import main
 # The machines are shared: how long an example takes says nothing.
 hypothesis_settings.register_profile("shared", deadline=None)
 hypothesis_settings.load_profile("shared")
+
+# What a shell runs in the background ignores interrupts, and so would the processes that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = (
     "the of and to in is that for it as was with be by on not he his but at are this have from or had an they which "
