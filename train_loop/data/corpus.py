@@ -2,10 +2,12 @@
 
     source (stdlib | files | hub)  ->  rows  ->  text of a row  ->  Document  ->  train | validation
 
-A corpus is read as a stream, so its size does not matter. Whether a document is held out depends only on its index
-and the split's seed: nothing needs to know how many documents there are, and no list of them is kept.
+A corpus is read as a stream, so its size does not matter, nor does the size of a document that is a file of its own.
+Of rows one is held at a time (of Parquet and of the Hub's data sets, a few). Whether a document is held out depends
+only on its index and the split's seed: nothing needs to know how many documents there are, and no list of them is kept.
 """
 
+import codecs
 import csv
 import glob
 import hashlib
@@ -14,7 +16,7 @@ import json
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,13 +27,20 @@ from train_loop.randomness import key
 from train_loop.settings import nearest
 
 TRAIN, VALIDATION = "train", "validation"
+_BLOCK_BYTES = 1 << 18  # of a text file, read at once
+_ROWS = 100  # of Parquet or the Hub, read at once
 
 
 class Document(NamedTuple):
-    """One document: where it was found, and its text."""
+    """One document: where it was found, and its text in blocks, which may be read from a file as they are asked for."""
 
     name: str
-    text: str
+    blocks: Iterable[str]
+
+    @property
+    def text(self) -> str:
+        """All of its text."""
+        return "".join(self.blocks)
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ class Corpus:
 
     def _rows(self, patterns: list[str], split: str) -> Iterator[Document]:
         if self.data.source == "stdlib":
-            return (Document(name, _decode(Path(path).read_bytes(), path)) for name, path in stdlib_files())
+            return (Document(name, TextFile(path)) for name, path in stdlib_files())
         if self.data.source == "files":
             return itertools.chain.from_iterable(
                 _file_documents(path, self.data.text_field, self.data.join) for path in expand(patterns)
@@ -185,24 +194,67 @@ def _file_documents(path: str, text_field: str, join: str) -> Iterator[Document]
     suffix = Path(path).suffix.lower()
     try:
         if suffix == ".txt":
-            yield Document(path, _decode(Path(path).read_bytes(), path))
+            yield Document(path, TextFile(path))
             return
         for place, row in _READERS[suffix](path):
-            yield Document(f"{path}:{place}", text_of(row, text_field, join, f"{path}, {place}"))
+            yield Document(f"{path}:{place}", (text_of(row, text_field, join, f"{path}, {place}"),))
     except OSError as error:
-        raise InputError(f"data.files: {path}: cannot be read ({error.strerror or error})") from None
+        raise _unreadable(path, error) from None
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """The text of a file, strict UTF-8, in blocks that are read as they are asked for, each time anew.
+
+    Raises:
+        InputError: while it is read, for a file that can't be, or isn't UTF-8; the message names the byte.
+    """
+
+    path: str
+
+    def __iter__(self) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        start = 0  # where the next block begins in the file [bytes]
+        begins = True  # whether the next text is the file's first
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                while content := file.read(_BLOCK_BYTES):
+                    text = self._decode(decoder, content, start)
+                    start += len(content)
+                    if text:  # none, where the block holds but a part of a character
+                        yield text.removeprefix("\ufeff") if begins else text  # a byte-order mark is no text
+                        begins = False
+                self._decode(decoder, b"", start, final=True)
+        except OSError as error:
+            raise _unreadable(self.path, error) from None
+
+    def _decode(self, decoder: codecs.IncrementalDecoder, content: bytes, start: int, final: bool = False) -> str:
+        kept, _ = decoder.getstate()  # the first bytes of a character that the block before ended in
+        try:
+            return decoder.decode(content, final)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(self.path, start - len(kept), error) from None
+
+
+def _unreadable(path: str, error: OSError) -> InputError:
+    return InputError(f"data.files: {path}: cannot be read ({error.strerror or error})")
+
+
+def _not_utf8(path: str, start: int, error: UnicodeDecodeError) -> InputError:
+    """`start` is where the bytes that were decoded begin in the file."""
+    return InputError(
+        f"{path}: not UTF-8 at byte {start + error.start} (value 0x{error.object[error.start]:02x}); "
+        "convert the file, e.g. with iconv -t UTF-8"
+    )
 
 
 def _decode(content: bytes, path: str, start: int = 0) -> str:
     """Strict UTF-8; `start` is where `content` begins in the file, in bytes."""
     try:
         text = content.decode("utf-8")
-        return text.removeprefix("\ufeff") if start == 0 else text  # a byte-order mark is no text
+        return text.removeprefix("\ufeff") if start == 0 else text
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: not UTF-8 at byte {start + error.start} (value 0x{content[error.start]:02x}); "
-            "convert the file, e.g. with iconv -t UTF-8"
-        ) from None
+        raise _not_utf8(path, start, error) from None
 
 
 def _lines(path: str) -> Iterator[str]:
@@ -254,7 +306,7 @@ def _read_parquet(path: str) -> Iterator[tuple[str, Any]]:
 
     try:
         numbers = itertools.count(1)
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=_ROWS):
             yield from ((f"row {next(numbers)}", row) for row in batch.to_pylist())
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not valid Parquet ({one_line(error)})") from None
@@ -304,15 +356,14 @@ def _hub_documents(data: DataConfig, split: str) -> Iterator[Document]:
             _refuse_field(dict.fromkeys(dataset.column_names, ""), data.text_field, place)
         dataset = dataset.select_columns([column])
     number = 0
-    for batch in dataset.iter(batch_size=1000):
+    for batch in dataset.iter(batch_size=_ROWS):
         if column not in batch:
             _refuse_field(dict.fromkeys(batch, ""), data.text_field, place)
         for value in batch[column]:
             where = f"row {number}"
             number += 1
-            yield Document(
-                f"{split}:{where}", text_of({column: value}, data.text_field, data.join, f"{place}, {where}")
-            )
+            text = text_of({column: value}, data.text_field, data.join, f"{place}, {where}")
+            yield Document(f"{split}:{where}", (text,))
 
 
 # --- the text of a row ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ makes the processes that ask for it at the same time build it once.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -42,7 +43,7 @@ from train_loop.progress import Progress, say
 _FORMAT = 2
 _DOCUMENT = np.dtype([("token_end", "<u8"), ("name_end", "<u8")])
 # Characters encoded at once: enough for all cores to be busy, little against the memory of a laptop.
-_BATCH_CHARACTERS = 2_000_000
+_BATCH_CHARACTERS = 500_000
 
 
 @dataclass
@@ -269,9 +270,11 @@ def _train_tokenizer(corpus: Corpus, vocab_size: int, shown: bool) -> PreTrained
     with Progress("training the tokenizer, reading", "B", None, shown=shown) as progress:
 
         def texts() -> Iterator[str]:
+            words = tokenizers.untrained()
             for document in corpus.documents(TRAIN):
-                progress.update(len(document.text.encode()))
-                yield document.text
+                for text in tokenizers.pieces(words, document.blocks):  # no word is cut, so the same words are counted
+                    progress.update(len(text.encode()))
+                    yield text
 
         return tokenizers.train(texts(), vocab_size)
 
@@ -317,8 +320,8 @@ class _SideWriter:
         for file in (self.tokens, self.documents, self.names):
             file.close()
 
-    def add_text(self, text: str, ids: npt.NDArray[np.uint32]) -> None:
-        """A piece of a document's text and its token ids [tokens]."""
+    def add_text(self, text: str, ids: npt.NDArray[np.uint32]) -> int:
+        """Add a piece of a document's text and its token ids [tokens]; return how many bytes of UTF-8 it has."""
         content = text.encode()
         books = self.ledger
         if self.begins and len(ids):
@@ -334,6 +337,7 @@ class _SideWriter:
         if self.gzip is not None:
             books.gzip_bytes += len(self.gzip.compress(content))
         self._write(ids)
+        return len(content)
 
     def end_document(self, name: str) -> None:
         """Put the end-of-text token after the document whose text was added, and file its name."""
@@ -379,11 +383,12 @@ def _write_sides(
         writers = {TRAIN: train, VALIDATION: validation}
         batches = _batches(core, corpus.sides(), writers)
         for batch, encoded in _encode(core, batches):
+            read = 0
             for (side, name, text, last), ids in zip(batch, encoded, strict=True):
-                writers[side].add_text(text, ids)
+                read += writers[side].add_text(text, ids)
                 if last:
                     writers[side].end_document(name)
-                progress.update(len(text.encode()))
+            progress.update(read)
         return {side: writer.finish() for side, writer in writers.items()}
 
 
@@ -396,17 +401,16 @@ def _batches(
     """Pieces of documents in batches of about `_BATCH_CHARACTERS`; documents without text are counted, not kept."""
     batch: list[_Piece] = []
     size = 0
-    for side, (name, text) in documents:
-        if not text:
-            writers[side].ledger.empty_documents += 1
-            continue
-        cut = list(tokenizers.pieces(core, text))
-        for number, piece in enumerate(cut, 1):
-            batch.append((side, name, piece, number == len(cut)))
-            size += len(piece)
+    for side, (name, blocks) in documents:
+        text = ""
+        for text, following in itertools.pairwise(itertools.chain(tokenizers.pieces(core, blocks), [""])):
+            batch.append((side, name, text, not following))
+            size += len(text)
             if size >= _BATCH_CHARACTERS:
                 yield batch
                 batch, size = [], 0
+        if not text:
+            writers[side].ledger.empty_documents += 1
     if batch:
         yield batch
 
