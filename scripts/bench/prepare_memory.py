@@ -1,12 +1,14 @@
 """Peak memory of preparing, from little text to much, in many documents and in a single one.
 
-    python scripts/bench/prepare_memory.py [--megabytes 10 100 1000] [--json]
+    python scripts/bench/prepare_memory.py [--megabytes 10 100 1000] [--forms many one row] [--json]
 
-The text is made of the words of the standard library's sources, drawn as often as they occur there. Each size is
-prepared in a process of its own; memory is the process's peak beyond what it had when it began to prepare. Once more
-is the same command again, which finds the store.
+The text is made of the words of the standard library's sources, drawn as often as they occur there: many documents in
+a .jsonl, one document that is a .txt, or (only if asked for) one that is a row of a .jsonl. Each is prepared in a
+process of its own with a tokenizer of 4,096 entries that another one trained; memory is the process's peak beyond what
+it had when it began to prepare. Once more is the same command again, which finds the store.
 """
 
+import itertools
 import json
 import random
 import resource
@@ -20,12 +22,16 @@ from typing import Any
 from measure import parser
 
 WORDS_A_LINE, LINES_A_DOCUMENT = 12, 60
+FORMS = {"many": "text.jsonl", "one": "text.txt", "row": "row.jsonl"}
 
 
 def main() -> None:
     """Run the benchmark."""
     options = parser(__doc__, rounds=1)
     options.add_argument("--megabytes", type=int, nargs="+", default=[10, 100, 1000], help="of text (10 100 1000)")
+    options.add_argument(
+        "--forms", nargs="+", choices=[*FORMS], default=["many", "one"], help="of documents (many one)"
+    )
     options.add_argument(
         "--prepare", nargs=2, metavar=("FILE", "CACHE"), help="what a process started by this one does"
     )
@@ -34,18 +40,17 @@ def main() -> None:
         print(json.dumps(prepare(*given.prepare)))
         return
     rows = []
-    for megabytes in given.megabytes:
-        for single in (False, True):
-            with tempfile.TemporaryDirectory(prefix="bench-prepare-") as folder:
-                path = Path(folder) / ("text.txt" if single else "text.jsonl")
-                write(path, megabytes * 1_000_000)
-                command = [sys.executable, __file__, "--prepare", str(path), folder]
-                first, again = (
-                    json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-                    for _ in range(2)
-                )
-            name = f"{megabytes:,} MB in " + ("one document" if single else f"{first['documents']:,} documents")
-            rows.append({"name": name, **first, "again_seconds": again["seconds"]})
+    for megabytes, form in itertools.product(given.megabytes, given.forms):
+        with tempfile.TemporaryDirectory(prefix="bench-prepare-") as folder:
+            train(folder)
+            path = Path(folder) / FORMS[form]
+            write(path, megabytes * 1_000_000, form)
+            command = [sys.executable, __file__, "--prepare", str(path), folder]
+            first, again = (
+                json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(2)
+            )
+        of = {"many": f"{first['documents']:,} documents", "one": "one document", "row": "one row"}[form]
+        rows.append({"name": f"{megabytes:,} MB in {of}", **first, "again_seconds": again["seconds"]})
     if given.json:
         print(json.dumps(rows))
         return
@@ -55,30 +60,43 @@ def main() -> None:
         print(f"{row['name']:36} {row['seconds']:9.1f} {rate:7.2f} {row['peak_mb']:9.0f} {row['again_seconds']:13.2f}")
 
 
-def write(path: Path, size: int) -> None:
-    """A file of about so many bytes: .jsonl, a document a line, or .txt, all of it one document."""
+def train(folder: str) -> None:
+    """Put a tokenizer of 4,096 entries, trained on the standard library's sources, into a folder."""
+    from train_loop.config import Config
+    from train_loop.data import tokenizer
+    from train_loop.data.corpus import Corpus
+
+    texts = (document.text for _, document in Corpus(Config().data).sides())
+    tokenizer.train(texts, 4096).save_pretrained(folder)
+
+
+def write(path: Path, size: int, form: str) -> None:
+    """A file of about so many bytes of text: many rows, or a single document."""
     from train_loop.data.corpus import stdlib_files
 
     words = " ".join(Path(file).read_text("utf-8", "replace") for _, file in stdlib_files()).split()
     draw = random.Random(0)
     written = 0
     with open(path, "w", encoding="utf-8") as file:
+        file.write('{"text": "' if form == "row" else "")
         while written < size:
             lines = (" ".join(draw.choices(words, k=WORDS_A_LINE)) for _ in range(LINES_A_DOCUMENT))
             text = "\n".join(lines) + "\n"
-            written += file.write(text if path.suffix == ".txt" else json.dumps({"text": text}) + "\n")
+            quoted = json.dumps(text)
+            written += len(text.encode())
+            file.write({"many": f'{{"text": {quoted}}}\n', "one": text, "row": quoted[1:-1]}[form])
+        file.write('"}\n' if form == "row" else "")
 
 
 def prepare(path: str, cache: str) -> dict[str, Any]:
-    """Prepare a file with a tokenizer of 4,096 entries; seconds, peak memory in MB, and what came out."""
+    """Prepare a file with the tokenizer of a folder; seconds, peak memory in MB, and what came out."""
     from train_loop.config import Config
     from train_loop.data import store, tokenizer
-    from train_loop.data.corpus import Corpus
 
     config = Config()
-    trained = tokenizer.train((document.text for _, document in Corpus(config.data).sides()), 4096)
+    trained = tokenizer.load(cache)
     config.data.source, config.data.files, config.data.cache_dir = "files", [path], cache
-    if path.endswith(".txt"):  # nothing is left to validate on: that is another one
+    if not path.endswith(FORMS["many"]):  # nothing is left to validate on: that is another one
         small = Path(cache) / "small.txt"
         if not small.exists():  # the second run is to find what the first one saw
             small.write_text("A short text to validate on.\n" * 10, "utf-8")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from train_loop.config import DataConfig
+from train_loop.data import corpus as corpus_module
 from train_loop.data.corpus import TRAIN, VALIDATION, Corpus, held_out_documents, stdlib_files, text_of
 from train_loop.errors import InputError
 
@@ -66,6 +67,42 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
         (tmp_path / name).write_text(f"{name}\n\nmore", encoding="utf-8")
     data = DataConfig(source="files", files=[f"{tmp_path}/?.txt", f"{tmp_path}/[x].txt"])
     assert read(data) == ["a.txt\n\nmore", "b.txt\n\nmore", "[x].txt\n\nmore"]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 7, 1000])
+@pytest.mark.parametrize("start", ["", "\ufeff", "\ufeff\ufeff"])
+def test_a_text_file_in_blocks_is_its_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, start: str
+) -> None:
+    """Characters of 1 to 4 bytes across blocks; line ends stay; a byte-order mark goes, at the very start only."""
+    monkeypatch.setattr(corpus_module, "_BLOCK_BYTES", block)
+    content = "aä你🦜\r\nx\ufeffy\r🦜🦜\n"
+    (tmp_path / "a.txt").write_bytes((start + content).encode())
+    [(_, document)] = Corpus(DataConfig(source="files", files=[f"{tmp_path}/a.txt"])).sides()
+    assert document.text == document.text == start[1:] + content  # read anew each time
+    assert max(map(len, document.blocks)) <= block
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 1000])
+@pytest.mark.parametrize(
+    "content", [b"\xff", b"good \xff", "🦜a".encode() + b"\xe4\xbd", b"ab\xf0\x9f\xa6x", b"\xef\xbb\xbfa\x80"]
+)
+def test_the_byte_that_is_not_utf8_is_named_across_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, content: bytes
+) -> None:
+    monkeypatch.setattr(corpus_module, "_BLOCK_BYTES", block)
+    with pytest.raises(UnicodeDecodeError) as whole:
+        content.decode("utf-8")
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(
+        InputError, match=rf"not UTF-8 at byte {whole.value.start} \(value 0x{content[whole.value.start]:02x}"
+    ):
+        read(DataConfig(source="files", files=[f"{tmp_path}/a.txt"]))
+
+
+def test_a_file_with_nothing_but_a_byte_order_mark_has_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf")
+    assert read(DataConfig(source="files", files=[f"{tmp_path}/a.txt"])) == [""]
 
 
 def test_validation_files_are_the_validation_side(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,36 @@ def test_long_documents_are_one_document(
     long = "\n".join(text(20, number) for number in range(100))
     write(tmp_path, ["short", long, "short"], ["held out"])
     monkeypatch.setattr(store, "_BATCH_CHARACTERS", 3000)
-    monkeypatch.setattr(tokenizer.pieces, "__defaults__", (1000,))
+    monkeypatch.setattr(tokenizer, "_PIECE", 1000)
     prepared = store.prepare(configured(tmp_path, tokenizer_folder), shown=False)
     loaded = tokenizer.load(str(tokenizer_folder))
     ids = tokenizer.encoder(loaded).encode(long, add_special_tokens=False).ids
     first, second = (int(end) for end in prepared.train.document_ends[:2])
     assert prepared.train.tokens[first:second].tolist() == [*ids, loaded.eos_token_id]
+
+
+def test_memory_does_not_grow_with_a_document(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Python holds at most is the same for 1 MB and 4 MB in a single file."""
+    monkeypatch.setattr(store, "_BATCH_CHARACTERS", 20_000)
+
+    def peak(copies: int) -> int:
+        write(tmp_path / str(copies), [], ["held out"])
+        path = tmp_path / str(copies) / "t.txt"
+        path.write_text("\n".join(text(1000, number) for number in range(20)) * 10 * copies, "utf-8")
+        settings = configured(path.parent, tokenizer_folder, "--data.files", str(path))
+        loaded = tokenizer.load(str(tokenizer_folder))
+        tracemalloc.start()
+        try:
+            prepared = store.prepare(settings, loaded, shown=False)
+            assert prepared.train.ledger.documents == 1 and prepared.train.ledger.bytes == path.stat().st_size
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(1)  # imports and caches
+    assert peak(4) < 1.1 * peak(1) + 200_000
 
 
 def test_a_second_run_reuses_the_store(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

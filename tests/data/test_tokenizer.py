@@ -1,10 +1,12 @@
 """Tokenizers: trained here, loaded, and what text that spells a special token becomes."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from tests.conftest import text
 from train_loop.data import tokenizer
@@ -40,18 +42,114 @@ def test_text_that_spells_a_special_token_is_ordinary_text(tokenizer_folder: Pat
     assert loaded.eos_token_id in loaded("a <|endoftext|> b").input_ids  # what the library does by default
 
 
-def test_long_texts_are_cut_where_no_token_depends_on_it(tokenizer_folder: Path) -> None:
-    core = tokenizer.encoder(tokenizer.load(str(tokenizer_folder)))
-    content = "\n".join(text(number % 30, number) + "  \n" * (number % 4) for number in range(2000))
-    pieces = list(tokenizer.pieces(core, content, size=2000))
-    assert len(pieces) > 50 and "".join(pieces) == content
-    [encoded] = tokenizer.encode_batches(core, [pieces])
-    assert [token for piece in encoded for token in piece] == core.encode(content, add_special_tokens=False).ids
+def byte_level(folder: Path) -> Tokenizer:
+    return tokenizer.encoder(tokenizer.load(str(folder)))
+
+
+def spaces_marked(folder: Path) -> Tokenizer:
+    """As SentencePiece does it: a space becomes a letter of the word it precedes, and one is put before the text."""
+    core = Tokenizer(models.BPE(unk_token="?", byte_fallback=False))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["?"], show_progress=False)
+    core.train_from_iterator([text(2000, 1), MIXED], trainer)
+    return core
+
+
+def composed(folder: Path) -> Tokenizer:
+    """With a normalizer, which makes one character of a letter and the accent after it."""
+    core = byte_level(folder)
+    core.normalizer = normalizers.NFC()
+    return core
+
+
+def modern(folder: Path) -> Tokenizer:
+    """The pattern of newer models: line breaks stay with the punctuation before them, one sign with the word after."""
+    core = byte_level(folder)
+    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return core
+
+
+def prefixed(folder: Path) -> Tokenizer:
+    core = byte_level(folder)
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return core
+
+
+# Characters of one to four bytes, accents of their own, line ends of Windows, runs of white space.
+MIXED = "ä e\u0301 你好 🦜\r\n  the cat's 12;\n\n\tand\u00a0  of\u3000x \x1c y. " * 3
+TOKENIZERS = [byte_level, spaces_marked, composed, modern, prefixed]
+
+
+def ids(core: Tokenizer, texts: list[str]) -> list[int]:
+    [encoded] = tokenizer.encode_batches(core, [texts])
+    return [int(token) for each in encoded for token in each]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tokens_of_pieces_are_those_of_the_whole_text(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, kind: Callable[[Path], Tokenizer]
+) -> None:
+    monkeypatch.setattr(tokenizer, "_MARGIN", 100)
+    core = kind(tokenizer_folder)
+    content = "\n".join(
+        text(number % 30, number) + MIXED * (number % 7 == 0) + " \n" * (number % 4) for number in range(400)
+    )
+    whole = core.encode(content, add_special_tokens=False).ids
+    for block in (37, 1000, len(content)):
+        blocks = [content[start : start + block] for start in range(0, len(content), block)]
+        pieces = list(tokenizer.pieces(core, blocks, size=500))
+        assert len(pieces) > 50 and "".join(pieces) == content
+        assert ids(core, pieces) == whole
+
+
+@given(content=st.text(st.sampled_from("ab'sä1!. \n\r\t\u00a0\u0301\x1c🦜"), max_size=300))
+def test_no_word_of_gpt2s_pattern_is_cut(tokenizer_folder: Path, content: str) -> None:
+    """Where a place to cut need not be tried, there is none that would not do."""
+    core = byte_level(tokenizer_folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "_MARGIN", 0)
+        pieces = list(tokenizer.pieces(core, [content], size=4))
+    assert "".join(pieces) == content
+    assert ids(core, pieces) == core.encode(content, add_special_tokens=False).ids
+
+
+def test_an_entry_that_spans_words_is_not_cut(tokenizer_folder: Path) -> None:
+    loaded = tokenizer.load(str(tokenizer_folder))
+    loaded.add_tokens(["the cat"])
+    core = tokenizer.encoder(loaded)
+    content = "the cat " * 2000
+    pieces = list(tokenizer.pieces(core, [content], size=1000))
+    assert len(pieces) > 5 and ids(core, pieces) == core.encode(content, add_special_tokens=False).ids
+
+
+def test_no_more_than_a_piece_and_a_block_are_held(tokenizer_folder: Path) -> None:
+    core = byte_level(tokenizer_folder)
+    block, size = 1000, 500
+    read = given = 0
+
+    def blocks() -> Iterator[str]:
+        nonlocal read
+        for number in range(500):
+            read += block
+            yield text(block, number)[:block]
+
+    for piece in tokenizer.pieces(core, blocks(), size=size):
+        given += len(piece)
+        assert len(piece) <= size + tokenizer._MARGIN
+        assert read - given <= 2 * (block + size + tokenizer._MARGIN)
+    assert given == read == 500 * block
 
 
 def test_a_text_without_a_place_to_cut_stays_whole(tokenizer_folder: Path) -> None:
-    core = tokenizer.encoder(tokenizer.load(str(tokenizer_folder)))
-    assert list(tokenizer.pieces(core, "x" * 5000, size=1000)) == ["x" * 5000]
+    core = byte_level(tokenizer_folder)
+    assert list(tokenizer.pieces(core, ["x" * 2500] * 2, size=1000)) == ["x" * 5000]
+    assert list(tokenizer.pieces(core, [], size=1000)) == list(tokenizer.pieces(core, [""], size=1000)) == []
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ _LONGEST_CHARACTER = 4  # bytes of UTF-8
 # Sizes of pieces [characters] where a place to cut is known to be one, and where it has to be tried first, which costs
 # encoding some 2,000 characters; and how much text before and after a place is looked at.
 _PIECE, _TRIED_PIECE, _MARGIN = 1 << 12, 1 << 17, 500
+_AHEAD = 4  # batches
 # The last place where a word ends: the white space after it is short, and seen whole.
 _END_OF_WORD = re.compile(r".*\S(?=[ \n\r\t]\s{0,9}\S)", re.DOTALL)
 
@@ -93,10 +94,10 @@ def encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def encode_batches(core: Tokenizer, batches: Iterable[list[str]]) -> Iterator[list[npt.NDArray[np.uint32]]]:
-    """Token ids [tokens] of each text, batch by batch. Two batches are encoded ahead, on all cores.
+    """Token ids [tokens] of each text, batch by batch. `_AHEAD` batches are encoded ahead, two at a time, on all cores.
 
     The Rust core lets go of Python's lock, so the ids of one batch become arrays while others are encoded; two, so that
-    no core waits for the longest text of a batch.
+    no core waits for the longest text of a batch; some more, so that none waits while a batch is filed.
     """
 
     def encode(texts: list[str]) -> Any:
@@ -110,7 +111,7 @@ def encode_batches(core: Tokenizer, batches: Iterable[list[str]]) -> Iterator[li
         pending: deque[Any] = deque()
         for texts in batches:
             pending.append(ahead.submit(encode, texts))
-            if len(pending) == 3:
+            if len(pending) > _AHEAD:
                 yield arrays(pending.popleft().result())
         while pending:
             yield arrays(pending.popleft().result())
