@@ -2,6 +2,9 @@
 
     documents -> pieces -> token ids -> tokens.bin, one stream a side:  d0 d0 d0 EOS d1 d1 EOS d2 ... EOS
 
+Documents are read, cut into pieces and encoded as a stream: memory is that of a few batches of pieces, however many or
+long the documents are.
+
 A store is a folder named after a hash of what it was made from (corpus, split, tokenizer), so a second run finds it
 at once and any change makes another one. It is written beside its final name and renamed when whole; a lock file
 makes the processes that ask for it at the same time build it once.
@@ -43,7 +46,7 @@ from train_loop.progress import Progress, say
 _FORMAT = 2
 _DOCUMENT = np.dtype([("token_end", "<u8"), ("name_end", "<u8")])
 # Characters encoded at once: enough for all cores to be busy, little against the memory of a laptop.
-_BATCH_CHARACTERS = 500_000
+_BATCH_CHARACTERS = 250_000
 
 
 @dataclass

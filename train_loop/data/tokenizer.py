@@ -5,7 +5,8 @@ Text is encoded as it is: nothing is put before or after it, and text that happe
 end-of-text token that the store puts after each document.
 
 A document is encoded in pieces, cut where no token depends on it: so it takes little memory, however long it is, and
-all cores share it. Small pieces are also encoded faster: the Rust core keeps some 50 bytes a character while it works.
+all cores share it. Small pieces are also encoded faster than large ones: what the Rust core needs for them stays in
+caches.
 """
 
 import hashlib
@@ -13,8 +14,7 @@ import re
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ _LONGEST_CHARACTER = 4  # bytes of UTF-8
 # Sizes of pieces [characters] where a place to cut is known to be one, and where it has to be tried first, which costs
 # encoding some 2,000 characters; and how much text before and after a place is looked at.
 _PIECE, _TRIED_PIECE, _MARGIN = 1 << 12, 1 << 17, 500
-_AHEAD = 4  # batches
+_AHEAD = 8  # batches
 # The last place where a word ends: the white space after it is short, and seen whole.
 _END_OF_WORD = re.compile(r".*\S(?=[ \n\r\t]\s{0,9}\S)", re.DOTALL)
 
@@ -94,27 +94,26 @@ def encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def encode_batches(core: Tokenizer, batches: Iterable[list[str]]) -> Iterator[list[npt.NDArray[np.uint32]]]:
-    """Token ids [tokens] of each text, batch by batch. `_AHEAD` batches are encoded ahead, two at a time, on all cores.
+    """Token ids [tokens] of each text, batch by batch. `_AHEAD` batches are encoded ahead, on all cores.
 
-    The Rust core lets go of Python's lock, so the ids of one batch become arrays while others are encoded; two, so that
-    no core waits for the longest text of a batch; some more, so that none waits while a batch is filed.
+    The Rust core lets go of Python's lock and has its own threads, one a core. Three batches are in work, so that two
+    keep the cores busy, also at the end of one of them, while the third one's ids become arrays: what the core returns
+    is much larger than these, and is not kept.
     """
 
-    def encode(texts: list[str]) -> Any:
-        return core.encode_batch_fast(texts, add_special_tokens=False)
-
-    def arrays(encoded: Any) -> list[npt.NDArray[np.uint32]]:
+    def encode(texts: list[str]) -> list[npt.NDArray[np.uint32]]:
+        encoded = core.encode_batch_fast(texts, add_special_tokens=False)
         # An array.array takes a list of ints three times as fast as numpy does.
         return [np.frombuffer(array("I", each.ids), dtype=np.uint32) for each in encoded]
 
-    with ThreadPoolExecutor(max_workers=2) as ahead:
-        pending: deque[Any] = deque()
+    with ThreadPoolExecutor(max_workers=3) as ahead:
+        pending: deque[Future[list[npt.NDArray[np.uint32]]]] = deque()
         for texts in batches:
             pending.append(ahead.submit(encode, texts))
             if len(pending) > _AHEAD:
-                yield arrays(pending.popleft().result())
+                yield pending.popleft().result()
         while pending:
-            yield arrays(pending.popleft().result())
+            yield pending.popleft().result()
 
 
 def pieces(core: Tokenizer, blocks: Iterable[str], size: int | None = None) -> Iterator[str]:
