@@ -11,7 +11,6 @@ it had when it began to prepare. Once more is the same command again, which find
 import itertools
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -101,23 +100,28 @@ def prepare(path: str, cache: str) -> dict[str, Any]:
         if not small.exists():  # the second run is to find what the first one saw
             small.write_text("A short text to validate on.\n" * 10, "utf-8")
         config.data.validation_files = [str(small)]
-    before = resident()
+    reset_peak()
+    before = peak()
     began = time.perf_counter()
     prepared = store.prepare(config, trained, shown=False)
     seconds = time.perf_counter() - began
     sides = (prepared.train.ledger, prepared.validation.ledger)
     return {
         "seconds": seconds,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before,
+        "peak_mb": peak() - before,
         "documents": sum(side.documents for side in sides),
         "bytes": sum(side.bytes for side in sides),
     }
 
 
-def resident() -> float:
-    """The memory of this process now, in MB (Linux), its peak so far set back to that."""
+def reset_peak() -> None:
+    """Set the peak memory of this process back to what it has now (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+
+
+def peak() -> float:
+    """The peak memory of this process, in MB. Not `ru_maxrss`, which begins with the memory of the process's parent."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
 
