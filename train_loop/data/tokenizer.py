@@ -27,7 +27,7 @@ END_OF_TEXT = "<|endoftext|>"
 _LONGEST_CHARACTER = 4  # bytes of UTF-8
 # Sizes of pieces [characters] where a place to cut is known to be one, and where it has to be tried first, which costs
 # encoding some 2,000 characters; and how much text before and after a place is looked at.
-_PIECE, _TRIED_PIECE, _MARGIN = 1 << 12, 1 << 17, 500
+_PIECE, _TRIED_PIECE, _MARGIN = 1 << 11, 1 << 17, 500
 _AHEAD = 8  # batches
 # The last place where a word ends: the white space after it is short, and seen whole.
 _END_OF_WORD = re.compile(r".*\S(?=[ \n\r\t]\s{0,9}\S)", re.DOTALL)
