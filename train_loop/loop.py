@@ -78,7 +78,7 @@ def _train(config: Config, peers: Peers) -> Summary:
             studied = config.study.every is not None or config.study.probing
             log = MetricsLog(run.accelerator, run.folder.metrics, step, studied)
             if run.watch is not None:
-                run.watch.recall(step)
+                run.watch.recall()
             settings = config.checkpoint
             saver = Saver(run.accelerator, run.folder.checkpoints, settings.keep, settings.background, run.damaged)
             saver.step = None if run.found is None else step

@@ -8,8 +8,7 @@ prepared data, model, truth sheet, the step itself; the first run also prepares 
 with a tokenizer of 4,096 entries). Resuming counts until the line of the step after the checkpoint's.
 
 The checkpoint of step 1,000,000 is that of step 1 with another number in its state.json, manifest and folder's name.
-Its metrics.jsonl has one line; --lines gives it as many as a run's that long, which are read once. What it takes to
-find the step's data is timed alone as well.
+Its metrics.jsonl has a line for each of the steps. What it takes to find the step's data is timed alone as well.
 """
 
 import functools
@@ -40,7 +39,7 @@ def main() -> None:
     """Run the benchmark."""
     options = parser(__doc__, rounds=3)
     options.add_argument("--shape", choices=SHAPES, default="tiny", help="of the model (tiny)")
-    options.add_argument("--lines", type=int, default=1, help="lines of metrics.jsonl at step 1,000,000 (1)")
+    options.add_argument("--lines", type=int, default=FAR, help="lines of metrics.jsonl at step 1,000,000 (1,000,000)")
     given = options.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="bench-start-"))
     os.environ["TRAIN_LOOP_CACHE"] = str(scratch / "cache")

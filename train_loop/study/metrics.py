@@ -7,10 +7,12 @@ import hashlib
 import itertools
 import json
 import math
+import mmap
 import os
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -22,6 +24,7 @@ from train_loop.progress import say
 from train_loop.settings import nearest
 
 STUDY = "study.jsonl"
+_STEP = b'{"event": "step", '  # how a step's line begins, as json.dumps writes it
 
 
 class EventFile:
@@ -31,16 +34,15 @@ class EventFile:
 
     Args:
         path: the file.
-        kept: its events so far; others are removed from it.
+        end: its bytes that are kept; what comes after them is removed.
     """
 
-    def __init__(self, path: Path, kept: list[dict[str, Any]]) -> None:
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, path)
+    def __init__(self, path: Path, end: int) -> None:
         self._name = path.name
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        os.truncate(self._file, end)
+        os.fsync(self._file)
+        sync(path.parent)
         self._waiting = b""
         self._writing = threading.Lock()
         self._full = False
@@ -109,21 +111,18 @@ class MetricsLog:
         self.step = step
         self._events: EventFile | None = None
         self._study: EventFile | None = None
-        kept: list[dict[str, Any]] = []
-        watched: list[dict[str, Any]] = []
+        kept, watched = Past(), Past()
         if accelerator.is_main_process:
-            kept = [event for event in read(path) if event["step"] <= step]
-            self._events = EventFile(path, kept)
+            kept = past(path, step)
+            self._events = EventFile(path, kept.end)
             beside = path.with_name(STUDY)
             if study or beside.exists():
-                watched = [event for event in read(beside) if event["step"] <= step]
-                self._study = EventFile(beside, watched)
-        steps = [event for event in kept if event["event"] == "step"]
-        evaluations = [event for event in kept if event["event"] == "evaluation"]
-        samples = sum(event["event"] == "sample" and event["step"] == step for event in kept)
-        skipped = sum(1 for _ in itertools.takewhile(lambda event: event.get("skipped"), reversed(steps)))
-        probed = max((event["step"] for event in watched if event["event"] == "probe"), default=0)
-        state = (evaluations, samples, skipped, probed)
+                watched = past(beside, step)
+                self._study = EventFile(beside, watched.end)
+        evaluations = [event for event in kept.others if event["event"] == "evaluation"]
+        samples = sum(event["event"] == "sample" and event["step"] == step for event in kept.others)
+        probed = max((event["step"] for event in watched.others if event["event"] == "probe"), default=0)
+        state = (evaluations, samples, kept.skipped, probed)
         evaluations, self.samples, self.skipped, self.probed = from_main(accelerator, state)
         self.evaluations: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
@@ -194,6 +193,72 @@ def read(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return events
+
+
+class Past(NamedTuple):
+    """What a file of events knows of the steps so far.
+
+    others: all events but steps; skipped: how many steps in a row, up to the last one, were not taken; end: where the
+    lines of later steps begin [bytes].
+    """
+
+    others: Sequence[dict[str, Any]] = ()
+    skipped: int = 0
+    end: int = 0
+
+
+def past(path: Path, step: int) -> Past:
+    """Read a metrics.jsonl or study.jsonl up to the events of a step; those of later ones come after them in the file.
+
+    Of the steps only the last few are parsed: a million would take half a minute.
+    """
+    skipped, end = 0, 0
+    for line, line_end in _backwards(path):
+        event = _parsed(line)
+        if event is None or event["step"] > step:
+            continue
+        end = max(end, line_end)
+        if event["event"] == "step":
+            if not event.get("skipped"):
+                break
+            skipped += 1
+    others = []
+    if end:
+        with open(path, "rb") as file:
+            for line in file:
+                event = None if line.startswith(_STEP) else _parsed(line)
+                if event is not None and event["step"] <= step and event["event"] != "step":
+                    others.append(event)
+    return Past(others, skipped, end)
+
+
+def last_steps(path: Path, count: int) -> list[dict[str, Any]]:
+    """The last `count` steps of a metrics.jsonl."""
+    steps = (json.loads(line) for line, _ in _backwards(path) if line.startswith(_STEP))
+    return list(itertools.islice(steps, count))[::-1]
+
+
+def _backwards(path: Path) -> Iterator[tuple[bytes, int]]:
+    """The last line of a file and where it ends [bytes], then the one before it, ...
+
+    What a killed process has left half written, after the last line's end, is no line.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        end = content.rfind(b"\n") + 1
+        while end:
+            start = content.rfind(b"\n", 0, end - 1) + 1
+            yield content[start:end], end
+            end = start
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        event: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return event
 
 
 def plain(value: Any) -> Any:

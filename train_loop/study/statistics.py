@@ -86,12 +86,11 @@ class Watch:
         self._frequency: tuple[torch.Tensor, list[str]] | None = None
         self._clipped: deque[bool] = deque(maxlen=every)
 
-    def recall(self, step: int) -> None:
-        """Go on after `step` finished steps, with what the log knows of those before them."""
+    def recall(self) -> None:
+        """Go on with what the log knows of the steps before."""
         if self.run.accelerator.is_main_process:
-            events = metrics.read(self.run.folder.metrics)
-            norms = [event["grad_norm"] for event in events if event["event"] == "step" and event["step"] <= step]
-            self._clipped.extend(self._clips(norm) for norm in norms[-self.every :])
+            steps = metrics.last_steps(self.run.folder.metrics, self.every)
+            self._clipped.extend(self._clips(event["grad_norm"]) for event in steps)
 
     def before(self, step: int) -> None:
         """Look at a step that is about to be taken, counted from 0, if it is one to watch. All processes call this."""
