@@ -136,10 +136,16 @@ def tooltip(tab: Any) -> str:
     return element.inner_text() if element and element.is_visible() else ""
 
 
-def hover(tab: Any, selector: str, position: Any = None) -> None:
-    """Point at something; scrolling to it first, since a scroll takes the tooltip away."""
+def reach(tab: Any, selector: str) -> Any:
+    """Scroll to something and say where it is, once the scroll's event, which takes the tooltip away, has been told."""
     tab.locator(selector).scroll_into_view_if_needed()
     tab.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    return tab.locator(selector).bounding_box()
+
+
+def hover(tab: Any, selector: str, position: Any = None) -> None:
+    """Point at something."""
+    reach(tab, selector)
     tab.hover(selector, position=position)
 
 
@@ -198,8 +204,7 @@ def test_heat_maps_are_coloured_by_their_numbers(show: Callable[..., Any], one: 
 
 def test_hover_tells_the_values_of_every_run(show: Callable[..., Any], folder: Path) -> None:
     tab = show((folder / "two.html").as_uri())
-    tab.locator("#loss").scroll_into_view_if_needed()
-    box = tab.locator("#loss svg").bounding_box()
+    box = reach(tab, "#loss svg")
     tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + 90)
     told = tooltip(tab)
     assert re.search(r"^step 1[345]\d\n", told) and all(
@@ -220,8 +225,7 @@ def test_hover_tells_the_values_of_every_run(show: Callable[..., Any], folder: P
 
 def test_dragging_zooms_every_plot_and_a_double_click_goes_back(show: Callable[..., Any], one: str) -> None:
     tab = show(one)
-    tab.locator("#loss").scroll_into_view_if_needed()
-    box = tab.locator("#loss svg").bounding_box()
+    box = reach(tab, "#loss svg")
 
     def drag(begin: float, end: float) -> None:
         tab.mouse.move(box["x"] + begin * box["width"], box["y"] + 80)
