@@ -57,15 +57,32 @@ def test_lines_that_something_else_has_written_are_read_as_well(file: Path) -> N
     log = MetricsLog(Accelerator(), file, 4)
     log.close()
     assert [line["step"] for line in metrics.read(file)] == [1, 2, 2, 2, 2, 3, 4, 4, 4, 4]
+    assert [line["step"] for line in metrics.last_steps(file, 3)] == [2, 3, 4]
     assert log.best is not None and log.best["step"] == 4 and log.skipped == 1
 
 
-def test_only_the_last_steps_are_parsed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """All that json.loads gets."""
     parsed: list[bytes] = []
     parse = json.loads
     monkeypatch.setattr(json, "loads", lambda line: parsed.append(line) or parse(line))
-    assert metrics.past(file, 6).skipped == 3
-    assert len(parsed) == 3 + 6 + 1 + 9  # back to the third step, and all that is no step
+    return parsed
+
+
+def test_only_the_last_steps_are_parsed(file: Path, parsed: list[bytes]) -> None:
+    assert metrics.past(file, 6, {"evaluation"}).skipped == 3
+    assert len(parsed) == 3 + 6 + 1 + 3  # back to the third step, and each evaluation
+
+
+def test_of_what_was_watched_only_the_end_and_the_probes_are_parsed(tmp_path: Path, parsed: list[bytes]) -> None:
+    path = tmp_path / "study.jsonl"
+    names = ["statistics", "probe", "statistics", "statistics"]
+    events = [{"event": name, "step": step} for step, name in enumerate(names, 1)]
+    written = [json.dumps(event) + "\n" for event in events]
+    path.write_text("".join(written))
+    assert metrics.past(path, 3, {"probe"}) == ([events[1]], 0, len("".join(written[:3])))
+    assert len(parsed) == 3 + 1  # the last one, the last two that are kept, the probe
 
 
 def test_there_is_nothing_before_the_first_step(tmp_path: Path) -> None:

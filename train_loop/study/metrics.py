@@ -9,8 +9,9 @@ import json
 import math
 import mmap
 import os
+import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from train_loop.progress import say
 from train_loop.settings import nearest
 
 STUDY = "study.jsonl"
-_STEP = b'{"event": "step", '  # how a step's line begins, as json.dumps writes it
+_BEGIN = re.compile(rb'{"event": "(\w+)", ')  # how a line begins, as json.dumps writes it
 
 
 class EventFile:
@@ -113,15 +114,15 @@ class MetricsLog:
         self._study: EventFile | None = None
         kept, watched = Past(), Past()
         if accelerator.is_main_process:
-            kept = past(path, step)
+            kept = past(path, step, {"evaluation", "sample"})
             self._events = EventFile(path, kept.end)
             beside = path.with_name(STUDY)
             if study or beside.exists():
-                watched = past(beside, step)
+                watched = past(beside, step, {"probe"})
                 self._study = EventFile(beside, watched.end)
-        evaluations = [event for event in kept.others if event["event"] == "evaluation"]
-        samples = sum(event["event"] == "sample" and event["step"] == step for event in kept.others)
-        probed = max((event["step"] for event in watched.others if event["event"] == "probe"), default=0)
+        evaluations = [event for event in kept.events if event["event"] == "evaluation"]
+        samples = sum(event["event"] == "sample" and event["step"] == step for event in kept.events)
+        probed = max((event["step"] for event in watched.events), default=0)
         state = (evaluations, samples, kept.skipped, probed)
         evaluations, self.samples, self.skipped, self.probed = from_main(accelerator, state)
         self.evaluations: list[dict[str, Any]] = []
@@ -198,44 +199,54 @@ def read(path: Path) -> list[dict[str, Any]]:
 class Past(NamedTuple):
     """What a file of events knows of the steps so far.
 
-    others: all events but steps; skipped: how many steps in a row, up to the last one, were not taken; end: where the
-    lines of later steps begin [bytes].
+    events: those that were asked for; skipped: how many steps in a row, up to the last one, were not taken; end: where
+    the lines of later steps begin [bytes].
     """
 
-    others: Sequence[dict[str, Any]] = ()
+    events: Sequence[dict[str, Any]] = ()
     skipped: int = 0
     end: int = 0
 
 
-def past(path: Path, step: int) -> Past:
+def past(path: Path, step: int, names: Container[str]) -> Past:
     """Read a metrics.jsonl or study.jsonl up to the events of a step; those of later ones come after them in the file.
 
-    Of the steps only the last few are parsed: a million would take half a minute.
+    Only the last lines and the events with these names are parsed: a million steps would take half a minute.
     """
-    skipped, end = 0, 0
+    skipped, end, last = 0, 0, 0
     for line, line_end in _backwards(path):
         event = _parsed(line)
         if event is None or event["step"] > step:
             continue
-        end = max(end, line_end)
+        if not end:
+            end, last = line_end, event["step"]
+        if event["step"] < last - skipped:  # steps have no lines here
+            break
         if event["event"] == "step":
             if not event.get("skipped"):
                 break
             skipped += 1
-    others = []
+    events = []
     if end:
         with open(path, "rb") as file:
             for line in file:
-                event = None if line.startswith(_STEP) else _parsed(line)
-                if event is not None and event["step"] <= step and event["event"] != "step":
-                    others.append(event)
-    return Past(others, skipped, end)
+                event = _parsed(line) if _may_be(line, names) else None
+                if event is not None and event["step"] <= step and event["event"] in names:
+                    events.append(event)
+    return Past(events, skipped, end)
 
 
 def last_steps(path: Path, count: int) -> list[dict[str, Any]]:
     """The last `count` steps of a metrics.jsonl."""
-    steps = (json.loads(line) for line, _ in _backwards(path) if line.startswith(_STEP))
+    events = (_parsed(line) for line, _ in _backwards(path) if _may_be(line, {"step"}))
+    steps = (event for event in events if event is not None and event["event"] == "step")
     return list(itertools.islice(steps, count))[::-1]
+
+
+def _may_be(line: bytes, names: Container[str]) -> bool:
+    """Whether a line holds one of these events, as far as its beginning tells."""
+    begin = _BEGIN.match(line)
+    return begin is None or begin[1].decode() in names
 
 
 def _backwards(path: Path) -> Iterator[tuple[bytes, int]]:
