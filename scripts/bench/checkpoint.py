@@ -125,9 +125,9 @@ def recovery(arguments: list[str], folder: Path) -> float:
         time.sleep(0.01)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    killed, before = time.monotonic(), metrics.stat().st_ino
+    killed, before = time.monotonic(), metrics.stat().st_mtime_ns
     second = start()
-    while metrics.stat().st_ino == before or metrics.stat().st_size == 0:
+    while metrics.stat().st_mtime_ns == before:  # until it is cut back to the checkpoint
         assert second.poll() is None
         time.sleep(0.005)
     size = metrics.stat().st_size  # as cut back to the checkpoint's step
