@@ -164,9 +164,9 @@ def moment(kind: str, victim: Victim, draw: random.Random, total: int) -> bool:
 def next_step(victim: Victim) -> bool:
     """Wait for the first step after a start; False when there was none."""
     metrics = victim.folder / "metrics.jsonl"
-    before = metrics.stat().st_ino if metrics.exists() else None
-    # Lines of lost steps are cut off in a new file.
-    if not wait_until(victim, lambda: metrics.exists() and metrics.stat().st_ino != before):
+    before = metrics.stat().st_mtime_ns if metrics.exists() else None
+    # Cutting off the lines of lost steps, were it none, is a change.
+    if not wait_until(victim, lambda: metrics.exists() and metrics.stat().st_mtime_ns != before):
         return False
     resumed = victim.step()
     return wait_until(victim, lambda: victim.step() != resumed)

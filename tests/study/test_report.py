@@ -3,7 +3,6 @@
 import http.client
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -168,14 +167,20 @@ def test_a_growing_run_is_followed_and_one_that_was_cut_is_read_anew(tmp_path: P
         file.write(text[20:])
     files.refresh()
     assert len(files.steps["loss"]) == 41 and files.steps["loss"][-1] == 1.5
-    # A resumed run puts a shorter file in its place.
-    new = folder / "new"
-    new.write_text("".join(json.dumps(event) + "\n" for event in metrics(20, 0, 20)))
-    os.replace(new, log)
+    # A resumed run cuts it back in place; one that was copied here replaces it.
+    shorter = "".join(json.dumps(event) + "\n" for event in metrics(20, 0, 20))
+    log.write_text(shorter)
     files.refresh()
     data = gather([files])["runs"][0]
     assert data["curves"]["loss"]["step"][-1] == 20 and len(data["samples"]) == 1
     assert len(data["layers"]["step"]) == 2
+    # Between two looks it may have grown past where it was.
+    log.write_text("".join(json.dumps({"event": "step", "step": 1 + each, "loss": 2.5}) + "\n" for each in range(999)))
+    files.refresh()
+    assert list(files.steps["loss"]) == [2.5] * 999 and files.notes == []
+    log.unlink()
+    files.refresh()
+    assert not files.steps["loss"]
 
 
 def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:

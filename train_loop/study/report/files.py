@@ -113,28 +113,31 @@ class _Followed:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.read, self.unreadable = 0, 0
-        self._file: tuple[int, int] | None = None
+        self._last = b""
 
     def is_another(self) -> bool:
-        """Whether the file is not the one that was read, but one in its place, or was cut."""
-        now = _stat(self.path)
-        return self._file is not None and (now is None or now[:2] != self._file or now[2] < self.read)
+        """Whether the file no longer holds what was read: it was replaced, or cut, and may have grown since."""
+        if not self.read:
+            return False
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.read - len(self._last))
+                return file.read(len(self._last)) != self._last
+        except OSError:
+            return True
 
     def more(self) -> Iterable[dict[str, Any]]:
         """The events since the last look; a line without its end waits for the next."""
-        now = _stat(self.path)
-        if now is None:
-            return
-        self._file = now[:2]
         try:
             with self.path.open("rb") as file:
                 file.seek(self.read)
                 added = file.read()
         except OSError:
             return
-        whole = added.rfind(b"\n") + 1
-        self.read += whole
-        for line in added[:whole].splitlines():
+        whole = added[: added.rfind(b"\n") + 1].splitlines(keepends=True)
+        self.read += sum(map(len, whole))
+        self._last = whole[-1] if whole else self._last
+        for line in whole:
             event = _event(line)
             if event is None:
                 self.unreadable += 1
