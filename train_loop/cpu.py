@@ -1,8 +1,8 @@
 """What makes training on a CPU fast: matrix products by oneDNN, and memory that is kept.
 
 The same arithmetic as torch's own, differently rounded. torch hands fp32 products to MKL, which on many CPUs (AMD's
-among them) does not use the widest instructions; oneDNN does. Gradients of weights, where it does not win, stay with
-MKL. What was measured: `scripts/bench/README.md`.
+among them) does not use the widest instructions; oneDNN does. Gradients of weights stay with MKL where it wins.
+What was measured: `scripts/bench/README.md`.
 """
 
 import ctypes
@@ -99,10 +99,15 @@ class _Product(torch.autograd.Function):
         if context.needs_input_grad[1]:
             flat = (x if context.remake is None else context.remake(x)).flatten(0, -2)
             # Laid out in memory as the weight is, so that nothing has to be rearranged to add it up.
-            to_weight = rows.t() @ flat if weight.is_contiguous() else (flat.t() @ rows).t()
+            to_weight = _of_rows(rows, flat) if weight.is_contiguous() else _of_rows(flat, rows).t()
         if context.needs_input_grad[2]:
             to_bias = rows.sum(0)
         return to_x, to_weight, to_bias, None
+
+
+def _of_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """A^T B for A [rows, m], B [rows, n], by the library that is faster at results [m, n] of that shape."""
+    return product(a.t(), b.t()) if b.shape[1] > a.shape[1] else a.t() @ b
 
 
 class TiedGradient:
