@@ -165,7 +165,7 @@ def next_step(victim: Victim) -> bool:
     """Wait for the first step after a start; False when there was none."""
     metrics = victim.folder / "metrics.jsonl"
     before = metrics.stat().st_mtime_ns if metrics.exists() else None
-    # Cutting off the lines of lost steps, were it none, is a change.
+    # Cutting off the lines of lost steps changes the file, also where there are none.
     if not wait_until(victim, lambda: metrics.exists() and metrics.stat().st_mtime_ns != before):
         return False
     resumed = victim.step()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import library, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -20,7 +20,7 @@ _SMALL = 1 << 13  # numbers: of fewer, torch's are as fast
 _ATTENTION = "sdpa_cheap_dropout"
 
 # An operator, so that a compiler takes its numbers as they come and never draws them twice.
-_operators = torch.library.Library("train_loop", "FRAGMENT")
+_operators = library.Library("train_loop", "FRAGMENT")
 _operators.define("random_bits(Tensor like) -> Tensor", tags=[torch.Tag.nondeterministic_seeded])
 
 
@@ -31,7 +31,7 @@ def _random_bits(like: torch.Tensor) -> torch.Tensor:
 
 
 _operators.impl("random_bits", _random_bits, "CPU")
-torch.library.register_fake(
+library.register_fake(
     "train_loop::random_bits", lambda like: torch.empty(like.shape, dtype=torch.int16, device=like.device)
 )
 
