@@ -1,12 +1,15 @@
 """Tokenizers: trained here, loaded, and what text that spells a special token becomes."""
 
+import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Encoding, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from tests.conftest import text
 from train_loop.data import tokenizer
@@ -79,6 +82,36 @@ def prefixed(folder: Path) -> Tokenizer:
     core = byte_level(folder)
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     return core
+
+
+@pytest.mark.parametrize("before", [None, "true"])
+def test_batches_are_encoded_side_by_side_each_by_one_thread(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    if before is None:
+        monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    else:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
+    core, meet, variables = byte_level(tokenizer_folder), threading.Barrier(2), set[str | None]()
+
+    class Core:
+        def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> list[Encoding]:
+            meet.wait(timeout=30)  # breaks where the other batch waits for this one
+            variables.add(os.environ.get("TOKENIZERS_PARALLELISM"))
+            return core.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+
+    batches = [[f"text {batch}", "of three"] for batch in range(6)]
+
+    def encoded() -> Any:
+        return tokenizer.encode_batches(cast(Tokenizer, Core()), batches)
+
+    assert [[core.decode(list(ids)) for ids in batch] for batch in encoded()] == batches
+    assert variables == {"false"} and os.environ.get("TOKENIZERS_PARALLELISM") == before
+    left = encoded()
+    next(left)
+    left.close()  # as when the loop over it meets an error
+    assert os.environ.get("TOKENIZERS_PARALLELISM") == before
 
 
 # Characters of one to four bytes, accents of their own, line ends of Windows, runs of white space.

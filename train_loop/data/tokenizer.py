@@ -10,11 +10,13 @@ caches.
 """
 
 import hashlib
+import os
 import re
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +30,10 @@ _LONGEST_CHARACTER = 4  # bytes of UTF-8
 # Sizes of pieces [characters] where a place to cut is known to be one, and where it has to be tried first, which costs
 # encoding some 2,000 characters; and how much text before and after a place is looked at.
 _PIECE, _TRIED_PIECE, _MARGIN = 1 << 11, 1 << 17, 500
-_AHEAD = 8  # batches
+# Batches that wait for each thread; and threads: making arrays of ids, which holds Python's lock, takes a sixteenth of
+# the time, so more would wait for each other.
+_AHEAD, _MOST_WORKERS = 4, 16
+_CORE_THREADS = "TOKENIZERS_PARALLELISM"
 # The last place where a word ends: the white space after it is short, and seen whole.
 _END_OF_WORD = re.compile(r".*\S(?=[ \n\r\t]\s{0,9}\S)", re.DOTALL)
 
@@ -94,11 +99,11 @@ def encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def encode_batches(core: Tokenizer, batches: Iterable[list[str]]) -> Iterator[list[npt.NDArray[np.uint32]]]:
-    """Token ids [tokens] of each text, batch by batch. `_AHEAD` batches are encoded ahead, on all cores.
+    """Token ids [tokens] of each text, batch by batch, in order; some batches are encoded ahead, one on each core.
 
-    The Rust core lets go of Python's lock and has its own threads, one a core. Three batches are in work, so that two
-    keep the cores busy, also at the end of one of them, while the third one's ids become arrays: what the core returns
-    is much larger than these, and is not kept.
+    The Rust core lets go of Python's lock, so threads of ours work side by side, each on a batch of its own. The core's
+    own threads would share one batch after another, and at times some sleep while others have work. What the core
+    returns is much larger than the arrays made of it, and is not kept.
     """
 
     def encode(texts: list[str]) -> list[npt.NDArray[np.uint32]]:
@@ -106,14 +111,30 @@ def encode_batches(core: Tokenizer, batches: Iterable[list[str]]) -> Iterator[li
         # An array.array takes a list of ints three times as fast as numpy does.
         return [np.frombuffer(array("I", each.ids), dtype=np.uint32) for each in encoded]
 
-    with ThreadPoolExecutor(max_workers=3) as ahead:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, _MOST_WORKERS)
+    with _one_thread_a_call(), ThreadPoolExecutor(max_workers=workers) as ahead:
         pending: deque[Future[list[npt.NDArray[np.uint32]]]] = deque()
         for texts in batches:
             pending.append(ahead.submit(encode, texts))
-            if len(pending) > _AHEAD:
+            if len(pending) > _AHEAD * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+@contextmanager
+def _one_thread_a_call() -> Iterator[None]:
+    """Have the Rust core encode a batch in the thread that asks: it has this variable for that, read at each call."""
+    before = os.environ.get(_CORE_THREADS)
+    os.environ[_CORE_THREADS] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_CORE_THREADS]
+        else:
+            os.environ[_CORE_THREADS] = before
 
 
 def pieces(core: Tokenizer, blocks: Iterable[str], size: int | None = None) -> Iterator[str]:
