@@ -3,10 +3,11 @@
     python scripts/bench/loop_overhead.py [--steps 20] [--rounds 200] [--json]
 
 A model so small that a step takes two or three milliseconds on one thread, trained by the loop (plan, loader, dropout
-keys, learning rate, clipping, finite check, a line of metrics.jsonl and progress each step), and bare (forward,
-backward, AdamW, nothing else, batches in memory), with clipping by torch and without. They take turns of a few steps
-within one run of the loop, so that all see the same machine, which is a third slower in some seconds than in others;
-seconds are of processor time, which other programs' turns are no part of.
+keys, learning rate, clipping, finite check, a line of metrics.jsonl and progress each step), by the same without what
+it measures (the parts of a step's time, tokens per second, MFU, memory), and bare (forward, backward, AdamW, nothing
+else, batches in memory), with clipping by torch and without. They take turns of a few steps within one run of the loop,
+so that all see the same machine, which is a third slower in some seconds than in others; seconds are of processor time,
+which other programs' turns are no part of.
 """
 
 import itertools
@@ -20,7 +21,7 @@ from typing import Any
 from measure import parser, report
 
 BARE = {"forward, backward, AdamW alone": False, "forward, backward, clipping, AdamW alone": True}
-LOOP = "the loop"
+LOOP, UNMEASURED = "the loop", "the loop, measuring nothing"
 
 
 def main() -> None:
@@ -36,6 +37,7 @@ def main() -> None:
     from train_loop.saver import Saver
     from train_loop.signals import StopRequest
     from train_loop.study.metrics import MetricsLog
+    from train_loop.study.speed import Speed, Stopwatch
 
     torch.set_num_threads(1)  # a second thread would only add noise to work this small
     folder = Path(tempfile.mkdtemp(prefix="bench-loop-"))
@@ -44,7 +46,7 @@ def main() -> None:
             [
                 *("--model.architecture", "{model_type: gpt2, n_layer: 1, n_embd: 16, n_head: 1}"),
                 *("--tokenizer.train_vocab_size", "512", "--data.block_size", "8", "--batch.sequences_per_step", "2"),
-                *("--train.max_steps", str(given.steps * (given.rounds + 1)), "--evaluation.every", "1000000"),
+                *("--train.max_steps", str(2 * given.steps * (given.rounds + 1)), "--evaluation.every", "1000000"),
                 *("--checkpoint.every", "1000000", "--run.output_dir", str(folder)),
             ]
         )
@@ -53,7 +55,7 @@ def main() -> None:
     batches = list(loader(run.train, itertools.chain.from_iterable(shares)))
     objective, optimizer = run.accelerator.unwrap_model(run.objective), run.optimizer.optimizer
     parameters = list(objective.parameters())
-    turns: dict[str, list[float]] = {name: [] for name in (*BARE, LOOP)}
+    turns: dict[str, list[float]] = {name: [] for name in (*BARE, UNMEASURED, LOOP)}
 
     def bare(clip: bool) -> float:
         began = time.process_time()
@@ -65,17 +67,22 @@ def main() -> None:
             optimizer.zero_grad()
         return time.process_time() - began
 
-    between_steps, began = loop._between_steps, 0.0
+    between_steps, lap, of_step, began = loop._between_steps, Stopwatch.lap, Speed.of_step, 0.0
 
     def take_turns(run: Any, log: Any, saver: Any, step: int, *rest: Any) -> bool:
         nonlocal began
         stopping = between_steps(run, log, saver, step, *rest)
         if step % given.steps == 0:
-            turn = time.process_time() - began
-            if step > given.steps:  # the first one warms up: imports, caches, first allocations
-                turns[LOOP].append(turn)
+            turn, number = time.process_time() - began, step // given.steps
+            measured = number % 2 == 0
+            if number > 2:  # the first ones warm up: imports, caches, first allocations
+                turns[LOOP if measured else UNMEASURED].append(turn)
+            if number > 2 and measured:
                 for name, clip in BARE.items():
                     turns[name].append(bare(clip))
+            # Next is a turn of the other kind.
+            Stopwatch.lap = (lambda *_: None) if measured else lap  # type: ignore[method-assign]
+            Speed.of_step = (lambda *_: {"tokens_per_second": 0.0}) if measured else of_step  # type: ignore[method-assign]
             began = time.process_time()
         return stopping
 
@@ -87,7 +94,7 @@ def main() -> None:
     loop._loop(run, MetricsLog(run.accelerator, run.folder.metrics, 0), saver, 0, StopRequest())
 
     report(f"{given.steps} steps", turns, given.steps, "steps", given.json)
-    for name in BARE:
+    for name in (*BARE, UNMEASURED):
         pairs = [(mine - bare) / given.steps * 1e3 for mine, bare in zip(turns[LOOP], turns[name], strict=True)]
         if given.json:
             print(json.dumps({"beyond": name, "overhead_ms_a_step": statistics.median(pairs)}))

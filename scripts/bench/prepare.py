@@ -1,12 +1,12 @@
 """How fast documents become a token store, against the raw tokenizer, and against Transformers' own ways to prepare.
 
-    python scripts/bench/prepare.py [--tokenizer FOLDER] [--short] [--rounds 5] [--json]
+    python scripts/bench/prepare.py [--tokenizer FOLDER] [--short] [--alone] [--rounds 5] [--json]
 
 The documents are the sources of Python's standard library; `--short` cuts them after the first line that ends beyond
 1,000 characters, about the length of the answers that Transformers' guide trains on. The bound is `encode_batch_fast`
 of the Rust tokenizer on all documents at once, already in memory, results dropped. Preparing also reads the files (with
 `--short` one .jsonl), makes arrays of the ids, compresses the held-out documents, keeps the books, and writes and syncs
-the store.
+the store. The bound itself is slower where the rivals run in between: `--alone` leaves them out.
 
 The rivals get the documents as a `Dataset` on disk, and write theirs beside it, with nothing compressed or synced:
 
@@ -36,6 +36,7 @@ def main() -> None:
     options = parser(__doc__, rounds=5)
     options.add_argument("--tokenizer", help="folder of a tokenizer; by default one is trained (4,096 entries)")
     options.add_argument("--short", action="store_true", help="documents of about 1,000 characters")
+    options.add_argument("--alone", action="store_true", help="without the rivals")
     given = options.parse_args()
 
     import datasets
@@ -112,6 +113,8 @@ def main() -> None:
             lambda: seconds(lambda: core.encode_batch_fast(texts, add_special_tokens=False)),
         ),
         Contender("train_loop: documents to store", prepare),
+    ]
+    rivals = [
         Contender("the guide: two maps, 4 processes, sum", lambda: maps(added, 4)),
         Contender("the guide in one process", lambda: maps(added, None)),
         Contender("run_clm.py: one process, chain", lambda: maps(chained, None)),
@@ -119,7 +122,9 @@ def main() -> None:
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     title = f"Preparing {megabytes:.1f} MB in {len(texts):,} documents"
     try:
-        report(title, alternate(contenders, given.rounds), megabytes, "MB", given.json)
+        report(
+            title, alternate(contenders + ([] if given.alone else rivals), given.rounds), megabytes, "MB", given.json
+        )
     finally:
         shutil.rmtree(folder)
 
