@@ -119,12 +119,12 @@ def main() -> None:
         Contender("the guide in one process", lambda: maps(added, None)),
         Contender("run_clm.py: one process, chain", lambda: maps(chained, None)),
     ]
+    if not given.alone:
+        contenders += rivals
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     title = f"Preparing {megabytes:.1f} MB in {len(texts):,} documents"
     try:
-        report(
-            title, alternate(contenders + ([] if given.alone else rivals), given.rounds), megabytes, "MB", given.json
-        )
+        report(title, alternate(contenders, given.rounds), megabytes, "MB", given.json)
     finally:
         shutil.rmtree(folder)
 
