@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import safetensors
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import SafetensorError, safe_open
@@ -293,19 +292,6 @@ def tensors(found: Found, kind: str = "model") -> dict[str, torch.Tensor]:
     """All weights (or, of kind "optimizer", moments) by name, whole, on the CPU; tied ones once."""
     with _open(found, kind) as parts:
         return {name: parts.read(name) for name in parts.shapes}
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries that decide what a run computes."""
-    import accelerate
-    import transformers
-
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-        "safetensors": safetensors.__version__,
-    }
 
 
 class _Parts:

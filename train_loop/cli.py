@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from train_loop import __version__
+from train_loop import __version__, versions
 from train_loop.config import Config, load, shared_settings
 from train_loop.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, InputError, LostError, TrainingError
 from train_loop.settings import help_text
@@ -53,6 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return EXIT_FAILED
+    except (AttributeError, ImportError, TypeError) as error:
+        reason = versions.too_new(error)
+        if reason is None:
+            raise
+        _complain(reason)
+        return EXIT_BAD_INPUT
     except BrokenPipeError:  # the reader of our output has seen enough, as in `train-loop train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
@@ -89,8 +95,9 @@ def _wants_help(arguments: list[str], command: str, usage: str) -> bool:
     return True
 
 
-def _quiet_libraries() -> None:
-    """Let the libraries speak up only when something is wrong: their notes would drown ours."""
+def _ready_libraries() -> None:
+    """Check the libraries' versions, and keep them quiet while nothing is wrong: their notes would drown ours."""
+    versions.check()
     # Datasets asks for this when it is loaded, which takes a second and is not always needed.
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     import transformers
@@ -104,7 +111,7 @@ def prepare(arguments: list[str]) -> int:
     if _wants_help(arguments, "prepare", "--config FILE [--section.key value ...]"):
         return EXIT_DONE
     config = load(arguments)
-    _quiet_libraries()
+    _ready_libraries()
     from train_loop.data import store
 
     prepared = store.prepare(config)
@@ -117,7 +124,7 @@ def train(arguments: list[str]) -> int:
     if _wants_help(arguments, "train", "--config FILE [--section.key value ...]"):
         return EXIT_DONE
     config = load(arguments)
-    _quiet_libraries()
+    _ready_libraries()
     from train_loop import loop
 
     summary = loop.train(config)
@@ -154,7 +161,7 @@ def evaluate(arguments: list[str]) -> int:
     name, rest = _take_model(arguments)
     # The model to evaluate stands in for the one to train, so the file's own may be anything.
     config = load(rest)
-    _quiet_libraries()
+    _ready_libraries()
     from train_loop import cpu, evaluation, model, pretrained, processes
     from train_loop.data import store
     from train_loop.data.loader import Windows
@@ -233,7 +240,7 @@ def sample(arguments: list[str]) -> int:
     from train_loop import prompting
 
     prompts = [] if given.interactive else prompting.read(given.prompt, given.prompts)
-    _quiet_libraries()
+    _ready_libraries()
     from train_loop import sampler
     from train_loop.sampling import Sampling
 
@@ -288,7 +295,7 @@ def inspect(arguments: list[str]) -> int:
     if given.compare is not None and given.set:
         raise InputError("inspect: --compare sets another step beside it, --set the same one; give one of them")
     steps = [given.step] if given.compare is None else [given.step, given.compare]
-    _quiet_libraries()
+    _ready_libraries()
     from pathlib import Path
 
     from train_loop.study import inspection

@@ -404,6 +404,11 @@ def check(config: Config) -> None:
             f"batch.micro_batch_size {batch.micro_batch_size} is larger than "
             f"batch.sequences_per_step {batch.sequences_per_step}"
         )
+    if "flash" in (config.model.attention or "") and config.run.mixed_precision not in ("bf16", "fp16"):
+        raise InputError(
+            f"model.attention {config.model.attention}: has half precision only; say --run.mixed_precision bf16, or "
+            "--model.attention sdpa"
+        )
     if config.run.reproducible == "bitwise":
         for key, chosen in (
             ("run.mixed_precision fp16", config.run.mixed_precision == "fp16"),

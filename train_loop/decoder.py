@@ -15,6 +15,8 @@ import torch
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from train_loop import compat, devices
+
 Rows = Sequence[Sequence[int]]
 """Token ids, row by row; rows may differ in length."""
 
@@ -96,7 +98,7 @@ class StaticDecoder:
 
         Args:
             model: the language model, in eval mode.
-            record: what becomes of a step before it is taken for the first time, such as `cuda_graph`.
+            record: what becomes of a step before it is taken for the first time, such as a `recorder`.
         """
         self.model = model
         self._record = record
@@ -108,7 +110,8 @@ class StaticDecoder:
         """Whether a step of this model depends on nothing but tensors."""
         parameters = _parameters(model)
         return (
-            bool(model._can_compile_fullgraph)
+            compat.static_cache_counts()
+            and bool(model._can_compile_fullgraph)
             and "position_ids" in parameters
             and "logits_to_keep" in parameters
             and all(type(layer) is StaticLayer for layer in StaticCache(model.config, max_cache_len=1).layers)
@@ -180,19 +183,28 @@ Record = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
 """(step, rewind) -> replay: `rewind` undoes steps, `replay` does what `step` does."""
 
 
-def cuda_graph(step: Callable[[], None], rewind: Callable[[], None]) -> Callable[[], None]:
-    """Record a step's kernels as a CUDA graph; see `Record`."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries allocate at their first calls, which a recording does not allow
-        for _ in range(3):
+def recorder(device: torch.device) -> Record | None:
+    """What records a step's kernels as a graph of a device's; None where it has no graphs."""
+    graph_type = devices.graph_type(device)
+    if graph_type is None:
+        return None
+    backend: Any = torch.get_device_module(device)
+
+    def record(step: Callable[[], None], rewind: Callable[[], None]) -> Callable[[], None]:
+        side = backend.Stream()
+        side.wait_stream(backend.current_stream())
+        with backend.stream(side):  # libraries allocate at their first calls, which a recording does not allow
+            for _ in range(3):
+                step()
+                rewind()
+        backend.current_stream().wait_stream(side)
+        graph = graph_type()
+        with backend.graph(graph):
             step()
-            rewind()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    return record
 
 
 def _parameters(model: PreTrainedModel) -> Any:

@@ -7,6 +7,7 @@ fsum), so their order, and with it the number of processes, makes no difference.
 tokens of a short last batch more; a gathered, padded last batch would count some twice. No logits are kept.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from train_loop.data.loader import Windows, loader
 from train_loop.data.order import Ids, cut
+from train_loop.devices import exact, pins_memory
 from train_loop.progress import Progress
 
 
@@ -71,16 +74,17 @@ def measure(
     rows = []
     stopped = False
     with Progress("evaluating", "batch", len(batches), shown=accelerator.is_main_process) as progress:
-        for batch in loader(windows, batches, pin_memory=accelerator.device.type == "cuda"):
+        for batch in loader(windows, batches, pin_memory=pins_memory(accelerator.device)):
             batch = batch.to(accelerator.device)
             statistics = objective(batch.inputs, batch.targets, batch.positions, statistics=True)
-            rows.append(torch.stack([each.double() for each in statistics]))  # counts are exact up to 2^53 tokens
+            rows.append(torch.stack([exact(each) for each in statistics]))  # counts are exact up to 2^53 tokens
             progress.update(1)
             if stopped := stop():
                 break
     objective.train(training)
     if stopped:
         return None
-    sums = accelerator.gather(torch.stack(rows)) if accelerator.num_processes > 1 else torch.stack(rows)
-    nll, correct, targets = (math.fsum(column) for column in sums.T.tolist())
+    mine = [torch.stack(rows).tolist()]  # sent as Python's numbers: not every device has float64
+    everyones = gather_object(mine) if accelerator.num_processes > 1 else mine
+    nll, correct, targets = (math.fsum(column) for column in zip(*itertools.chain(*everyones), strict=True))
     return nll, correct, targets

@@ -12,6 +12,7 @@ import torch
 import yaml
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from train_loop import compat
 from train_loop.config import Config, to_yaml
 from train_loop.data.store import sync
 from train_loop.errors import InputError, one_line
@@ -39,7 +40,7 @@ def write(
     """
     shutil.rmtree(folder, ignore_errors=True)
     if config.model.activation_checkpointing:
-        model.activation_checkpointing_disable()
+        compat.checkpoint_activations(model, False)
     model.generation_config = generation_config(config, tokenizer)
     model.save_pretrained(folder, state_dict=dict(weights))  # it empties the one that it is given
     context = context_length(model)

@@ -8,6 +8,8 @@ Each gives what Transformers' processor of the same name gives, to the bit.
 
 import torch
 
+from train_loop.devices import exact
+
 _REMOVED = -float("inf")
 
 
@@ -86,11 +88,12 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
     Args:
         logits: [batch, vocabulary].
-        uniform: float64 [batch], in [0, 1).
+        uniform: float64 [batch], in [0, 1), on any device.
 
     Returns:
         Token numbers, int64 [batch].
     """
-    reached = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    reached = exact(logits).softmax(dim=-1).cumsum(dim=-1)
     # The last sum is 1, rounding aside; times 1 - 2^-53, the largest of these numbers, it is still less than itself.
-    return torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True)[:, 0]
+    bounds = uniform.to(reached.device)[:, None] * reached[:, -1:]
+    return torch.searchsorted(reached, bounds, right=True)[:, 0].to(logits.device)

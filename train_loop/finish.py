@@ -126,7 +126,7 @@ def _expected(run: Run, stop: StopRequest) -> verify.Expected | None:
     prompt, new = verify.prompt(windows), verify.new_tokens(windows)
     continuation: list[int] = []
     run.model.eval()
-    with processes.whole(run.objective), model.eagerly(run.config):
+    with processes.whole(accelerator, run.objective), model.eagerly(run.config):
         if new and (accelerator.is_main_process or accelerator.is_fsdp2):
             greedy = Sampling(max_new_tokens=new, temperature=0)
             continuation = generate(Decoder(run.model), [prompt], greedy, run.data.tokenizer.eos_token_id)[0].tokens

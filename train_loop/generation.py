@@ -198,7 +198,7 @@ class _Choice:
         if len(banned):
             filtered = filters.ban(filtered, banned)
         uniforms = [row.uniform() if sampling.temperature else 0.0 for row in rows]
-        tokens = sampling.choose(filtered, torch.tensor(uniforms, dtype=torch.float64, device=logits.device))
+        tokens = sampling.choose(filtered, torch.tensor(uniforms, dtype=torch.float64))
         if not sampling.log_probabilities:
             return tokens, [0.0] * len(rows)
         return tokens, logits.log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0].tolist()

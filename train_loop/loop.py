@@ -9,10 +9,11 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from train_loop import checkpoint, finish, memory, model, optimizer, processes
+from train_loop import finish, memory, model, optimizer, processes, versions
 from train_loop.config import Config, shared_settings, to_dict
 from train_loop.data.loader import loader
 from train_loop.data.order import cut
+from train_loop.devices import pins_memory
 from train_loop.errors import InputError, TrainingError
 from train_loop.evaluation import evaluate
 from train_loop.peers import Peers
@@ -167,7 +168,7 @@ def _loop(run: Run, log: MetricsLog, saver: Saver, start: int, stop: StopRequest
         run.train,
         itertools.chain.from_iterable(cut(blocks, plan.micro_batch_size, process, others) for blocks in to_load),
         num_workers=config.data.num_workers,
-        pin_memory=accelerator.device.type == "cuda",
+        pin_memory=pins_memory(accelerator.device),
     )
     run.objective.train()
     watch = run.speed.watch
@@ -296,7 +297,7 @@ def _evaluate(run: Run, log: MetricsLog, step: int, stop: StopRequest) -> bool:
     # Sharded weights are gathered layer by layer, so then all processes have to sample along.
     asking = Question(accelerator, stop, alone=not accelerator.is_fsdp2)
     sampler = Sampler(run.model, run.data.tokenizer, notice=lambda line: None)
-    with processes.whole(run.objective), model.eagerly(config):
+    with processes.whole(accelerator, run.objective), model.eagerly(config):
         for prompt in _prompts(run)[log.samples :] if main or accelerator.is_fsdp2 else []:
             text = next(sampler.sample([prompt], chosen, stop=asking))[0].text
             if asking():
@@ -327,7 +328,7 @@ def _checkpoint(run: Run, log: MetricsLog, saver: Saver, step: int) -> None:
         "loss_scale": None if scaler is None else scaler.state_dict(),
         "for_study": _for_study(run, step),
         "config": to_dict(run.config),
-        "versions": checkpoint.versions(),
+        "versions": versions.installed(),
     }
     best = [] if log.best is None else [log.best["step"]]
     saver.begin(run.model, run.optimizer, state, spared=best, before=log.flush)

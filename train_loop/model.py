@@ -6,6 +6,7 @@ originals.
 
 import hashlib
 import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 
+from train_loop import compat
 from train_loop.config import Config
 from train_loop.errors import InputError, one_line
 from train_loop.randomness import seed_torch
@@ -47,7 +49,7 @@ def build(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel
         check_positions(model)
     fuse_activations(model)
     if config.model.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        compat.checkpoint_activations(model, True)
     if config.model.compile:
         compile_layers(model)
     return model
@@ -106,11 +108,17 @@ def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
     Raises:
         InputError: when there is none.
     """
-    try:
-        return AutoModelForCausalLM.from_pretrained(
+
+    def build(attention: str | None) -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype=torch.float32, attn_implementation=attention, use_safetensors=True
         )
+        return model
+
+    try:
+        return build(attention)
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError, SafetensorError) as error:
+        _blame_attention(attention, build, error)
         raise InputError(f"model {name_or_path}: cannot be loaded from safetensors ({one_line(error)})") from None
 
 
@@ -119,23 +127,48 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrained
 
     Unless it says otherwise, the vocabulary is the tokenizer's and the context one block.
     """
-    architecture = dict(config.model.architecture or {})
-    try:
-        model_config = _model_config(architecture, tokenizer, config.data.block_size)
+    architecture, attention = config.model.architecture or {}, config.model.attention
+
+    def build(attention: str | None) -> PreTrainedModel:
+        model_config = _model_config(dict(architecture), tokenizer, config.data.block_size)
         seed_torch(torch.device("cpu"), "weights", config.run.seed)
-        model = AutoModelForCausalLM.from_config(
-            model_config, dtype=torch.float32, attn_implementation=config.model.attention
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model_config, dtype=torch.float32, attn_implementation=attention
         )
-        model(torch.zeros(1, 1, dtype=torch.long))  # sizes that don't fit each other show themselves in use
+        if "flash" not in (attention or ""):  # which is for GPUs only
+            model(torch.zeros(1, 1, dtype=torch.long))  # sizes that don't fit each other show themselves in use
+        return model
+
+    try:
+        model = build(attention)
     except InputError:
         raise
     except Exception as error:  # whatever a library makes of numbers that don't fit each other
+        _blame_attention(attention, build, error)
         raise InputError(
             f"model.architecture: {config.model.architecture}: no such model can be built ({one_line(error)})"
         ) from None
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     model.generation_config = GenerationConfig(**ids)
     return model
+
+
+def _blame_attention(attention: str | None, build: Callable[[str | None], PreTrainedModel], error: Exception) -> None:
+    """Say that an implementation of attention is what a model can't have here, where it can be built without.
+
+    Raises:
+        InputError: if so.
+    """
+    if attention is None:
+        return
+    try:
+        build(None)
+    except Exception:
+        return
+    raise InputError(
+        f"model.attention {attention}: not with this model, device or installation ({one_line(error)}); say sdpa or "
+        "eager, or leave it out"
+    ) from None
 
 
 def _is_causal(model_type: str) -> bool:

@@ -13,6 +13,7 @@ a model is measured, not looked up.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,15 +21,15 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from train_loop import cpu
+from train_loop import compat, cpu
 from train_loop.data.loader import IGNORED
+from train_loop.devices import exact
 from train_loop.model import context_length
 
 _CHUNK = 1024  # positions whose logits are held at once
 _LOGIT_BYTES = {"cpu": 2**25}  # and what they take at most where nothing is trained, so that no vocabulary is too large
 _LOGIT_BYTES_ELSEWHERE = 2**28  # GPUs want larger products
 _CPU_CHUNK = 256
-_FUSED = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=_CHUNK, chunking_method=None)
 
 
 Visit = Callable[[torch.Tensor, torch.Tensor], None]
@@ -117,14 +118,7 @@ class Objective(nn.Module):
         bias: torch.Tensor | None = head.bias
         if cpu.has_products() and cpu.fits(hidden, weight, bias):
             return cpu.LinearCrossEntropy.apply(hidden, weight, bias, targets, IGNORED, _CPU_CHUNK, self.tied)
-        if torch.is_autocast_enabled(hidden.device.type):  # autocast does not know this function
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        # "none" is summed in fp32; the built-in sum would add up bf16 numbers in bf16.
-        nll = F.linear_cross_entropy(
-            hidden, weight, targets, linear_bias=bias, reduction="none", ignore_index=IGNORED, options=_FUSED
-        )
-        return nll.float().sum()
+        return compat.linear_cross_entropy(hidden, weight, targets, bias, IGNORED, _CHUNK)
 
     def _hidden(self, inputs: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         """Last hidden states [batch * block, width]."""
@@ -172,13 +166,7 @@ class Objective(nn.Module):
             picked = logits.gather(1, target.clamp(min=0)[:, None])[:, 0]
             nll.append((logits.exp_().sum(-1).log() - picked).masked_fill(target == IGNORED, 0))
             del logits  # before the next ones come: two chunks' need not be held
-        # Apple's GPUs have no float64, so the sum is made on the CPU there.
-        device = "cpu" if inputs.device.type == "mps" else inputs.device
-        return Statistics(
-            torch.cat(nll).to(device).sum(dtype=torch.float64),
-            torch.cat(correct).to(device).sum(),
-            (targets != IGNORED).to(device).sum(),
-        )
+        return Statistics(exact(torch.cat(nll)).sum(), torch.cat(correct).sum(), (targets != IGNORED).sum())
 
 
 @torch.no_grad()
@@ -205,8 +193,10 @@ def head_is_plain(model: PreTrainedModel) -> bool:
     try:
         device = head.weight.device
         tokens = torch.arange(min(4, context_length(model) or 4), device=device)[None]
-        logits = model(input_ids=tokens, use_cache=False).logits
-        return bool(seen) and torch.allclose(logits.float(), head(seen[0]).float(), rtol=1e-3, atol=0.1)
+        flash = "flash" in str(model.config._attn_implementation)  # which has half precision only
+        with torch.autocast(device.type, torch.bfloat16) if flash else nullcontext():
+            logits = model(input_ids=tokens, use_cache=False).logits
+            return bool(seen) and torch.allclose(logits.float(), head(seen[0]).float(), rtol=1e-3, atol=0.1)
     finally:
         handle.remove()
         model.train(training)

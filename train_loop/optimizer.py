@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from train_loop import devices
 from train_loop.config import OptimizerConfig, ScheduleConfig
 
 
@@ -45,7 +46,8 @@ def decay_groups(module: nn.Module, decay_embeddings: bool) -> dict[str, dict[st
 
 
 def build(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the decay groups of a module, with one fused kernel for all parameters."""
+    """AdamW over the decay groups of a module, with one fused kernel for all parameters where the device has it."""
+    device = next(module.parameters()).device
     groups = decay_groups(module, config.decay_embeddings)
     decays: list[dict[str, Any]] = [
         {"params": list(groups["decay"].values()), "weight_decay": config.weight_decay},
@@ -56,7 +58,7 @@ def build(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
-        fused=True,
+        fused=devices.has_fused_adamw(device),
     )
 
 

@@ -10,7 +10,6 @@ process does not return until it times out, and with some backends not even then
 one watches the first, whose requests to the store have no time-out either.
 """
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -26,10 +25,10 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, TCPStore
 
+from train_loop import devices, versions
 from train_loop.config import RunConfig
 from train_loop.errors import EXIT_FAILED, InputError, LostError, one_line
 
-_LIBRARIES = ("train-loop", "torch", "accelerate", "transformers", "tokenizers", "safetensors", "numpy")
 _GOES_ON = "the same command goes on from the newest checkpoint"
 _PROCESSES_A_SECOND = 64  # whose signs of life each process reads: the store has to answer all of them
 _GRACE_SECONDS = 6.0  # from a failure that is known to the end of those who wait for it
@@ -39,17 +38,18 @@ _LEFT = "left"
 
 def report(settings: dict[str, Any]) -> dict[str, Any]:
     """What a process says about itself before it trains."""
-    cuda = torch.cuda.is_available()
-    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
-    versions["python"] = ".".join(platform.python_version_tuple()[:2])
-    if cuda:
-        versions["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    device = torch.device("cpu") if kind is None else torch.device(kind.type, local)
+    found = versions.installed() | {"python": ".".join(platform.python_version_tuple()[:2])}
+    if torch.distributed.is_nccl_available() and device.type == "cuda":
+        found["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "local": int(os.environ.get("LOCAL_RANK", "0")),
-        "device": torch.cuda.get_device_name(int(os.environ.get("LOCAL_RANK", "0"))) if cuda else "CPU",
-        "versions": versions,
+        "local": local,
+        "device": devices.name(device),
+        "versions": found,
         "settings": settings,
     }
 

@@ -10,10 +10,10 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import psutil
 import torch
@@ -27,6 +27,7 @@ from accelerate.utils import (
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
+from train_loop import compat, devices
 from train_loop.config import RunConfig
 from train_loop.errors import InputError, TrainingError, one_line
 from train_loop.peers import Peers
@@ -48,7 +49,7 @@ def start(run: RunConfig, peers: Peers, project_dir: Path | None = None) -> Acce
         _compute_reproducibly()
     # Each process builds the whole model from the same numbers; nobody has to wait for the first one's weights.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    with peers.reaching():
+    with peers.reaching(), compat.stdout_kept_clean():
         try:
             accelerator = Accelerator(
                 mixed_precision=run.mixed_precision,
@@ -174,16 +175,16 @@ def _check_processes(accelerator: Accelerator, run: RunConfig) -> None:
         )
     if accelerator.distributed_type == DistributedType.XLA:
         raise InputError("train_loop does not run on TPUs; use GPUs or CPUs")
-    if run.reproducible == "bitwise" and accelerator.device.type == "mps":
-        raise InputError("run.reproducible bitwise needs 64-bit numbers, which Apple's GPUs don't have; use the CPU")
-    if run.mixed_precision == "fp16" and on_cpu:
-        raise InputError("run.mixed_precision fp16 needs a GPU, and this is a CPU; use bf16, which both have")
-    if run.mixed_precision == "fp8" and (
-        accelerator.device.type != "cuda" or torch.cuda.get_device_capability(accelerator.device) < (8, 9)
-    ):
+    device, name = accelerator.device, devices.name(accelerator.device)
+    if run.reproducible == "bitwise" and not devices.has_float64(device):
         raise InputError(
-            "run.mixed_precision fp8 needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell), "
-            f"and this is a {_device_name(accelerator.device)}; use bf16"
+            f"run.reproducible bitwise needs 64-bit numbers, which this device ({name}) does not have; use the CPU "
+            "(ACCELERATE_USE_CPU=true)"
+        )
+    if run.mixed_precision not in (present := devices.precisions(device)):
+        raise InputError(
+            f"run.mixed_precision {run.mixed_precision}: this device ({name}) does not have it; "
+            f"it has {' | '.join(present)}"
         )
 
 
@@ -192,10 +193,6 @@ def _compute_reproducibly() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)  # kernels on a CPU split their sums by thread
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
 def together(accelerator: Accelerator, purpose: str, work: Callable[[], Result]) -> Result:
@@ -278,6 +275,21 @@ def from_main(accelerator: Accelerator, value: Result) -> Result:
     return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
 
 
+def reduce_exactly(accelerator: Accelerator, tensor: torch.Tensor, operation: Literal["sum", "max"]) -> torch.Tensor:
+    """The sum or maximum of a float64 tensor over all processes, also where their devices have no float64.
+
+    It lies on the CPU there, and is sent as Python's numbers, which are 64-bit ones.
+    """
+    if accelerator.num_processes == 1:
+        return tensor
+    if tensor.device == accelerator.device:
+        operations = {"sum": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}
+        torch.distributed.all_reduce(tensor, operations[operation])
+        return tensor
+    everyones = torch.tensor(gather_object([tensor.tolist()]), dtype=torch.float64)
+    return everyones.sum(0) if operation == "sum" else everyones.amax(0)
+
+
 def check_same(accelerator: Accelerator, what: str, value: object, cure: str) -> None:
     """Refuse processes that don't agree on something they must share.
 
@@ -301,7 +313,7 @@ def describe(accelerator: Accelerator) -> list[dict[str, Any]]:
         "process": accelerator.process_index,
         "host": socket.gethostname(),
         "device": str(accelerator.device),
-        "name": _device_name(accelerator.device),
+        "name": devices.name(accelerator.device),
         "threads": torch.get_num_threads(),
     }
     return gather_object([mine]) if accelerator.num_processes > 1 else [mine]
@@ -316,17 +328,21 @@ def prepare_to_evaluate(accelerator: Accelerator, objective: nn.Module) -> nn.Mo
 
 
 @contextmanager
-def whole(objective: nn.Module) -> Iterator[None]:
+def whole(accelerator: Accelerator, objective: nn.Module) -> Iterator[None]:
     """Within this context the parts of a model may be called by themselves, also where FSDP2 sharded them.
+
+    Outside of the objective there is no mixed precision, without which FlashAttention cannot be.
 
     Its layers gather their weights when they are called; what belongs to no layer (embeddings, head) does so only when
     the whole is called, so it is gathered here. All processes must do the same within.
     """
-    if not isinstance(objective, FSDPModule):
-        yield
-        return
-    objective.unshard()
-    try:
-        yield
-    finally:
-        objective.reshard()
+    flash = "flash" in str(accelerator.unwrap_model(objective).model.config._attn_implementation)
+    with accelerator.autocast() if flash else nullcontext():
+        if not isinstance(objective, FSDPModule):
+            yield
+            return
+        objective.unshard()
+        try:
+            yield
+        finally:
+            objective.reshard()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from train_loop import pretrained
 from train_loop.data.tokenizer import encoder
-from train_loop.decoder import Decoder, Feed, StaticDecoder, cuda_graph, takes_positions
+from train_loop.decoder import Decoder, Feed, StaticDecoder, recorder, takes_positions
 from train_loop.errors import InputError
 from train_loop.generation import Generated, check_prompt, check_tokens, generate
 from train_loop.packed import pack
@@ -70,8 +70,9 @@ class Sampler:
         """
         model, tokenizer = pretrained.load(name)
         model.eval().to(accelerate.PartialState().device)
-        if model.device.type == "cuda" and StaticDecoder.fits(model):
-            return cls(model, tokenizer, StaticDecoder(model, cuda_graph))
+        record = recorder(model.device)
+        if record is not None and StaticDecoder.fits(model):
+            return cls(model, tokenizer, StaticDecoder(model, record))
         pack(model)
         return cls(model, tokenizer)
 

@@ -75,7 +75,7 @@ class Sampling:
 
         Args:
             logits: [batch, vocabulary], without what is banned.
-            uniforms: float64 [batch], in [0, 1).
+            uniforms: float64 [batch], in [0, 1), on any device.
         """
         if self.temperature == 0:
             return logits.argmax(dim=-1)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from train_loop import checkpoint, processes
+from train_loop import checkpoint, devices, processes
 from train_loop.checkpoint import Pieces, Sums
 from train_loop.errors import one_line
 from train_loop.progress import say
@@ -115,7 +115,7 @@ class Saver:
 
     def _copied(self, held: Pieces) -> Pieces:
         """The same in memory of the CPU that training does not touch."""
-        pinned = self.accelerator.device.type == "cuda"
+        pinned = devices.pins_memory(self.accelerator.device)
         copies: Pieces = {}
         for kind, tensors in held.items():
             copies[kind] = {}
@@ -126,7 +126,7 @@ class Saver:
                 self._buffers[key].copy_(values, non_blocking=True)
                 copies[kind][name] = piece._replace(values=self._buffers[key])
         if pinned:
-            torch.cuda.synchronize(self.accelerator.device)
+            devices.synchronize(self.accelerator.device)
         return copies
 
     def _write(self, held: Pieces, state: dict[str, Any], spared: Collection[int], before: Callable[[], None]) -> None:

@@ -1,191 +1,177 @@
-"""GPT-2 on a GPU: tokens per second and MFU of the loop against a plain one, losses against each other, a profile.
+"""A language model on a GPU: tokens per second, MFU and memory of the loop, of a plain one and of `Trainer`.
 
-    python scripts/bench/gpu.py [--sequences 32] [--rounds 5] [--profile] [--json]
+    python scripts/bench/gpu.py [--shape gpt2-124m | llama-1b] [--sequences N] [--rounds 5] [--profile] [--json]
 
-GPT-2 of 124 million parameters at 1,024 tokens, bf16, compiled, no dropout, from random weights, 32 sequences a step.
-The rival is what a person who knows nanoGPT would write around the same model: bf16 autocast, the whole model compiled,
-cross entropy over all logits, clipping, fused AdamW, batches that lie on the device, nothing logged. MFU is the share
-of the rate of a large matrix product, measured on the same device (`train_loop/study/speed.py`).
+GPT-2 of 124 million parameters at 1,024 tokens, or a Llama of 1.2 billion at 2,048; bf16, compiled, no dropout, from
+random weights. The first rival is what a person who knows nanoGPT would write around the same model: bf16 autocast, the
+whole model compiled, cross entropy over all logits, clipping, fused AdamW, batches that lie on the device, nothing
+logged. The second is Transformers' `Trainer`, with bf16 and torch_compile. The bare step is train_loop's own model and
+optimizer without its loop: the difference is what the loop adds. MFU is the share of the rate of a large matrix
+product, measured on the same device (`train_loop/study/speed.py`).
 
-Then the loss alone, forward and backward: over all logits, torch's `linear_cross_entropy` as train_loop calls it, and
-Liger's fused one where `liger_kernel` is installed. --profile writes where the time of a run goes to stderr.
+Each contender is a process of its own, compiles beside the others where memory allows, and trains when it is its turn;
+memory is the most that its tensors took in a turn. A contender that is not ready after --patience seconds is left out,
+and a line on stderr says so.
+
+Then the loss alone, forward and backward: over all logits, chunk by chunk as train_loop computes it, and Liger's fused
+one where `liger_kernel` is installed (--loop_only leaves this out). --profile writes where a run's time goes to stderr.
 
 --cpu runs all of it on a CPU, to see that it works; say small sizes with it:
 
-    python scripts/bench/gpu.py --cpu --layers 2 --width 64 --vocabulary 512 --block 64 --sequences 4 --steps 2
+    python scripts/bench/gpu.py --cpu --layers 2 --width 64 --vocabulary 512 --block 64 --sequences 4 --steps 2 --eager
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from gpu_contenders import CONTENDERS, LOOP, PLAIN, TRAINER, Process, device_of, serve
 from measure import Contender, alternate, parser, report
 
 LIGER = importlib.util.find_spec("liger_kernel") is not None
+SHAPES: dict[str, dict[str, int]] = {
+    "gpt2-124m": {"layers": 12, "width": 768, "vocabulary": 50304, "block": 1024, "sequences": 32},
+    "llama-1b": {"layers": 16, "width": 2048, "vocabulary": 128256, "block": 2048, "sequences": 4},
+}
+BARE = "train_loop, the bare step"
 
 
 def main() -> int:
     """Run the benchmark; returns the exit code."""
-    options = parser(__doc__, rounds=5)
-    options.formatter_class = argparse.RawDescriptionHelpFormatter
-    options.add_argument("--steps", type=int, default=20, help="steps of one run (20)")
-    options.add_argument("--sequences", type=int, default=32, help="of a step (32)")
-    options.add_argument("--block", type=int, default=1024, help="tokens of a sequence (1024)")
-    options.add_argument("--layers", type=int, default=12, help="of the model (12)")
-    options.add_argument("--width", type=int, default=768, help="of the model, a multiple of 64 (768)")
-    options.add_argument("--vocabulary", type=int, default=50304, help="of the model (50304: a multiple of 128)")
-    options.add_argument("--profile", action="store_true", help="write where the time goes to stderr")
-    options.add_argument("--cpu", action="store_true", help="run on a CPU, where there is no GPU")
-    given = options.parse_args()
+    given = _read()
     import torch
 
-    if not given.cpu and not torch.cuda.is_available():
+    if not given.cpu and not torch.accelerator.is_available():
         print("gpu.py: there is no GPU here; --cpu runs it on the CPU, to try it with small sizes", file=sys.stderr)
         return 2
-    torch.set_float32_matmul_precision("high")
-    mine, run = _the_loop(given)
-    found = alternate([Contender("a plain loop", _plain_loop(given)), Contender("train_loop", mine)], given.rounds)
-    tokens = given.steps * given.sequences * given.block
-    title = f"{given.steps} steps of {given.sequences} x {given.block}, {given.layers} layers of {given.width}, bf16"
-    report(title, found, tokens, "tokens", given.json)
-    speed = run.speed
-    told: dict[str, Any] = {"device": _name(given.cpu), "measured_rate": speed.rate}
-    told["operations_per_token"] = speed.operations
-    for name, times in found.items():
-        told[f"mfu, {name}"] = round(speed.operations * tokens / statistics.median(times) / speed.rate, 4)
-    print(json.dumps(told, indent=None if given.json else 2))
+    if given.contender:
+        serve(given)
+        return 0
+    processes = _begin(given)
+    if LOOP not in processes:
+        return 1
+    contenders = [Contender(name, functools.partial(each.seconds, "turn")) for name, each in processes.items()]
+    contenders.append(Contender(BARE, functools.partial(processes[LOOP].seconds, "bare")))
+    found = alternate(contenders, given.rounds)
+    speed = processes[LOOP].ask("rate")
+    memory = {name: round(each.peak_mb) for name, each in processes.items()}
     if given.profile:
-        _profile(mine, given.cpu)
-    _losses(given)
+        print(processes[LOOP].ask("profile")["table"], file=sys.stderr)
+    for process in processes.values():
+        process.end()
+    _report(given, found, speed, memory)
+    if not given.loop_only:
+        _losses(given)
     return 0
 
 
-def _name(cpu: bool) -> str:
+def _read() -> argparse.Namespace:
+    options = parser(__doc__, rounds=5)
+    options.formatter_class = argparse.RawDescriptionHelpFormatter
+    option = options.add_argument
+    option("--shape", choices=SHAPES, default="gpt2-124m", help="of the model; the sizes below change it (gpt2-124m)")
+    option("--steps", type=int, default=20, help="steps of one run (20)")
+    option("--sequences", type=int, help="of a step (32, of llama-1b 4)")
+    option("--block", type=int, help="tokens of a sequence (1024, of llama-1b 2048)")
+    option("--layers", type=int, help="of the model (12, of llama-1b 16)")
+    option("--width", type=int, help="of the model, a multiple of 64 (768, of llama-1b 2048)")
+    option("--vocabulary", type=int, help="of the model (50304, of llama-1b 128256: multiples of 128)")
+    option("--patience", type=float, default=600, help="seconds after which a contender must be ready (600)")
+    option("--loop_only", action="store_true", help="leave out the loss alone")
+    option("--eager", action="store_true", help="compile nothing")
+    option("--profile", action="store_true", help="write where the time goes to stderr")
+    option("--cpu", action="store_true", help="run on a CPU, where there is no GPU")
+    option("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)  # what a process started by this one is
+    given = options.parse_args()
+    for name, size in SHAPES[given.shape].items():
+        if getattr(given, name) is None:
+            setattr(given, name, size)
+    return given
+
+
+def _begin(given: argparse.Namespace) -> dict[str, Process]:
+    """The contenders that are ready in time, in their order."""
+    sizes = [part for name in SHAPES[given.shape] for part in (f"--{name}", str(getattr(given, name)))]
+    sizes += ["--shape", given.shape, "--steps", str(given.steps)]
+    sizes += [f"--{flag}" for flag in ("cpu", "eager") if getattr(given, flag)]
+    names, together = _fitting(given)
+    ends = time.monotonic() + given.patience
+    processes: dict[str, Process] = {}
+    waiting = [(name, Process(__file__, name, sizes) if together else None) for name in names]
+    for name, started in waiting:
+        process = started or Process(__file__, name, sizes)
+        problem = process.wait_until_ready(ends - time.monotonic())
+        if problem is None:
+            processes[name] = process
+        else:
+            process.end()
+            print(f"{name} is left out: {problem}", file=sys.stderr)
+    return processes
+
+
+def _fitting(given: argparse.Namespace) -> tuple[list[str], bool]:
+    """Which contenders there is memory for, and whether for all of them to be at work at once."""
+    if given.cpu:
+        return list(CONTENDERS), True
     import torch
 
-    return "CPU" if cpu else torch.cuda.get_device_name()
+    positions, rows = given.sequences * given.block, given.width * given.vocabulary
+    parameters = 12 * given.layers * given.width**2 + rows
+    state = 16 * parameters  # weights, gradients and two moments in fp32
+    # bf16 copies of the weights; logits in bf16 and fp32, with their gradients; about 40 bytes a number of a layer.
+    work = 2 * parameters + 16 * positions * given.vocabulary + 40 * positions * given.width * given.layers
+    room = 0.9 * torch.get_device_module(device_of(given)).mem_get_info()[0]
+    names = list(CONTENDERS)
+    for name in (TRAINER, PLAIN):
+        if len(names) * state + work > room:
+            names.remove(name)
+            print(f"{name} is left out: there is no memory for it beside the others", file=sys.stderr)
+    return names, len(names) * (state + work) <= room
 
 
-def _wait(cpu: bool) -> None:
-    import torch
-
-    if not cpu:
-        torch.cuda.synchronize()
-
-
-def _timed(work: Callable[[], object], cpu: bool) -> Callable[[], float]:
-    """Seconds of `work` until the device has done it."""
-
-    def run() -> float:
-        _wait(cpu)
-        began = time.perf_counter()
-        work()
-        _wait(cpu)
-        return time.perf_counter() - began
-
-    return run
-
-
-def _architecture(given: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "n_layer": given.layers,
-        "n_embd": given.width,
-        "n_head": given.width // 64,
-        "n_positions": given.block,
-        "vocab_size": given.vocabulary,
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
-    }
-
-
-def _the_loop(given: argparse.Namespace) -> tuple[Callable[[], float], Any]:
-    """The loop of train_loop, with its log, and the run that it trains."""
-    from train_loop import config, loop
-    from train_loop.saver import Saver
-    from train_loop.signals import StopRequest
-    from train_loop.study.metrics import MetricsLog
-
-    folder = Path(tempfile.mkdtemp(prefix="bench-gpu-"))
-    run = loop.set_up(
-        config.load(
-            [
-                *("--model.architecture", json.dumps({"model_type": "gpt2"} | _architecture(given))),
-                *("--tokenizer.train_vocab_size", str(min(4096, given.vocabulary))),
-                *("--data.block_size", str(given.block), "--batch.sequences_per_step", str(given.sequences)),
-                *("--model.compile", "true", "--run.mixed_precision", "bf16", "--train.max_steps", str(given.steps)),
-                *("--evaluation.every", "1000000", "--checkpoint.every", "1000000", "--run.output_dir", str(folder)),
-            ]
-        )
+def _report(
+    given: argparse.Namespace, found: dict[str, list[float]], speed: dict[str, Any], memory: dict[str, int]
+) -> None:
+    tokens = given.steps * given.sequences * given.block
+    way = "bf16" + (", not compiled" if given.eager else "")
+    size = f"{given.layers} layers of {given.width}"
+    report(
+        f"{given.steps} steps of {given.sequences} x {given.block}, {size}, {way}", found, tokens, "tokens", given.json
     )
-    # Evaluation and checkpoint of the last step are not part of a step.
-    loop._evaluate = lambda *_: False
-    loop._checkpoint = lambda *_: None
-    saver = Saver(run.accelerator, run.folder.checkpoints, keep=1, background=True)
-
-    def work() -> None:
-        loop._loop(run, MetricsLog(run.accelerator, run.folder.metrics, 0), saver, 0, StopRequest())
-
-    run.folder.path.mkdir(parents=True, exist_ok=True)
-    return _timed(work, given.cpu), run
-
-
-def _plain_loop(given: argparse.Namespace) -> Callable[[], float]:
-    import torch
-    import torch.nn.functional as F
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    device = "cpu" if given.cpu else "cuda"
-    torch.manual_seed(0)
-    model: Any = GPT2LMHeadModel(GPT2Config(**_architecture(given)))
-    model.to(device).train()
-    compiled = torch.compile(model)
-    decayed = [each for each in model.parameters() if each.ndim > 1]
-    others = [each for each in model.parameters() if each.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
-    ids = torch.randint(0, given.vocabulary, (4, given.sequences, given.block + 1), device=device)
-
-    def work() -> None:
-        for step in range(given.steps):
-            rows = ids[step % len(ids)]
-            with torch.autocast(device, torch.bfloat16):
-                logits = compiled(input_ids=rows[:, :-1], use_cache=False).logits
-                loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return _timed(work, given.cpu)
+    told: dict[str, Any] = {"device": speed["device"], "measured_rate": speed["rate"]}
+    told["operations_per_token"] = speed["operations"]
+    for name, times in found.items():
+        told[f"mfu, {name}"] = round(speed["operations"] * tokens / statistics.median(times) / speed["rate"], 4)
+    told |= {f"peak_mb, {name}": peak for name, peak in memory.items()}
+    pairs = [loop - bare for loop, bare in zip(found[LOOP], found[BARE], strict=True)]
+    told["loop_overhead_ms_a_step"] = round(statistics.median(pairs) / given.steps * 1e3, 3)
+    told["loop_overhead_share"] = round(statistics.median(pairs) / statistics.median(found[BARE]), 4)
+    print(json.dumps(told, indent=None if given.json else 2))
 
 
 def _losses(given: argparse.Namespace) -> None:
     import torch
     import torch.nn.functional as F
 
+    from train_loop import compat, devices
     from train_loop.data.loader import IGNORED
-    from train_loop.objective import _FUSED
+    from train_loop.objective import _CHUNK
 
-    device = "cpu" if given.cpu else "cuda"
+    device = device_of(given)
     positions = given.sequences * given.block
     options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16, "requires_grad": True}
     hidden, weight = (torch.randn(rows, given.width, **options) for rows in (positions, given.vocabulary))
     targets = torch.randint(0, given.vocabulary, (positions,), device=device)
-
-    def whole() -> Any:
-        return F.cross_entropy((hidden @ weight.t()).float(), targets, reduction="sum")
-
-    def fused() -> Any:
-        nll = F.linear_cross_entropy(hidden, weight, targets, reduction="none", ignore_index=IGNORED, options=_FUSED)
-        return nll.float().sum()
-
-    ways: dict[str, Callable[[], Any]] = {"over all logits": whole, "torch's linear_cross_entropy": fused}
+    ways: dict[str, Callable[[], Any]] = {
+        "over all logits": lambda: F.cross_entropy((hidden @ weight.t()).float(), targets, reduction="sum"),
+        "chunk by chunk": lambda: compat.linear_cross_entropy(hidden, weight, targets, None, IGNORED, _CHUNK),
+    }
     if LIGER and not given.cpu:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -197,17 +183,18 @@ def _losses(given: argparse.Namespace) -> None:
     memory: dict[str, float] = {}
 
     def contender(name: str) -> Contender:
-        def both() -> None:
-            hidden.grad = weight.grad = None
-            ways[name]().backward()
-
         def run() -> float:
+            hidden.grad = weight.grad = None
             if not given.cpu:
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-            taken = _timed(both, given.cpu)()
+                torch.get_device_module(device).reset_peak_memory_stats()
+                before = torch.get_device_module(device).memory_allocated()
+            devices.synchronize(device)
+            began = time.perf_counter()
+            ways[name]().backward()
+            devices.synchronize(device)
+            taken = time.perf_counter() - began
             if not given.cpu:
-                memory[name] = round((torch.cuda.max_memory_allocated() - before) / 2**20)
+                memory[name] = round((devices.peak_memory(device)() - before) / 2**20)
             return taken
 
         return Contender(name, run)
@@ -216,17 +203,6 @@ def _losses(given: argparse.Namespace) -> None:
     report(f"the loss alone, {positions:,} positions, forward and backward", found, positions, "tokens", given.json)
     if memory:
         print(json.dumps({"peak_mb": memory}, indent=None if given.json else 2))
-
-
-def _profile(work: Callable[[], float], cpu: bool) -> None:
-    """A table of operations by the time that they take on the device."""
-    from torch.profiler import ProfilerActivity, profile
-
-    kinds = [ProfilerActivity.CPU] if cpu else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    with profile(activities=kinds) as seen:
-        work()
-    order = "self_cpu_time_total" if cpu else "self_cuda_time_total"
-    print(seen.key_averages().table(sort_by=order, row_limit=30), file=sys.stderr)
 
 
 if __name__ == "__main__":

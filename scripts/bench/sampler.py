@@ -27,22 +27,23 @@ def main() -> None:
     from accelerate import PartialState
     from transformers import AutoModelForCausalLM, GPT2Config, logging
 
-    from train_loop.decoder import Decoder, Feed, StaticDecoder, cuda_graph
+    from train_loop.decoder import Decoder, Feed, StaticDecoder, recorder
     from train_loop.generation import generate
     from train_loop.packed import pack
     from train_loop.sampling import Sampling
 
     logging.set_verbosity_error()
     device = PartialState().device
-    gpu = device.type == "cuda"
+    gpu = device.type != "cpu"
+    record = recorder(device)
     torch.manual_seed(0)
     config = GPT2Config(n_layer=given.layers)
     theirs, mine = (AutoModelForCausalLM.from_config(config).eval() for _ in range(2))
     mine.load_state_dict(theirs.state_dict())
     theirs.to(device), mine.to(device)
     plain: Feed = Decoder(theirs)
-    if gpu:
-        fast: Feed = StaticDecoder(mine, cuda_graph)
+    if record is not None:
+        fast: Feed = StaticDecoder(mine, record)
     else:
         packing = seconds(lambda: pack(mine))
         fast = Decoder(mine)

@@ -10,6 +10,7 @@ from datetime import timedelta
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from train_loop import compat
 from train_loop.errors import InputError
 from train_loop.processes import together
 
@@ -23,7 +24,8 @@ def work() -> str:
 
 
 what = sys.argv[1]
-accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=2))])
+with compat.stdout_kept_clean():
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=2))])
 assert accelerator.num_processes == 2
 if what == "barrier":
     work()

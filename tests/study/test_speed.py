@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import TINY_MODELS, Command, events
+from train_loop import devices
 from train_loop.study import speed
 from train_loop.study.speed import MEASURED, PARTS, Stopwatch
 
@@ -30,7 +31,7 @@ def test_on_a_gpu_what_has_not_ended_is_told_later(monkeypatch: pytest.MonkeyPat
     class Event:
         clock = 0.0
 
-        def __init__(self, enable_timing: bool) -> None:
+        def __init__(self) -> None:
             self.at, self.ended = 0.0, True
 
         def record(self) -> None:
@@ -43,7 +44,13 @@ def test_on_a_gpu_what_has_not_ended_is_told_later(monkeypatch: pytest.MonkeyPat
         def elapsed_time(self, end: "Event") -> float:
             return end.at - self.at
 
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    def event(device: torch.device) -> Event:
+        made = Event()
+        made.record()
+        return made
+
+    monkeypatch.setattr(devices, "has_events", lambda device: True)
+    monkeypatch.setattr(devices, "event", event)
     watch = Stopwatch(torch.device("cuda"))
     watch.begin()
     watch.lap("forward")

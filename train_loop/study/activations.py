@@ -18,9 +18,9 @@ Definitions, for a layer with output x [positions, width]:
                            sees a positive number
 """
 
-import importlib
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +29,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from train_loop import model
+from train_loop import compat, model, processes
 from train_loop.data.loader import IGNORED, Batch, loader
+from train_loop.devices import exact
 
 if TYPE_CHECKING:
     from train_loop.run import Run
@@ -43,18 +44,12 @@ _QUERIES = 64  # of a window whose attention is looked at
 _ROWS = 256  # of logits that are looked at at once: on a CPU, they had better stay in its cache
 
 
-def double(tensor: torch.Tensor) -> torch.Tensor:
-    """In float64; Apple's GPUs have none, so it goes to the CPU there."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
-
-
 def over_processes(accelerator: Accelerator, sums: Sums, maximum: bool = False) -> Sums:
     """Sums (or maxima) over all processes, in one exchange; all must have the same names and shapes."""
     if accelerator.num_processes == 1 or not sums:
         return sums
     flat = torch.cat([each.flatten() for each in sums.values()])
-    operation = torch.distributed.ReduceOp.MAX if maximum else torch.distributed.ReduceOp.SUM
-    torch.distributed.all_reduce(flat, operation)
+    flat = processes.reduce_exactly(accelerator, flat, "max" if maximum else "sum")
     parts = flat.split([each.numel() for each in sums.values()])
     return {name: part.view(each.shape) for (name, each), part in zip(sums.items(), parts, strict=True)}
 
@@ -104,11 +99,11 @@ class Look:
         self._of_positions(batch, torch.cat(self._each, dim=1))
 
     def _add(self, name: str, value: torch.Tensor) -> None:
-        value = double(value)
+        value = exact(value)
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def _raise(self, name: str, value: torch.Tensor) -> None:
-        value = double(value)
+        value = exact(value)
         self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
 
     # --- losses and logits
@@ -125,7 +120,7 @@ class Look:
     def _of_positions(self, batch: Batch, each: torch.Tensor) -> None:
         """nll, entropy, top-1 probability and z of each position [4, positions]."""
         real = self._real.flatten()
-        values = double(each[:, real])
+        values = exact(each[:, real])
         self._add("positions", real.sum())
         self._add("logits", values.sum(1))
         block = self._real.shape[1]
@@ -153,7 +148,7 @@ class Look:
                     *(each.register_forward_hook(self._of_units) for each in _activation_functions(layer)),
                 ):
                     stack.callback(handle.remove)
-            stack.enter_context(_attention(self.attention, self._of_attention))
+            stack.enter_context(_attention(self.attention, self.layers, self._of_attention))
             yield
 
     def _enter(self, number: int) -> Callable[..., None]:
@@ -165,7 +160,7 @@ class Look:
     def _of_layer(self, module: nn.Module, arguments: Any, output: Any) -> None:
         x = output[0] if isinstance(output, tuple) else output
         x = x.flatten(0, -2)[self._real.flatten()].float()
-        self._add(f"{self._layer}/squares", double(x.square().sum(1)).sum())
+        self._add(f"{self._layer}/squares", exact(x.square().sum(1)).sum())
         self._add(f"{self._layer}/numbers", torch.tensor(x.numel(), device=x.device))
         self._raise(f"{self._layer}/peak", x.abs().amax() if len(x) else x.new_zeros(()))
         self._layer = None
@@ -206,7 +201,7 @@ class Look:
             scores = scores + mask[:, :, rows, :keys]
         entropy = torch.special.entr(scores.softmax(-1)).sum(-1)  # [batch, heads, rows]
         real = self._real[:, rows]
-        self._add(f"{self._layer}/entropy", double(entropy.masked_fill(~real[:, None], 0)).sum((0, 2)))
+        self._add(f"{self._layer}/entropy", exact(entropy.masked_fill(~real[:, None], 0)).sum((0, 2)))
         self._add(f"{self._layer}/queries", real.sum())
 
 
@@ -218,20 +213,23 @@ def _activation_functions(layer: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def _attention(implementation: str, see: Callable[..., None]) -> Iterator[None]:
+def _attention(implementation: str, layers: list[nn.Module], see: Callable[..., None]) -> Iterator[None]:
     """Within this context, `see` is shown the queries and keys of all attention before it is computed as ever."""
 
     def attend(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any = None, **options: Any) -> Any:
         see(query, key, attention_mask, options)
-        usual = original
-        if usual is None:  # each file of models has its own
-            usual = importlib.import_module(type(module).__module__).eager_attention_forward
+        usual = eager[type(module).__module__] if original is None else original
         return usual(module, query, key, value, attention_mask, **options)
 
+    # Each file of models has its own.
+    files = {type(each).__module__ for layer in layers for each in layer.modules()}
+    found = {file: getattr(sys.modules[file], "eager_attention_forward", None) for file in files}
+    eager = {file: function for file, function in found.items() if function is not None}
     original = ALL_ATTENTION_FUNCTIONS.get(implementation)
     ALL_ATTENTION_FUNCTIONS[implementation] = attend
     try:
-        yield
+        with compat.eager_attention(attend, eager) if implementation == "eager" else nullcontext():
+            yield
     finally:
         del ALL_ATTENTION_FUNCTIONS[implementation]
 

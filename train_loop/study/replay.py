@@ -23,7 +23,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 
-from train_loop import checkpoint, config, model, optimizer
+from train_loop import checkpoint, config, model, optimizer, versions
 from train_loop.config import Config
 from train_loop.data.loader import IGNORED, loader
 from train_loop.data.store import TokenStore
@@ -214,9 +214,9 @@ class Replay:
             kind.append(f"{sheet['present']} processes")
         if first["host"] != socket.gethostname():
             kind.append(f"host {first['host']}")
-        if torch.device(first["device"]).type != self.run.accelerator.device.type:
+        if first["device"].split(":")[0] != self.run.accelerator.device.type:
             kind.append(f"device {first['device']}")
-        now = checkpoint.versions()
+        now = versions.installed()
         kind += [f"{name} {then}" for name, then in self.truth["versions"].items() if now.get(name) != then]
         return kind
 

@@ -14,8 +14,7 @@ Model FLOPs utilisation (Chowdhery et al., "PaLM", 2022, appendix B) is a step's
 The rate is not a data sheet's but that of a large matrix product, measured here before the first step.
 """
 
-import resource
-import sys
+import math
 import time
 from collections import deque
 from typing import Any
@@ -26,14 +25,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from train_loop import cpu
+from train_loop import cpu, devices
 
 PARTS = ("data", "forward", "backward", "communication", "waiting", "optimizer")
 MEASURED = {"tokens_per_second", "seconds", "mfu", "peak_memory_bytes"} | {f"{part}_seconds" for part in PARTS}
 """What a line of metrics.jsonl says of the machine; all else in it follows from (configuration, seed, step)."""
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
-_SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices whose product is timed
+_SIDES = (1024, 2048, 4096, 8192)  # of the matrices whose product is timed: the first of which one takes long enough
+_LONG_ENOUGH = 1e-3  # seconds, beside which starting it takes no time
 _SECONDS = 0.1  # for timing products
 
 
@@ -49,17 +49,13 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device = device if devices.has_events(device) else None
         self._ends: deque[tuple[str, Any]] = deque()
         self._parts = dict.fromkeys(PARTS, 0)  # nanoseconds, so that what comes of them has few digits
         self._last = self._now()
 
     def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter_ns()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return time.perf_counter_ns() if self._device is None else devices.event(self._device)
 
     def begin(self) -> None:
         """What comes now, after other work, is a step's."""
@@ -68,7 +64,7 @@ class Stopwatch:
     def lap(self, part: str) -> None:
         """The part that ends here."""
         now = self._now()
-        if self._cuda:
+        if self._device is not None:
             self._ends.append((part, now))
         else:
             self._add(part, now - self._last)
@@ -107,7 +103,7 @@ class Speed:
         self.watch = Stopwatch(accelerator.device)
         self.operations = operations_per_token(model, block_size)
         self.rate = matrix_rate(accelerator.device, _DTYPES[accelerator.mixed_precision]) * accelerator.num_processes
-        self._cuda = accelerator.device.type == "cuda"
+        self._peak_memory = devices.peak_memory(accelerator.device)
         self._parallel = objective if isinstance(objective, DistributedDataParallel) else None
         if self._parallel is not None:
             self._parallel._set_ddp_runtime_logging_sample_rate(1)
@@ -121,7 +117,7 @@ class Speed:
         found: dict[str, Any] = {"tokens_per_second": tokens / seconds, "seconds": seconds}
         if self.operations is not None:
             found["mfu"] = self.operations * tokens / seconds / self.rate
-        found["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if self._cuda else _peak_resident()
+        found["peak_memory_bytes"] = self._peak_memory()
         return found | {f"{part}_seconds": each for part, each in parts.items()}
 
     def _exposed(self) -> float:
@@ -131,10 +127,6 @@ class Speed:
         found = self._parallel._get_ddp_logging_data()
         exposed = found.get("backward_comm_time", 0) - found.get("backward_compute_comm_overlap_time", 0)
         return max(0.0, exposed / 1e9)
-
-
-def _peak_resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def operations_per_token(model: PreTrainedModel, block_size: int) -> int | None:
@@ -157,16 +149,26 @@ def operations_per_token(model: PreTrainedModel, block_size: int) -> int | None:
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of the best of several large matrix products, of whichever library is used here."""
-    side = _SIDE.get(device.type, 2048)
-    x, y = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    fast = cpu.has_products() and cpu.fits(x)
-    wait = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
-    best, began = 0.0, time.perf_counter()
-    while not best or time.perf_counter() - began < _SECONDS:
-        for multiply in (lambda: x @ y, *([lambda: cpu.product(x, y)] if fast else [])):
-            wait()
+    rate = 0.0
+    for side in _SIDES:
+        seconds = _fastest(*(torch.randn(side, side, dtype=dtype, device=device) for _ in range(2)))
+        rate = 2 * side**3 / seconds
+        if seconds >= _LONG_ENOUGH:
+            break
+    return rate
+
+
+def _fastest(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Seconds of the fastest of several products of two matrices."""
+    ways = [lambda: x @ y]
+    if cpu.has_products() and cpu.fits(x):
+        ways.append(lambda: cpu.product(x, y))
+    best, began = math.inf, time.perf_counter()
+    while best == math.inf or time.perf_counter() - began < _SECONDS:
+        for multiply in ways:
+            devices.synchronize(x.device)
             start = time.perf_counter()
             multiply()
-            wait()
-            best = max(best, 2 * side**3 / (time.perf_counter() - start))
+            devices.synchronize(x.device)
+            best = min(best, time.perf_counter() - start)
     return best

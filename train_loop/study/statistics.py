@@ -38,9 +38,10 @@ from train_loop import checkpoint
 from train_loop.data.loader import IGNORED
 from train_loop.data.order import permute
 from train_loop.data.store import TokenStore
+from train_loop.devices import exact
 from train_loop.step import StepResult
 from train_loop.study import metrics
-from train_loop.study.activations import POSITION_BINS, Sums, double, layers_of, of_step, over_processes
+from train_loop.study.activations import POSITION_BINS, Sums, layers_of, of_step, over_processes
 
 if TYPE_CHECKING:
     from train_loop.run import Run
@@ -170,7 +171,7 @@ class Watch:
             share = self._share(parameter)
             self._sums[f"{name}/update"] = square_sum(_local(parameter).sub(self._before.pop(name))) * share
             if "exp_avg_sq" in state.get(parameter, {}):
-                self._sums[f"{name}/moment"] = double(_local(state[parameter]["exp_avg_sq"])).sum() * share
+                self._sums[f"{name}/moment"] = exact(_local(state[parameter]["exp_avg_sq"])).sum() * share
 
     def _share(self, tensor: torch.Tensor) -> float:
         """What to multiply a sum over what this process holds by, so that all processes' sum is the tensor's."""
@@ -228,7 +229,7 @@ class Watch:
         if f"{layer}/entropy" in sums:
             entropy = (sums[f"{layer}/entropy"] / sums[f"{layer}/queries"]).tolist()
         if f"{layer}/above" in sums:
-            dead = float((sums[f"{layer}/above"] == 0).double().mean())
+            dead = float(exact(sums[f"{layer}/above"] == 0).mean())
         return {
             "activation_rms": rms,
             "activation_outliers": float(maxima[f"{layer}/peak"]) / rms if rms else 0.0,
@@ -262,7 +263,7 @@ class Watch:
         accelerator, sums = self.run.accelerator, self.run.sums
         # What `train_step` multiplied their summed losses by.
         scale = accelerator.num_processes / self._targets(step) if sums is None else 1.0
-        total = double(torch.zeros(3, device=accelerator.device))
+        total = exact(torch.zeros(3, device=accelerator.device))
         for targets, loss_scale, squares in self._micro_batches:
             if count := int(targets):
                 square = float(torch.stack(squares).sum()) / (scale * loss_scale * count) ** 2
@@ -294,7 +295,7 @@ def square_sum(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.detach().flatten()
     whole = len(flat) // _ROW * _ROW
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=torch.float32)
-    return double(rows).square().sum() + double(flat[whole:]).square().sum()
+    return exact(rows).square().sum() + exact(flat[whole:]).square().sum()
 
 
 def noise_of(big: float, targets: float, small: float, inverse: float) -> tuple[float, float]:

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from train_loop import checkpoint, model, optimizer, processes
+from train_loop import compat, model, optimizer, processes, versions
 from train_loop.config import Config
 from train_loop.data.loader import IGNORED
 from train_loop.errors import InputError, one_line
@@ -63,12 +63,12 @@ def measure(run: "Run") -> dict[str, Any]:
             "class": type(run.model).__name__,
             "attention": str(run.model.config._attn_implementation),
             "compiled": config.model.compile,
-            "activation_checkpointing": bool(run.model.is_activation_checkpointing),
+            "activation_checkpointing": compat.checkpoints_activations(run.model),
         },
         "operations_per_token": run.speed.operations,
         "data": run.data.fingerprint,
         "seed": config.run.seed,
-        "versions": checkpoint.versions(),
+        "versions": versions.installed(),
     }
 
 
@@ -212,7 +212,7 @@ def _loss_difference(run: "Run") -> dict[str, Any]:
     training = run.objective.training
     run.objective.eval()
     value = float(run.objective(inputs, targets)) / int((targets != IGNORED).sum())
-    with processes.whole(run.objective), accelerator.autocast():
+    with processes.whole(accelerator, run.objective), accelerator.autocast():
         own = float(run.model(input_ids=inputs, labels=inputs, use_cache=False).loss)
     run.objective.train(training)
     return {"value": value, "own": own, "difference": abs(value / own - 1), "tolerance": SAME_LOSS[asked]}

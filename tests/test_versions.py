@@ -1,0 +1,173 @@
+"""What is said of libraries that don't fit, and what stands in for what older ones lack."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.conftest import Command
+from train_loop import compat, versions
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {name: floor for name, (floor, _) in versions.WORK.items()}
+
+
+def pins(path: Path) -> dict[str, str]:
+    """The versions that a file of constraints pins."""
+    return dict(re.findall(r"^([\w-]+)==(\S+)$", path.read_text().lower(), re.MULTILINE))
+
+
+def test_the_floors_are_those_of_the_package_and_those_that_are_tested() -> None:
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert dict(each.split(">=") for each in asked) == FLOORS
+    oldest = pins(ROOT / "constraints-oldest.txt")
+    assert {name: versions._release(oldest[name]) for name in FLOORS} == {
+        name: versions._release(floor) for name, floor in FLOORS.items()
+    }
+
+
+def test_nothing_is_tested_with_that_is_newer_than_the_newest() -> None:
+    pinned = pins(ROOT / "constraints.txt")
+    for name, (_, newest) in versions.WORK.items():
+        assert versions._release(pinned[name]) <= versions._release(newest), name
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, **other: str | None) -> None:
+    """Let some libraries have other versions, or None: not be there."""
+    real = versions.version
+    monkeypatch.setattr(versions, "version", lambda name: other[name] if name in other else real(name))
+
+
+@pytest.mark.parametrize(
+    "arguments", [("train",), ("evaluate", "--model", "m"), ("sample", "--model", "m", "--prompt", "")]
+)
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ("2.8.1", "torch 2.8.1 is too old; train_loop needs 2.9 or later: pip install 'torch>=2.9'"),
+        ("1.13.1+cu117", "torch 1.13.1+cu117 is too old"),
+        (None, "torch is not installed; pip install 'torch>=2.9'"),
+    ],
+)
+def test_a_library_that_is_missing_or_too_old_is_named(
+    command: Command, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], found: str | None, expected: str
+) -> None:
+    installed(monkeypatch, torch=found)
+    model = () if arguments[0] == "sample" else ("--model.name_or_path", "x")
+    assert command(*arguments, *model) == 2
+    assert expected in command.err and len(command.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("found", ["2.9.0a0+50eac811a6.nv25.09", "2.9", "2.13.0+cpu", "99.0"])
+def test_what_is_new_enough_is_taken_for_it(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    """A vendor's build before the release counts as it; the newest of all is tried."""
+    installed(monkeypatch, torch=found)
+    versions.check()
+
+
+@pytest.mark.parametrize("kind", [AttributeError, ImportError, TypeError])
+def test_what_a_library_newer_than_any_that_was_tried_lacks_is_one_line(
+    command: Command, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def gone() -> None:
+        raise kind("module 'transformers' has no attribute 'Cache'")
+
+    monkeypatch.setattr(versions, "check", gone)
+    with pytest.raises(kind):  # with versions that were tried it is a fault of ours, and shows itself whole
+        command("prepare", "--model.name_or_path", "x")
+    installed(monkeypatch, transformers="77.1.0")
+    assert command("prepare", "--model.name_or_path", "x") == 2
+    assert len(command.err.strip().splitlines()) == 1
+    assert f"{kind.__name__}: module 'transformers' has no attribute 'Cache' (" in command.err
+    newest = versions.WORK["transformers"][1]
+    assert (
+        f"transformers 77.1.0 is newer than what train_loop was tried with; pip install 'transformers<={newest}'"
+        in command.err
+    )
+
+
+@pytest.mark.parametrize(
+    ("lacking", "newer", "blamed"),
+    [
+        ("torch.nn.no_such_name", "torch", True),
+        ("torch.nn.no_such_name", "numpy", False),
+        ("compat.no_such_name", "torch", False),
+        ("__import__('transformers.no_such_module')", "transformers", True),
+        ("__import__('transformers.no_such_module')", "torch", False),
+        ("nn.Linear(2, 2).no_such_name", "torch", True),
+        ("nn.Linear(no_such_option=2)", "torch", True),
+    ],
+)
+def test_only_a_library_that_may_be_to_blame_is_blamed(
+    monkeypatch: pytest.MonkeyPatch, lacking: str, newer: str, blamed: bool
+) -> None:
+    installed(monkeypatch, **{newer: "99.0"})
+    with pytest.raises((AttributeError, ImportError, TypeError)) as caught:
+        eval(lacking)
+    assert (versions.too_new(caught.value) is not None) == blamed
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_loss_without_all_logits_is_the_plain_one(
+    monkeypatch: pytest.MonkeyPatch, bias: bool, autocast: bool
+) -> None:
+    """torch's own and what stands in for it before 2.13: nll and gradients those of all logits in float64."""
+    torch.manual_seed(0)
+    hidden, head = torch.randn(70, 24, requires_grad=True), nn.Linear(24, 300, bias=bias)
+    targets = torch.randint(0, 300, (70,))
+    targets[3:60:7] = -100
+    leaves = [hidden, *head.parameters()]
+
+    def computed(double: bool) -> list[torch.Tensor]:
+        if double:
+            made = [each.detach().double().requires_grad_() for each in leaves]
+            nll = F.cross_entropy(F.linear(*made), targets, reduction="sum")
+            return [nll, *torch.autograd.grad(nll, made)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            nll = compat.linear_cross_entropy(hidden, head.weight, targets, head.bias, -100, 16)
+        return [nll, *torch.autograd.grad(nll, leaves)]
+
+    expected = computed(True)
+    ways = {"fallback": computed(False)} if not hasattr(F, "linear_cross_entropy") else {"torch": computed(False)}
+    if "torch" in ways:
+        monkeypatch.delattr(F, "linear_cross_entropy")
+        ways["fallback"] = computed(False)
+    for name, found in ways.items():
+        assert found[0].dtype == torch.float32
+        for mine, exact in zip(found, expected, strict=True):
+            difference = float((mine.detach().double() - exact.detach()).norm() / exact.detach().norm())
+            assert difference < (1e-2 if autocast else 1e-6), name
+
+
+def test_the_fallback_holds_the_logits_of_a_chunk_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    sizes: list[int] = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda *arguments: sizes.append(len(arguments[0])) or linear(*arguments))
+    hidden, weight = torch.randn(100, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    kept: list[Any] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor
+    ):
+        nll = compat.linear_cross_entropy(hidden, weight, torch.zeros(100, dtype=torch.int64), None, -100, 32)
+    assert sizes == [32, 32, 32, 4] and not any(50 in shape and len(shape) == 2 and shape[0] > 32 for shape in kept)
+    nll.backward()
+    assert sizes == [32, 32, 32, 4] * 2 or sorted(sizes[4:]) == [4, 32, 32, 32]  # computed again
+
+
+def test_what_is_printed_meanwhile_goes_to_stderr(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import os
+
+    for number, (version, expected) in enumerate((("2.9.1+cu128", ("", "gloo\n")), ("2.11.0", ("gloo\n", "")))):
+        monkeypatch.setattr(torch, "__version__", version)
+        with compat.stdout_kept_clean():
+            os.write(1, b"gloo\n")
+        assert tuple(capfd.readouterr()) == expected, number

@@ -1,0 +1,124 @@
+"""What older libraries lack, each entry with the version from which on it can go.
+
+What a newer library has is used where it is there; else a fallback gives the same numbers. Nothing else in train_loop
+asks for versions or for names that may be missing.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import StaticLayer
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    ignored: int,
+    chunk: int,
+) -> torch.Tensor:
+    """The summed nll of targets under softmax(W h + b), without ever holding all logits; torch 2.13 has it.
+
+    Args:
+        hidden: [positions, width].
+        weight: W [vocabulary, width].
+        targets: int64 [positions].
+        bias: b [vocabulary].
+        ignored: the target that counts for none.
+        chunk: positions whose logits are held at once.
+
+    Returns:
+        In nats, [] float32. Under autocast, products are of its type and sums in fp32, forwards and backwards.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if hasattr(F, "linear_cross_entropy"):
+        # Autocast does not know this function.
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
+        # "none" is summed in fp32; the built-in sum would add up bf16 numbers in bf16.
+        nll = F.linear_cross_entropy(
+            hidden, weight, targets, linear_bias=bias, reduction="none", ignore_index=ignored, options=options
+        )
+        return nll.float().sum()
+
+    def of_chunk(state: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        # Rounded here, so that the gradients of all chunks are added up in the weight's own type.
+        with torch.autocast(device, enabled=False):
+            logits = F.linear(state.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+            return F.cross_entropy(logits.float(), target, ignore_index=ignored, reduction="sum")
+
+    # Logits are computed again in the backward pass.
+    parts = [
+        checkpoint(of_chunk, *each, use_reentrant=False, preserve_rng_state=False)
+        for each in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    ]
+    return torch.stack(parts).sum()
+
+
+def checkpoint_activations(model: PreTrainedModel, on: bool) -> None:
+    """Have a model's activations computed again in the backward pass, or not; Transformers 5.23 has these names."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(
+            {"use_reentrant": False}
+        ) if on else model.activation_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False}) if on else model.gradient_checkpointing_disable()
+
+
+def checkpoints_activations(model: PreTrainedModel) -> bool:
+    """Whether a model's activations are computed again; Transformers 5.23 has this name."""
+    newer = hasattr(model, "is_activation_checkpointing")
+    return bool(model.is_activation_checkpointing if newer else model.is_gradient_checkpointing)
+
+
+def static_cache_counts() -> bool:
+    """Whether caches of fixed size know how far they are filled, so that a step can be recorded; Transformers 5.4 on.
+
+    Without, a cache that grows gives the same tokens, more slowly on a GPU.
+    """
+    return hasattr(StaticLayer(max_cache_len=1), "cumulative_length")
+
+
+@contextmanager
+def eager_attention(attend: Callable[..., Any], files: Collection[str]) -> Iterator[None]:
+    """Within this context, "eager" attention is `attend`, of models in these files (names of modules).
+
+    From Transformers 5.1 on it is looked up where the other implementations are; before, it is a name in each file.
+    """
+    if hasattr(AttentionInterface, "get_interface"):
+        yield
+        return
+    modules: dict[str, Any] = {file: sys.modules[file] for file in files}
+    original = {file: module.eager_attention_forward for file, module in modules.items()}
+    for module in modules.values():
+        module.eager_attention_forward = attend
+    try:
+        yield
+    finally:
+        for file, function in original.items():
+            modules[file].eager_attention_forward = function
+
+
+@contextmanager
+def stdout_kept_clean() -> Iterator[None]:
+    """Within this context, what C++ prints goes to stderr: gloo says on stdout whom it reached; torch 2.11 does not."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11):
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

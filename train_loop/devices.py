@@ -1,0 +1,119 @@
+"""What a device can do: asked of the device, not guessed from its name.
+
+A kind of accelerator that nobody here has seen (xpu, npu, ...) is treated by what it can do. The one kind that is
+special by name is the CPU, which needs no copying, no waiting and no warming up.
+"""
+
+import functools
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def exact(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in float64: on its own device where that has float64, else (on Apple's GPUs, for one) on the CPU."""
+    return (tensor if has_float64(tensor.device) else tensor.cpu()).double()
+
+
+@functools.cache
+def has_float64(device: torch.device) -> bool:
+    """Whether a device has 64-bit floating-point numbers."""
+    return _works(lambda: torch.ones(1, device=device).double().sum().item())
+
+
+@functools.cache
+def pins_memory(device: torch.device) -> bool:
+    """Whether copies to and from a device can go on by themselves, out of memory of the host that is pinned."""
+    return device.type != "cpu" and _works(lambda: torch.empty(1).pin_memory())
+
+
+@functools.cache
+def has_events(device: torch.device) -> bool:
+    """Whether a device's queue takes events, and tells the time between two."""
+    if device.type == "cpu":
+        return False
+
+    def two_events() -> None:
+        first, second = event(device), event(device)
+        synchronize(device)
+        second.query()
+        first.elapsed_time(second)
+
+    return _works(two_events)
+
+
+def event(device: torch.device) -> Any:
+    """An event in the queue of a device that `has_events`."""
+    made: Any = torch.get_device_module(device).Event(enable_timing=True)
+    made.record()
+    return made
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that it was told to do."""
+    torch.get_device_module(device).synchronize()
+
+
+def graph_type(device: torch.device) -> Any:
+    """The type of a device's recorded graphs (CUDAGraph, XPUGraph, ...); None where it has none."""
+    return getattr(torch.get_device_module(device), f"{device.type.upper()}Graph", None)
+
+
+@functools.cache
+def has_fused_adamw(device: torch.device) -> bool:
+    """Whether AdamW has one kernel for all parameters on a device."""
+
+    def step() -> None:
+        parameter = torch.zeros(1, device=device, requires_grad=True)
+        parameter.grad = torch.zeros_like(parameter)
+        torch.optim.AdamW([parameter], fused=True).step()
+
+    return _works(step)
+
+
+@functools.cache
+def precisions(device: torch.device) -> tuple[str, ...]:
+    """What run.mixed_precision may be on a device."""
+
+    def multiplies(dtype: torch.dtype) -> bool:
+        x = torch.ones(16, 16, device=device)
+        return _works(lambda: (x.to(dtype) @ x.to(dtype)).sum().item())
+
+    def multiplies_fp8() -> None:
+        x = torch.ones(16, 16, device=device).to(torch.float8_e4m3fn)
+        one = torch.ones((), device=device)
+        torch._scaled_mm(x, x.t(), one, one, out_dtype=torch.bfloat16)
+
+    found = ["no"]
+    if multiplies(torch.bfloat16):
+        found.append("bf16")
+    if device.type != "cpu":  # where fp16 gains nothing, and autocast does not scale the loss
+        found += ["fp16"] if multiplies(torch.float16) else []
+        found += ["fp8"] if _works(multiplies_fp8) else []
+    return tuple(found)
+
+
+def name(device: torch.device) -> str:
+    """What a device calls itself, or else its kind: NVIDIA H100, CPU, MPS."""
+    told = getattr(torch.get_device_module(device), "get_device_name", None)
+    return str(told(device)) if told is not None else device.type.upper()
+
+
+def peak_memory(device: torch.device) -> Callable[[], int]:
+    """What tells the most bytes that tensors have taken on a device, or else (on a CPU) the most of this process."""
+    counted = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    if counted is not None and _works(counted):
+        return lambda: int(counted())
+    return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _works(attempt: Callable[[], object]) -> bool:
+    """Whether something can be done; devices and builds of torch refuse with various errors."""
+    try:
+        attempt()
+        return True
+    except (RuntimeError, TypeError, NotImplementedError, AssertionError, AttributeError, ValueError):
+        return False
