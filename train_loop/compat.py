@@ -4,6 +4,8 @@ What a newer library has is used where it is there; else a fallback gives the sa
 asks for versions or for names that may be missing.
 """
 
+import inspect
+import math
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -12,9 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import StaticLayer
+
+from train_loop.versions import release
 
 
 def linear_cross_entropy(
@@ -80,12 +85,45 @@ def checkpoints_activations(model: PreTrainedModel) -> bool:
     return bool(model.is_activation_checkpointing if newer else model.is_gradient_checkpointing)
 
 
+def cache_name(model: PreTrainedModel) -> str:
+    """What a model calls the cache that it takes and gives: "cache" from Transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def static_cache_counts() -> bool:
     """Whether caches of fixed size know how far they are filled, so that a step can be recorded; Transformers 5.4 on.
 
     Without, a cache that grows gives the same tokens, more slowly on a GPU.
     """
     return hasattr(StaticLayer(max_cache_len=1), "cumulative_length")
+
+
+@contextmanager
+def residual_weights_scaled() -> Iterator[None]:
+    """Within this context, a fresh GPT-2 has its residual layers' weights scaled by 1 / sqrt(2 layers), as it must.
+
+    Transformers 5 before 5.15 means to, but looks for them under a name that no parameter has.
+    """
+    if release(transformers.__version__) >= (5, 15):
+        yield
+        return
+    from transformers import initialization
+    from transformers.models.gpt2 import modeling_gpt2
+
+    gpt2: Any = modeling_gpt2.GPT2PreTrainedModel
+    original = gpt2._init_weights
+
+    def initialise(self: Any, module: Any) -> None:
+        original(self, module)
+        if isinstance(module, modeling_gpt2.GPT2Attention | modeling_gpt2.GPT2MLP):
+            deviation = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
+            initialization.normal_(module.c_proj.weight, mean=0.0, std=deviation)
+
+    gpt2._init_weights = initialise
+    try:
+        yield
+    finally:
+        gpt2._init_weights = original
 
 
 @contextmanager
@@ -111,7 +149,7 @@ def eager_attention(attend: Callable[..., Any], files: Collection[str]) -> Itera
 @contextmanager
 def stdout_kept_clean() -> Iterator[None]:
     """Within this context, what C++ prints goes to stderr: gloo says on stdout whom it reached; torch 2.11 does not."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11):
+    if release(torch.__version__) >= (2, 11):
         yield
         return
     sys.stdout.flush()

@@ -48,6 +48,7 @@ class Decoder:
         """
         self.model = model
         self._use_cache = use_cache
+        self._cache_name = compat.cache_name(model)
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
 
     def start(self, rows: Rows, room: int) -> torch.Tensor:
@@ -77,11 +78,11 @@ class Decoder:
 
     def _forward(self) -> torch.Tensor:
         new = 1 if self._cache is not None else self._ids.shape[1]
-        inputs: dict[str, Any] = {"input_ids": self._ids[:, -new:], "past_key_values": self._cache}
+        inputs: dict[str, Any] = {"input_ids": self._ids[:, -new:], self._cache_name: self._cache}
         if self._mask is not None:
             inputs |= {"attention_mask": self._mask, "position_ids": _positions(self._mask)[:, -new:]}
         output: Any = self.model(**inputs, use_cache=self._use_cache, **self._options)
-        self._cache = output.get("past_key_values") if self._use_cache else None
+        self._cache = output.get(self._cache_name) if self._use_cache else None
         logits: torch.Tensor = output.logits[:, -1].float()
         return logits
 
@@ -102,6 +103,7 @@ class StaticDecoder:
         """
         self.model = model
         self._record = record
+        self._cache_name = compat.cache_name(model)
         self._batch = self._size = 0
         self._replay: Callable[[], None] | None = None
 
@@ -171,9 +173,9 @@ class StaticDecoder:
             input_ids=ids,
             attention_mask=self._mask,
             position_ids=positions,
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_name: self._cache},
         )
         logits: torch.Tensor = output.logits[:, -1].float()
         return logits

@@ -132,9 +132,10 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrained
     def build(attention: str | None) -> PreTrainedModel:
         model_config = _model_config(dict(architecture), tokenizer, config.data.block_size)
         seed_torch(torch.device("cpu"), "weights", config.run.seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            model_config, dtype=torch.float32, attn_implementation=attention
-        )
+        with compat.residual_weights_scaled():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                model_config, dtype=torch.float32, attn_implementation=attention
+            )
         if "flash" not in (attention or ""):  # which is for GPUs only
             model(torch.zeros(1, 1, dtype=torch.long))  # sizes that don't fit each other show themselves in use
         return model

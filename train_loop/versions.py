@@ -17,7 +17,7 @@ WORK: dict[str, tuple[str, str]] = {
     "datasets": ("4.0", "5.2.0"),
     "evaluate": ("0.4.2", "0.4.6"),
     "huggingface_hub": ("1.3", "2.4.0"),
-    "safetensors": ("0.4.3", "0.8.0"),
+    "safetensors": ("0.4.5", "0.8.0"),
     "tqdm": ("4.66.3", "4.70.1"),
     "numpy": ("1.26", "2.4.6"),
     "pyarrow": ("15.0", "26.0.1"),
@@ -45,7 +45,7 @@ def check() -> None:
         found = version(name)
         if found is None:
             raise InputError(f"{name} is not installed; pip install '{name}>={floor}'")
-        if _release(found) < _release(floor):
+        if release(found) < release(floor):
             raise InputError(
                 f"{name} {found} is too old; train_loop needs {floor} or later: pip install '{name}>={floor}'"
             )
@@ -59,7 +59,7 @@ def too_new(error: BaseException) -> str | None:
     newer = {
         name: newest
         for name, (_, newest) in WORK.items()
-        if (found := version(name)) is not None and _release(found) > _release(newest)
+        if (found := version(name)) is not None and release(found) > release(newest)
     }
     if (home := _home(error)) in WORK or home == "train_loop":
         newer = {name: newest for name, newest in newer.items() if name == home}
@@ -94,7 +94,7 @@ def version(name: str) -> str | None:
         return None
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
     """The numbers that a version begins with, zeros at the end left out: of 2.9.0a0+50eac811 (2, 9)."""
     found = re.match(r"\d+(\.\d+)*", version)
     numbers = [int(part) for part in found.group().split(".")] if found else [0]

@@ -115,7 +115,7 @@ def _excess(product: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> float:
     and Stability of Numerical Algorithms", 2002, section 3.1); a result in half precision is rounded once more, and
     libraries may round parts of the sum, too, for which four times that is left.
     """
-    exact_x, exact_y = x.double().cpu(), y.double().cpu()
+    exact_x, exact_y = x.cpu().double(), y.cpu().double()
     size = exact_x.abs() @ exact_y.abs()
     bound = (x.shape[1] + 1) * 2.0**-24 * size
     if product.dtype != torch.float32:
@@ -124,7 +124,7 @@ def _excess(product: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> float:
         bound = bound + 4 * kind.eps / 2 * size + kind.smallest_normal
     if product.shape != size.shape:
         return float("inf")
-    error = (product.double().cpu() - exact_x @ exact_y).abs()
+    error = (product.cpu().double() - exact_x @ exact_y).abs()
     return float((error / bound.clamp(min=1e-300)).max()) if error.numel() else 0.0
 
 

@@ -121,7 +121,7 @@ def changed(ids: torch.Tensor) -> torch.Tensor:
 
 def distance(x: torch.Tensor, y: torch.Tensor) -> float:
     """The largest difference of two tensors, as a share of the largest number of the second."""
-    return float((x.double().cpu() - y.double().cpu()).abs().max() / y.double().cpu().abs().max())
+    return float((x.cpu().double() - y.cpu().double()).abs().max() / y.cpu().double().abs().max())
 
 
 def relative(values: Sequence[float], expected: Sequence[float]) -> float:

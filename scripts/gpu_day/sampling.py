@@ -61,17 +61,14 @@ class _WithModel:
         self._held.clear()
         settle()
 
-    def feeds(self) -> tuple[Any, Any]:
-        """A growing cache, and a fixed one whose step is recorded where the device can.
-
-        Raises:
-            Skipped: where there is none.
-        """
+    def feeds(self) -> dict[str, Any]:
+        """A growing cache, and where there is one a fixed one, whose step is recorded where the device can."""
         from train_loop.decoder import Decoder, StaticDecoder
 
-        if not StaticDecoder.fits(self.model):
-            raise Skipped("this Transformers has no cache of fixed size that can be recorded for this model")
-        return Decoder(self.model), StaticDecoder(self.model, recorder())
+        found: dict[str, Any] = {"growing cache": Decoder(self.model)}
+        if StaticDecoder.fits(self.model):
+            found["fixed cache"] = StaticDecoder(self.model, recorder())
+        return found
 
     def generate(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
         """New tokens [rows, new] of Transformers' own `generate`, as many as were asked for."""
@@ -93,9 +90,15 @@ class Compared(_WithModel):
         return [each.tokens for each in generate(feed, prompts, Sampling(self._new_tokens, temperature=0), None)]
 
     def caches(self) -> Finding:
-        """Of the recorded step and of the growing cache, prompts of several lengths together."""
-        growing, fixed = self.feeds()
-        return self._beside(self._sampled(fixed), self._sampled(growing))
+        """Of the recorded step and of the growing cache, prompts of several lengths together.
+
+        Raises:
+            Skipped: where there is no fixed cache, whose step could be recorded.
+        """
+        feeds = self.feeds()
+        if "fixed cache" not in feeds:
+            raise Skipped("this Transformers has no cache of fixed size that can be recorded for this model")
+        return self._beside(self._sampled(feeds["fixed cache"]), self._sampled(feeds["growing cache"]))
 
     def theirs(self) -> Finding:
         """Of the growing cache, and of `generate` given each prompt alone."""
@@ -140,7 +143,7 @@ class Timed(_WithModel):
         from train_loop.sampling import Sampling
 
         if not self._feeds:
-            self._feeds = dict(zip(("growing cache", "fixed cache"), self.feeds(), strict=True))
+            self._feeds = self.feeds()
         ids = tokens(1, 10).expand(batch, -1)
         prompts = ids.tolist()
         ways: dict[str, Callable[[], object]] = {
