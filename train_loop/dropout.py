@@ -84,6 +84,8 @@ class _Dropout(torch.autograd.Function):
 
 
 def _dropped(x: torch.Tensor, bits: torch.Tensor, threshold: int) -> torch.Tensor:
+    if torch.compiler.is_compiling():  # torch 2.11 compiles what follows into a gradient of zeros
+        return torch.where(bits >= threshold - _STEPS // 2, x, 0) * (_STEPS / (_STEPS - threshold))
     # Compared into numbers: a mask of booleans would have to be converted, which takes four times as long.
     keep = torch.ge(bits, threshold - _STEPS // 2, out=torch.empty_like(x))
     return keep.mul_(x).mul_(_STEPS / (_STEPS - threshold))
