@@ -32,6 +32,6 @@ while [ $# -gt 0 ]; do
 done
 
 command -v "$python" >/dev/null || complain "--python $python: is not there; name a Python that has torch"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+[ "$("$python" -c 'import sys; print(sys.version_info >= (3, 11))' 2>/dev/null)" = True ] ||
     complain "--python $python: is no Python 3.11 or newer"
 exec "$python" "$root/scripts/gpu_day/day.py" ${arguments[@]+"${arguments[@]}"}

@@ -59,9 +59,10 @@ def test_a_python_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert "--python" in refused(script("--cpu", "--python"))
 
 
-def test_a_file_that_is_no_python_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_file_that_is_no_python_is_refused(tmp_path: Path, code: int) -> None:
     fake = tmp_path / "python"
-    fake.write_text("#!/bin/sh\nexit 1\n")
+    fake.write_text(f"#!/bin/sh\nexit {code}\n")
     fake.chmod(0o755)
     assert "Python 3.11" in refused(script("--cpu", f"--python={fake}"))
 
