@@ -6,6 +6,7 @@ their docstrings are the help.
 
 import dataclasses
 import difflib
+import inspect
 import keyword
 import re
 import types
@@ -239,8 +240,8 @@ def help_text(cls: Any) -> str:
     lines = []
     for section in dataclasses.fields(cls):
         kind: Any = section.type
-        summary, _, described = (kind.__doc__ or "").partition("Args:")
-        meanings = dict(re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", described, re.MULTILINE))
+        summary, _, described = (inspect.getdoc(kind) or "").partition("Args:")  # unindented, as from Python 3.13 on
+        meanings = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", described, re.MULTILINE))
         lines.append(f"\n{section.name}: {' '.join(summary.split())}")
         for each in dataclasses.fields(kind):
             default = getattr(kind(), each.name)

@@ -19,11 +19,11 @@ WORK: dict[str, tuple[str, str]] = {
     "huggingface_hub": ("1.3", "2.4.0"),
     "safetensors": ("0.4.5", "0.8.0"),
     "tqdm": ("4.66.3", "4.70.1"),
-    "numpy": ("1.26", "2.4.6"),
+    "numpy": ("1.26", "2.5.5"),
     "pyarrow": ("15.0", "26.0.1"),
-    "pyyaml": ("6.0", "6.0.3"),
+    "pyyaml": ("6.0", "6.0.4"),
     "psutil": ("5.9", "7.2.2"),
-    "filelock": ("3.13", "4.2.11"),
+    "filelock": ("3.13", "4.3.1"),
 }
 """Each library's floor (that of pyproject.toml) and the newest version that all tests have passed with."""
 
