@@ -282,7 +282,7 @@ def reduce_exactly(accelerator: Accelerator, tensor: torch.Tensor, operation: Li
     """
     if accelerator.num_processes == 1:
         return tensor
-    if tensor.device == accelerator.device:
+    if tensor.device.type == accelerator.device.type:  # processes on a CPU count theirs: cpu:0, cpu:1
         operations = {"sum": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}
         torch.distributed.all_reduce(tensor, operations[operation])
         return tensor
@@ -331,7 +331,7 @@ def prepare_to_evaluate(accelerator: Accelerator, objective: nn.Module) -> nn.Mo
 def whole(accelerator: Accelerator, objective: nn.Module) -> Iterator[None]:
     """Within this context the parts of a model may be called by themselves, also where FSDP2 sharded them.
 
-    Outside of the objective there is no mixed precision, without which FlashAttention cannot be.
+    Outside of the objective there is no mixed precision, without which FlashAttention cannot run.
 
     Its layers gather their weights when they are called; what belongs to no layer (embeddings, head) does so only when
     the whole is called, so it is gathered here. All processes must do the same within.
