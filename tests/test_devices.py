@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tests.conftest import NO_DROPOUT, TINY_MODELS, Command, arguments_for, events
 from train_loop import devices
-from train_loop.distributed import launch
+from train_loop.distributed import collectives
 from train_loop.distributed.collectives import reduce_exactly
 from train_loop.generation import logits_processors
 
@@ -186,7 +186,7 @@ def test_sums_over_processes_without_float64(monkeypatch: pytest.MonkeyPatch) ->
         device = torch.device("meta")
 
     mine = torch.tensor([[1 / 3, -2.0]], dtype=torch.float64)
-    monkeypatch.setattr(launch, "gather_object", lambda values: [*values, [[2e-17, 5.0]]])
+    monkeypatch.setattr(collectives, "gather_object", lambda values: [*values, [[2e-17, 5.0]]])
     total: Any = functools.partial(reduce_exactly, TwoProcesses(), mine)
     assert total("sum").tolist() == [[1 / 3 + 2e-17, 3.0]] and total("max").tolist() == [[1 / 3, 5.0]]
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train_loop.training.accumulators import TOLERANCE, FixedPointSums
+from train_loop.training.accumulators import TOLERANCE, FixedPointSum
 
 
 def gradients(terms: int, size: int, scale: float, seed: int = 0) -> list[torch.Tensor]:
@@ -19,10 +19,10 @@ def gradients(terms: int, size: int, scale: float, seed: int = 0) -> list[torch.
     return list((torch.randn(terms, size, generator=generator) * magnitudes * scale).unbind())
 
 
-def total(terms: Sequence[torch.Tensor], targets: int = 1, tries: int = 3) -> tuple[torch.Tensor, FixedPointSums, int]:
+def total(terms: Sequence[torch.Tensor], targets: int = 1, tries: int = 3) -> tuple[torch.Tensor, FixedPointSum, int]:
     """Terms summed as a step does it: the sum, the sums object, and how often they had to be added."""
     parameter = torch.nn.Parameter(torch.zeros_like(terms[0]))
-    sums = FixedPointSums(Accelerator(cpu=True), [parameter])
+    sums = FixedPointSum(Accelerator(cpu=True), [parameter])
     sums.begin(len(terms))
     for attempt in range(1, tries + 1):
         for term in terms:
@@ -86,7 +86,7 @@ def test_what_is_not_finite_stays_so(poison: float) -> None:
 
 def test_a_parameter_without_gradient_counts_as_zero() -> None:
     used, unused = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
-    sums = FixedPointSums(Accelerator(cpu=True), [used, unused])
+    sums = FixedPointSum(Accelerator(cpu=True), [used, unused])
     sums.begin(1)
     used.grad = torch.ones(2)
     sums.add()

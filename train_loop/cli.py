@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from train_loop import __version__, versions
-from train_loop.config.load import config_from_arguments, shared_settings
+from train_loop.config.load import config_from_arguments
 from train_loop.config.parsing import help_text
 from train_loop.config.schema import Config
 from train_loop.errors import (
@@ -121,9 +121,9 @@ def prepare(arguments: list[str]) -> int:
         return EXIT_DONE
     config = config_from_arguments(arguments)
     _ready_libraries()
-    from train_loop.data import preparation
+    from train_loop import job
 
-    prepared = preparation.prepare(config)
+    prepared = job.prepare(config)
     print(json.dumps({"folder": str(prepared.folder)} | prepared.ledger(), indent=2))
     return EXIT_DONE
 
@@ -134,24 +134,28 @@ def train(arguments: list[str]) -> int:
         return EXIT_DONE
     config = config_from_arguments(arguments)
     _ready_libraries()
-    from train_loop.training import loop
+    from train_loop import job
 
-    summary = loop.train(config)
-    run, last = summary.run, summary.evaluation
-    if run.accelerator.is_main_process:
-        if summary.stopped:
-            print(f"stopped by {summary.stopped} at step {summary.step} of {run.total_steps}; the same command resumes")
-        if last:
-            books = run.data.validation.ledger
-            if summary.exported is not None and run.config.export.from_ == "best":
-                print(f"best step        {summary.exported} of {summary.step}")
-            print(f"validation loss  {last['loss']:.4f} nats per token, over {last['tokens']:,} tokens")
-            print(f"perplexity       {last['perplexity']:.3f}")
-            print(f"bits per byte    {last['bits_per_byte']:.4f} (gzip -9: {8 * books.gzip_bytes / books.bytes:.4f})")
-            print(f"accuracy         {last['accuracy']:.4f}")
-        if not summary.stopped:
-            print(f"model            {run.folder.model}" + (f" and {summary.hub}" if summary.hub else ""))
+    summary = job.train(config)
+    if summary.is_main_process:
+        _print_summary(summary, config)
     return _stopped() if summary.stopped else EXIT_DONE
+
+
+def _print_summary(summary: Any, config: Config) -> None:
+    if summary.stopped:
+        print(f"stopped by {summary.stopped} at step {summary.step} of {summary.total_steps}; the same command resumes")
+    if (last := summary.evaluation) is not None:
+        ledger = summary.ledger["validation"]
+        if summary.exported_step is not None and config.export.from_ == "best":
+            print(f"best step        {summary.exported_step} of {summary.step}")
+        print(f"validation loss  {last['loss']:.4f} nats per token, over {last['tokens']:,} tokens")
+        print(f"perplexity       {last['perplexity']:.3f}")
+        gzip = 8 * ledger["gzip_bytes"] / ledger["bytes"]
+        print(f"bits per byte    {last['bits_per_byte']:.4f} (gzip -9: {gzip:.4f})")
+        print(f"accuracy         {last['accuracy']:.4f}")
+    if not summary.stopped:
+        print(f"model            {summary.model_folder}" + (f" and {summary.hub}" if summary.hub else ""))
 
 
 def _stopped() -> int:
@@ -168,48 +172,13 @@ def evaluate(arguments: list[str]) -> int:
     if _wants_help(arguments, "evaluate", "--model FOLDER_OR_ID --config FILE [--section.key value ...]"):
         return EXIT_DONE
     name, rest = _take_model(arguments)
-    # The model to evaluate stands in for the one to train, so the file's own may be anything.
     config = config_from_arguments(rest)
     _ready_libraries()
-    from train_loop.analysis import truth_sheet
-    from train_loop.checkpoint import pretrained
-    from train_loop.data import preparation
-    from train_loop.data.loader import Windows
-    from train_loop.distributed import launch
-    from train_loop.distributed.collectives import run_on_all_ranks
-    from train_loop.distributed.heartbeat import Peers
-    from train_loop.models import building
-    from train_loop.ops import cpu
-    from train_loop.training import evaluation
-    from train_loop.training.objective import Objective
+    from train_loop import job
 
-    peers = Peers(config.run, shared_settings(config))
-    with peers.named():
-        accelerator = launch.start(config.run, peers)
-        language_model, its_tokenizer = run_on_all_ranks(
-            accelerator, "load", lambda: pretrained.load(name, config.model.attention)
-        )
-        building.check_fits(language_model, its_tokenizer, config.data.block_size, f"model {name}")
-        if config.data.isolate_documents:
-            building.check_positions(language_model)
-        shown = accelerator.is_local_main_process
-        data = run_on_all_ranks(accelerator, "prepare", lambda: preparation.prepare(config, its_tokenizer, shown=shown))
-        eos = its_tokenizer.eos_token_id
-        assert isinstance(eos, int)
-        windows = Windows(data.validation, config.data.block_size, eos, config.data.isolate_documents)
-        if accelerator.device.type == "cpu":
-            if config.run.keep_memory:
-                cpu.keep_freed_memory()
-            cpu.use_products(language_model)
-        objective = launch.prepare_to_evaluate(accelerator, Objective(language_model.to(accelerator.device)))
-        if config.data.isolate_documents and truth_sheet.documents_cross(accelerator, objective, config):
-            attention = str(language_model.config._attn_implementation)
-            raise InputError(truth_sheet.cannot_isolate(type(language_model).__name__, attention))
-        batch_size = config.evaluation.batch_size or config.micro_batch_size
-        metrics = evaluation.evaluate(accelerator, objective, windows, batch_size)
-        if accelerator.is_main_process:
-            print(json.dumps(metrics))
-        accelerator.end_training()
+    metrics = job.evaluate(name, config)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(metrics))
     return EXIT_DONE
 
 
@@ -312,10 +281,11 @@ def inspect(arguments: list[str]) -> int:
     _ready_libraries()
     from pathlib import Path
 
+    from train_loop import job
     from train_loop.analysis import inspection
     from train_loop.analysis.replay import Replay
 
-    replay = Replay(Path(given.run), steps)
+    replay = Replay(Path(given.run), steps, lambda config: job.set_up(config).run)
     if given.set:
         found = replay.instead(given.step, given.set)
     else:

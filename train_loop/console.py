@@ -66,7 +66,7 @@ class Progress:
 
     def __init__(self, title: str, unit: str, total: int | None, start: int = 0, shown: bool = True) -> None:
         self.title, self.unit, self.total, self.count, self.first = title, unit, total, start, start
-        self.values = ""
+        self.values, self.shown = "", shown
         self.curve = Sparkline()
         self.last_look = 0.0
         self.started = self.last_line = time.monotonic()

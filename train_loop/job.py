@@ -1,155 +1,368 @@
-"""A run: everything that it is made of, set up and checked before anything is written."""
+"""One run, put together: set up, resume, train, finish. The only module that knows all the others."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from train_loop.analysis import batch_size, probe
+from train_loop import versions
+from train_loop.analysis import batch_size, probe, truth_sheet
+from train_loop.analysis.probe import Probe
+from train_loop.analysis.samples import Samples
 from train_loop.analysis.step_statistics import StepStatistics
-from train_loop.checkpoint import storage
+from train_loop.checkpoint import pretrained, storage
+from train_loop.checkpoint.manager import CheckpointManager
+from train_loop.checkpoint.restore import check_disk, restore
 from train_loop.checkpoint.run_folder import RunFolder
-from train_loop.config.load import shared_settings
+from train_loop.config.load import flatten, shared_settings, to_dict
 from train_loop.config.schema import Config
-from train_loop.console import say
+from train_loop.console import Progress, say
+from train_loop.data import documents as own_documents
+from train_loop.data import preparation
+from train_loop.data.documents import Documents
 from train_loop.data.loader import Windows
 from train_loop.data.order import Plan
-from train_loop.data.preparation import prepare
-from train_loop.data.token_store import Prepared
+from train_loop.data.token_store import Prepared, TokenStore
+from train_loop.devices import pins_memory
 from train_loop.distributed import launch
 from train_loop.distributed.collectives import broadcast_from_main, check_same, run_on_all_ranks
-from train_loop.distributed.heartbeat import Peers
-from train_loop.errors import InputError
-from train_loop.generation.sampler import check_prompt, prompt_ids
+from train_loop.distributed.heartbeat import Heartbeat, is_communication_error
+from train_loop.errors import InputError, TrainingError
+from train_loop.export.finalize import Finished, finalize
+from train_loop.generation.decoding import check_prompt
+from train_loop.generation.sampler import prompt_ids
+from train_loop.metrics.log import MetricsLog, last_steps
+from train_loop.metrics.progress import ProgressLines
 from train_loop.metrics.throughput import Throughput
-from train_loop.metrics.trackers import check_trackers
+from train_loop.metrics.trackers import check_trackers, start_trackers
 from train_loop.models import building
 from train_loop.models.parameters import digest
 from train_loop.ops import cpu
-from train_loop.ops.dropout import use_cheap_dropout
-from train_loop.training import optimizer
-from train_loop.training.accumulators import FixedPointSums
+from train_loop.signals import StopRequest
+from train_loop.training import accumulators, evaluation, optimizer
+from train_loop.training.loop import History, Loop, Save, for_study
 from train_loop.training.objective import Objective
+from train_loop.training.state import Observer, Run, StepBatches, StepContext, TrainState
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended.
+
+    Attributes:
+        step: finished steps, of `total_steps`.
+        stopped: the signal that ended it early, or None.
+        evaluation: that of the exported weights, or else the last one: loss, perplexity, bits_per_byte, accuracy,
+            tokens.
+        exported_step: the step of the exported weights, or None.
+        hub: the model's address on the Hub, if it went there.
+        folder: of the run.
+        model_folder: of the exported model.
+        ledger: of the data.
+        is_main_process: whether this process is the one that speaks for the run.
+    """
+
+    step: int
+    total_steps: int
+    stopped: str | None
+    evaluation: dict[str, Any] | None
+    exported_step: int | None
+    hub: str | None
+    folder: Path
+    model_folder: Path
+    ledger: dict[str, Any]
+    is_main_process: bool
 
 
 @dataclass
-class Run:
-    """Everything a run is made of, after setting up.
+class Setup:
+    """A run that is set up, its folder, the checkpoint that it goes on from, and the later ones that are damaged."""
 
-    Its state is in `objective` and `optimizer`. The rest is fixed, except that the plan's micro-batches may get smaller
-    where memory is scarce.
-    """
-
-    config: Config
+    run: Run
     folder: RunFolder
-    accelerator: Accelerator
-    peers: Peers
-    data: Prepared
-    train: Windows
-    validation: Windows
-    plan: Plan
-    total_steps: int
-    objective: nn.Module
-    optimizer: AcceleratedOptimizer
-    sums: FixedPointSums | None
-    speed: Throughput
     found: storage.CheckpointRef | None
     damaged: dict[int, str]
-    watch: StepStatistics | None = None
 
-    @property
-    def model(self) -> Any:
-        """The language model itself, without what was wrapped around it."""
-        return self.accelerator.unwrap_model(self.objective).model
 
-    @property
-    def evaluation_batch_size(self) -> int:
-        """Sequences of one forward pass in evaluation."""
-        return self.config.evaluation.batch_size or self.plan.micro_batch_size
+def prepare(config: Config, documents: Documents | tuple[str, Iterable[str]] | None = None) -> Prepared:
+    """Turn documents into a token store, or find the one that is there.
 
-    def choose_compiled(self) -> None:
-        """Have those shapes compiled, where any are, that come in every step and in every evaluation."""
-        if not self.config.model.compile:
+    Args:
+        config: its sections data and tokenizer count.
+        documents: a name and texts, instead of the configured source.
+
+    Raises:
+        InputError: for data that cannot be read.
+    """
+    versions.check()
+    return preparation.prepare(own_documents.configure(config, documents))
+
+
+def train(
+    config: Config,
+    *,
+    model: PreTrainedModel | None = None,
+    documents: Documents | tuple[str, Iterable[str]] | None = None,
+    callbacks: Sequence[Observer] = (),
+) -> Summary:
+    """The whole job: prepare, train (resuming where it was cut off), evaluate, export, verify.
+
+    Args:
+        config: the settings.
+        model: a causal language model in fp32, which is trained in place, instead of the configured one.
+        documents: a name and texts, instead of the configured source.
+        callbacks: told of each step and each evaluation, on every process.
+
+    Raises:
+        InputError: for a mistake in the configuration or the data; nothing was written to the run's folder then.
+        TrainingError: when training cannot go on.
+        LostError: when another process is gone.
+    """
+    versions.check()
+    config = own_documents.configure(config, documents)
+    heartbeat = Heartbeat(config.run, shared_settings(config))
+    with heartbeat.naming_failures():
+        setup = set_up(config, heartbeat, model)
+        return _train(setup, heartbeat, callbacks)
+
+
+def _train(setup: Setup, heartbeat: Heartbeat, callbacks: Sequence[Observer]) -> Summary:
+    run, folder = setup.run, setup.folder
+    config, accelerator, state, stop = run.config, run.context.accelerator, run.state, run.context.stop
+    main = accelerator.is_main_process
+    _claim(setup, heartbeat)
+    manager = finished = None
+    try:
+        with stop:
+            _resume(setup)
+            if config.run.log_with:
+                flat = {key: str(value) for key, value in flatten(to_dict(config))}
+                start_trackers(accelerator, folder.path, state.step, flat)
+            studied = config.study.every is not None or config.study.probing
+            log = MetricsLog(accelerator, folder.metrics, state.step, studied)
+            history = History(log.past.evaluations, log.past.skipped)
+            settings = config.checkpoint
+            manager = CheckpointManager(
+                accelerator, folder.checkpoints, settings.keep, settings.background, setup.damaged
+            )
+            manager.step = None if setup.found is None else state.step
+            if main:
+                folder.set_status("running", state.step)
+            heartbeat.step = lambda: state.step
+            save = _saving(setup, manager, history, log)
+            with Progress("training", "step", run.batches.total_steps, state.step, main) as progress:
+                observers = [*_observers(setup, log, progress), *callbacks]
+                stopped = _fit(Loop(run, history, observers, save))
+            save(state, wait=True)
+            if not stopped:
+                finished = finalize(run, folder, history.evaluations)
+            if finished is None and accelerator.num_processes > 1:
+                stop.ignore_from_now_on()
+        log.close()
+        if main and finished is None:
+            folder.set_status("stopped", state.step, stop.name or "")
+        elif main:
+            early = f"no lower validation loss in {config.train.patience} evaluations"
+            folder.set_status("complete", state.step, early if state.step < run.batches.total_steps else "")
+    except BaseException as error:
+        if manager is not None:
+            manager.abandon()
+        if main:
+            folder.set_status("failed", state.step, f"{type(error).__name__}: {error}")
+        raise
+    accelerator.end_training()
+    return _summary(setup, history, finished)
+
+
+def _summary(setup: Setup, history: History, finished: Finished | None) -> Summary:
+    run, evaluations = setup.run, history.evaluations
+    if finished is not None:
+        evaluations = [record for record in evaluations if record["step"] == finished.step]
+    return Summary(
+        step=run.state.step,
+        total_steps=run.batches.total_steps,
+        stopped=None if finished is not None else run.context.stop.name,
+        evaluation=evaluations[-1] if evaluations else None,
+        exported_step=None if finished is None else finished.step,
+        hub=None if finished is None else finished.hub,
+        folder=setup.folder.path,
+        model_folder=setup.folder.model,
+        ledger=run.data.ledger(),
+        is_main_process=run.context.accelerator.is_main_process,
+    )
+
+
+def _claim(setup: Setup, heartbeat: Heartbeat) -> None:
+    """Measure what the run is, refuse what contradicts itself, and write down whose folder this is."""
+    run, folder, accelerator = setup.run, setup.folder, setup.run.context.accelerator
+    sheet = truth_sheet.measure(run)
+    truth_sheet.check(sheet)
+    if accelerator.is_main_process:
+        heartbeat.lost = lambda reason: folder.set_status("failed", heartbeat.step(), reason)
+        folder.claim(run.config, run.data.ledger(), sheet, [run.state.model.config, run.data.tokenizer])
+        say(truth_sheet.table(sheet))
+    accelerator.wait_for_everyone()
+    check_disk(accelerator, folder.path / "truth.json")
+
+
+def _resume(setup: Setup) -> None:
+    """Go on from the checkpoint that was found, if there is one."""
+    if setup.found is None:
+        return
+    accelerator, state = setup.run.context.accelerator, setup.run.state
+    try:
+        restore(accelerator, setup.found, state.model, state.optimizer)
+    except ValueError as error:
+        raise InputError(f"{error}; model.name_or_path has changed since; name another run.output_dir") from None
+    state.step = setup.found.step
+    if accelerator.is_main_process:
+        say(f"resuming from {setup.found.folder}")
+
+
+def _observers(setup: Setup, log: MetricsLog, progress: Progress) -> list[Observer]:
+    """Those who watch a run, in the order in which they are told."""
+    run, past, step = setup.run, log.past, setup.run.state.step
+    study, evaluated = run.config.study, past.evaluations[-1]["step"] if past.evaluations else None
+    observers: list[Observer] = [log, ProgressLines(progress, evaluated)]
+    if study.every is not None:
+        steps = last_steps(setup.folder.metrics, study.every) if run.context.accelerator.is_main_process else []
+        norms = [record["grad_norm"] for record in steps]
+        observers.append(StepStatistics(run, study.every, log.write_study, norms))
+    if study.probing:
+        observers.append(Probe(run, log.write_study, past.probed))
+    return [*observers, Samples(run, log.write, (step, past.samples))]
+
+
+def _fit(loop: Loop) -> bool:
+    """Train to the end, with smaller micro-batches where memory runs out; returns whether a signal came first."""
+    while True:
+        try:
+            return loop.train()
+        except RuntimeError as error:
+            batch_size.halve(loop.run, error)  # or raise it
+            _choose_compiled(loop.run)
+
+
+def _saving(setup: Setup, manager: CheckpointManager, history: History, log: MetricsLog) -> Save:
+    """How the loop saves a state."""
+    run, context = setup.run, setup.run.context
+
+    def begin(state: TrainState) -> None:
+        if manager.step is not None and manager.step >= state.step:
             return
-        length, size = self.config.data.block_size, self.plan.micro_batch_size
-        training = {size, self.plan.sequences_per_step % size} - {0}
-        shapes = {(True, rows, length) for rows in training} | {(False, self.evaluation_batch_size, length)}
-        self.accelerator.unwrap_model(self.objective).compiled = shapes
+        scaler = context.accelerator.scaler
+        content = {
+            "step": state.step,
+            "fingerprint": run.data.fingerprint,
+            "processes": context.accelerator.num_processes,
+            "micro_batch_size": run.batches.plan.micro_batch_size,
+            "loss_scale": None if scaler is None else scaler.state_dict(),
+            "for_study": for_study(run.config.checkpoint.at, state.step),
+            "config": to_dict(run.config),
+            "versions": versions.installed(),
+        }
+        best = [] if history.best is None else [history.best["step"]]
+        manager.save_async(state.model, state.optimizer, content, protected_steps=best, before=log.flush)
 
-    def due(self, every: int | str, step: int) -> bool:
-        """Whether something that happens every `every` ("epoch" or steps) happens after `step` finished steps."""
-        period = self.plan.steps_per_epoch if every == "epoch" else int(every)
-        return step > 0 and (step % period == 0 or step == self.total_steps)
+    def save(state: TrainState, wait: bool = False) -> None:
+        begin(state)
+        if not wait or manager.wait() is None:
+            return
+        begin(state)  # once more
+        if (problem := manager.wait()) is not None:
+            raise TrainingError(
+                f"step {state.step}: the checkpoint could not be written ({problem}); make room for it in "
+                f"{setup.folder.path}, and the same command goes on from the last one that is whole"
+            )
+
+    return save
 
 
-def set_up(config: Config, peers: Peers | None = None) -> Run:
+def set_up(config: Config, heartbeat: Heartbeat | None = None, model: PreTrainedModel | None = None) -> Setup:
     """Data, model, optimizer and processes of a run, checked; nothing is written to the run's folder.
 
     Args:
         config: the settings.
-        peers: its processes, called together; called here where nobody watches over them.
+        heartbeat: its processes, called together; called here where nobody watches over them.
+        model: see `train`.
 
     Raises:
         InputError: for whatever doesn't fit.
     """
     folder = RunFolder(config.output_dir)
     check_trackers(config.run.log_with)
-    peers = peers or Peers(config.run, shared_settings(config))
-    accelerator = launch.start(config.run, peers, folder.path)
+    heartbeat = heartbeat or Heartbeat(config.run, shared_settings(config))
+    accelerator = launch.start(config.run, heartbeat, folder.path)
     run_on_all_ranks(accelerator, "check", lambda: folder.check(config))
-    data = run_on_all_ranks(accelerator, "prepare", lambda: prepare(config, shown=accelerator.is_local_main_process))
-    language_model = run_on_all_ranks(accelerator, "build", lambda: building.build(config, data.tokenizer))
+    data = _data(accelerator, config)
+    language_model = run_on_all_ranks(accelerator, "build", lambda: building.build(config, data.tokenizer, model))
     check_same(accelerator, "the data", data.fingerprint, "give every host the same documents and tokenizer")
     found, damaged = _to_resume(accelerator, folder)
     weights = digest(language_model)
     check_same(accelerator, "the initial weights' digest", weights, "give every host the same model")
-    filler = data.tokenizer.eos_token_id
-    assert isinstance(filler, int)
-    windows, validation = (
-        Windows(side, config.data.block_size, filler, config.data.isolate_documents)
-        for side in (data.train, data.validation)
-    )
-    objective = Objective(language_model.to(accelerator.device))
-    if accelerator.device.type == "cpu":
-        if config.run.keep_memory:
-            cpu.keep_freed_memory()
-        use_cheap_dropout(language_model)
-        if not config.model.compile:
-            cpu.use_products(language_model)
-            objective.tied = cpu.tie_gradients(language_model)
+    language_model.to(accelerator.device)
+    products = not config.model.compile
+    tied = cpu.speed_up(language_model, training=True, products=products, keep_memory=config.run.keep_memory)
+    objective = Objective(language_model, tied)
     if config.study.probing:
-        probe.check(objective.model, data.tokenizer, config)
+        probe.check(language_model, data.tokenizer, config)
     for prompt in config.sample.prompts or []:
-        check_prompt(objective.model, prompt_ids(data.tokenizer, prompt))
-    prepared, adamw = accelerator.prepare(objective, optimizer.build(objective, config.optimizer))
-    sums = FixedPointSums(accelerator, objective.parameters()) if config.run.reproducible == "bitwise" else None
+        check_prompt(language_model, prompt_ids(data.tokenizer, prompt))
+    prepared, accelerated = accelerator.prepare(objective, optimizer.build(objective, config.optimizer))
+    adamw = accelerated.optimizer  # Accelerate's wrapper looks for packages on disk before each step
     size = config.micro_batch_size
     if config.batch.micro_batch_size == "auto":
-        size = _fitting(config, accelerator, prepared, adamw, found)
+        previous = None if found is None else int(found.state["micro_batch_size"])
+        size = batch_size.fitting(config, accelerator, prepared, adamw, previous)
+    windows = _windows(data.train, config, data.tokenizer)
     plan = Plan(len(windows), config.batch.sequences_per_step, size, config.run.seed)
-    run = Run(
-        config,
-        folder,
-        accelerator,
-        peers,
-        data,
+    batches = StepBatches(
         windows,
-        validation,
         plan,
         total_steps=config.train.max_steps or config.train.epochs * plan.steps_per_epoch,
-        objective=prepared,
-        optimizer=adamw,
-        sums=sums,
-        speed=Throughput(accelerator, prepared, language_model, config.data.block_size),
-        found=found,
-        damaged=damaged,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=config.data.num_workers,
+        pin_memory=pins_memory(accelerator.device),
     )
-    run.choose_compiled()
-    if config.study.every is not None:
-        run.watch = StepStatistics(run, config.study.every)
-    return run
+    context = StepContext(
+        accelerator,
+        prepared,
+        accumulators.build(accelerator, prepared.parameters(), adamw, config.run.reproducible == "bitwise"),
+        config.optimizer.max_grad_norm,
+        config.run.seed,
+        Throughput(accelerator, prepared, language_model, config.data.block_size),
+        StopRequest(is_communication_error),
+    )
+    unwrapped = accelerator.unwrap_model(prepared).model
+    validation = _windows(data.validation, config, data.tokenizer)
+    run = Run(config, data, batches, validation, context, TrainState(unwrapped, adamw))
+    _choose_compiled(run)
+    return Setup(run, folder, found, damaged)
+
+
+def _data(accelerator: Accelerator, config: Config, tokenizer: PreTrainedTokenizerFast | None = None) -> Prepared:
+    shown = accelerator.is_local_main_process
+    return run_on_all_ranks(accelerator, "prepare", lambda: preparation.prepare(config, tokenizer, shown))
+
+
+def _windows(store: TokenStore, config: Config, tokenizer: PreTrainedTokenizerFast) -> Windows:
+    filler = tokenizer.eos_token_id
+    assert isinstance(filler, int)
+    return Windows(store, config.data.block_size, filler, config.data.isolate_documents)
+
+
+def _choose_compiled(run: Run) -> None:
+    """Have those shapes compiled, where any are, that come in every step and in every evaluation."""
+    if not run.config.model.compile:
+        return
+    plan, length = run.batches.plan, run.config.data.block_size
+    training = {plan.micro_batch_size, plan.sequences_per_step % plan.micro_batch_size} - {0}
+    shapes = {(True, rows, length) for rows in training} | {(False, run.evaluation_batch_size, length)}
+    run.context.accelerator.unwrap_model(run.context.objective).compiled = shapes
 
 
 def _to_resume(accelerator: Accelerator, folder: RunFolder) -> tuple[storage.CheckpointRef | None, dict[int, str]]:
@@ -172,21 +385,44 @@ def _to_resume(accelerator: Accelerator, folder: RunFolder) -> tuple[storage.Che
     return found, damaged
 
 
-def _fitting(
-    config: Config,
-    accelerator: Accelerator,
-    objective: nn.Module,
-    adamw: AcceleratedOptimizer,
-    found: storage.CheckpointRef | None,
-) -> int:
-    """The size that batch.micro_batch_size auto comes to; that of the checkpoint, if it fits."""
-    if accelerator.is_fsdp2:
-        raise InputError(
-            "batch.micro_batch_size auto does not go with FSDP2, where a process that runs out of memory leaves the "
-            "others waiting; give a number"
-        )
-    largest = -(-config.batch.sequences_per_step // accelerator.num_processes)
-    if found is not None:
-        largest = min(config.batch.sequences_per_step, int(found.state["micro_batch_size"]))
-    with building.without_compile(config):
-        return batch_size.largest_micro_batch(accelerator, objective, adamw.optimizer, config.data.block_size, largest)
+def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, Any]:
+    """Evaluate a model exactly on the configured validation data; the same on every process.
+
+    Args:
+        model: a folder, a name on the Hub, a run or one of its checkpoints; or a model, with the configured tokenizer.
+        config: its section data counts, and of the others what says how to compute.
+
+    Returns:
+        loss (nats per target), perplexity, bits_per_byte, accuracy, tokens (the number of targets).
+
+    Raises:
+        InputError: for a model or data that cannot be had, or don't go together.
+    """
+    versions.check()
+    heartbeat = Heartbeat(config.run, shared_settings(config))
+    with heartbeat.naming_failures():
+        accelerator = launch.start(config.run, heartbeat)
+        if isinstance(model, PreTrainedModel):
+            language_model, tokenizer, source = model, None, f"the {type(model).__name__}"
+        else:
+            name, attention = str(model), config.model.attention
+            source = f"model {name}"
+            language_model, tokenizer = run_on_all_ranks(accelerator, "load", lambda: pretrained.load(name, attention))
+        if tokenizer is not None:  # before the data is prepared, which takes longer
+            building.check_fits(language_model, tokenizer, config.data.block_size, source)
+        if config.data.isolate_documents:
+            building.check_positions(language_model)
+        data = _data(accelerator, config, tokenizer)
+        building.check_fits(language_model, data.tokenizer, config.data.block_size, source)
+        language_model.to(accelerator.device)
+        cpu.speed_up(language_model, training=False, keep_memory=config.run.keep_memory)
+        objective = launch.prepare_to_evaluate(accelerator, Objective(language_model))
+        if config.data.isolate_documents and truth_sheet.documents_cross(accelerator, objective, config):
+            attention = str(language_model.config._attn_implementation)
+            raise InputError(truth_sheet.cannot_isolate(type(language_model).__name__, attention))
+        batch_size = config.evaluation.batch_size or config.micro_batch_size
+        windows = _windows(data.validation, config, data.tokenizer)
+        metrics = evaluation.evaluate(accelerator, objective, windows, batch_size)
+        accelerator.end_training()
+    assert metrics is not None
+    return metrics

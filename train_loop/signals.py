@@ -1,10 +1,10 @@
 """Polite stopping: a signal asks, the loop answers after the step it is in."""
 
 import signal
+import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
-
-from train_loop.distributed.heartbeat import is_communication_error
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -13,9 +13,14 @@ class StopRequest:
     """Within this context SIGTERM, SIGINT and SIGUSR1 set `name` instead of ending the process.
 
     A second SIGINT ends it as usual, for somebody at the keyboard who cannot wait.
+
+    Args:
+        is_lost: whether an error means that another process is gone. Signals stay ignored then: it still has to be
+            found out which one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_lost: Callable[[BaseException], bool] = lambda error: False) -> None:
+        self._is_lost = is_lost
         self.name: str | None = None
         self._before: dict[int, Any] = {}
 
@@ -31,22 +36,23 @@ class StopRequest:
         return asked
 
     def ignore_from_now_on(self) -> None:
-        """Let this context end with the signals ignored: who is leaving is not to be hurried.
+        """Let this context end with the signals ignored.
 
         Launchers signal all processes as soon as the first one has left, which would change the others' exit code.
         """
         self._before = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
 
     def __enter__(self) -> "StopRequest":
-        for number in STOP_SIGNALS:
+        # Python lets no other thread receive signals.
+        for number in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
             self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, RuntimeError) and is_communication_error(error):
-            self.ignore_from_now_on()  # there is still to be found out which of the others is gone
+        if error is not None and self._is_lost(error):
+            self.ignore_from_now_on()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -21,7 +21,7 @@ Definitions, for a layer with output x [positions, width]:
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,13 +30,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from train_loop import compat
-from train_loop.data.loader import IGNORED, Batch, loader
+from train_loop.data.loader import IGNORED, Batch
 from train_loop.devices import exact
 from train_loop.distributed.collectives import reduce_exactly
-from train_loop.models import building
-
-if TYPE_CHECKING:
-    from train_loop.job import Run
+from train_loop.models.building import without_compile
+from train_loop.training.state import StepBatch, StepContext
 
 Sums = dict[str, torch.Tensor]
 """Named float64 tensors that are added up, or whose maximum is taken, over batches and processes."""
@@ -74,7 +72,7 @@ class Look:
     Args:
         layers: of the model.
         attention: name of its implementation of attention.
-        frequency: bin of each token of the vocabulary [vocabulary] int64; see `Watch`.
+        frequency: bin of each token of the vocabulary [vocabulary] int64; see `StepStatistics`.
         frequency_bins: how many there are.
 
     Attributes:
@@ -237,23 +235,22 @@ def _attention(implementation: str, layers: list[nn.Module], see: Callable[..., 
 
 
 @torch.no_grad()
-def of_step(run: "Run", step: int, layers: list[nn.Module], frequency: torch.Tensor, bins: int) -> tuple[Sums, Sums]:
+def of_step(context: StepContext, model: PreTrainedModel, batch: StepBatch, look: Look) -> tuple[Sums, Sums]:
     """Sums and maxima over all positions of a step's windows, on all processes; all must call this.
 
     Args:
-        run: with the weights to look at.
-        step: counted from 0.
-        layers, frequency, bins: see `Look`.
+        context: of the run.
+        model: with the weights to look at.
+        batch: of the step.
+        look: with nothing in it yet.
     """
-    accelerator, objective = run.accelerator, run.objective
-    mine = run.plan.share(step, accelerator.process_index, accelerator.num_processes)
-    found = Look(layers, str(run.model.config._attn_implementation), frequency, bins)
+    accelerator, objective = context.accelerator, context.objective
     training = objective.training
     objective.eval()
     try:
-        with building.without_compile(run.config):
-            for batch in loader(run.train, mine):
-                found.of_batch(objective, batch.to(accelerator.device))
+        with without_compile(model):
+            for micro_batch in batch.micro_batches:
+                look.of_batch(objective, micro_batch.to(accelerator.device))
     finally:
         objective.train(training)
-    return over_processes(accelerator, found.sums), over_processes(accelerator, found.maxima, maximum=True)
+    return over_processes(accelerator, look.sums), over_processes(accelerator, look.maxima, maximum=True)

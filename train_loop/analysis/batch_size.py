@@ -5,6 +5,7 @@ micro-batch, so they are other masks at another size; a run keeps its size when 
 """
 
 import gc
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -12,10 +13,58 @@ from accelerate.utils import gather
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
+from train_loop.analysis.trial_step import without_effect
+from train_loop.config.schema import Config
 from train_loop.console import say
 from train_loop.devices import is_out_of_memory
 from train_loop.errors import InputError
-from train_loop.training import optimizer
+from train_loop.models.building import without_compile
+from train_loop.training.state import Run
+
+
+def fitting(
+    config: Config,
+    accelerator: Accelerator,
+    objective: nn.Module,
+    adamw: torch.optim.Optimizer,
+    previous: int | None,
+) -> int:
+    """The size that batch.micro_batch_size auto comes to; that of the checkpoint, if it fits.
+
+    Args:
+        config: of the run.
+        accelerator, objective, adamw: see `largest_micro_batch`.
+        previous: the size before the run was resumed, or None.
+
+    Raises:
+        InputError: with FSDP2, and when not even one sequence fits.
+    """
+    if accelerator.is_fsdp2:
+        raise InputError(
+            "batch.micro_batch_size auto does not go with FSDP2, where a process that runs out of memory leaves the "
+            "others waiting; give a number"
+        )
+    largest = -(-config.batch.sequences_per_step // accelerator.num_processes)
+    if previous is not None:
+        largest = min(config.batch.sequences_per_step, previous)
+    with without_compile(objective):
+        return largest_micro_batch(accelerator, objective, adamw, config.data.block_size, largest)
+
+
+def halve(run: Run, error: RuntimeError) -> None:
+    """Let a run that is out of memory go on with smaller micro-batches from the step that it failed in.
+
+    Raises:
+        RuntimeError: the error, where it is another one, or smaller ones are not possible: with several processes, the
+            others wait for this one in the middle of the step.
+    """
+    size, automatic = run.batches.plan.micro_batch_size, run.config.batch.micro_batch_size == "auto"
+    if not automatic or size == 1 or run.context.accelerator.num_processes > 1 or not is_out_of_memory(error):
+        raise error
+    run.batches.plan = replace(run.batches.plan, micro_batch_size=size // 2)
+    run.state.optimizer.zero_grad()
+    clear_device_cache(garbage_collection=True)
+    say(f"batch.micro_batch_size auto: out of memory with {size} sequences; goes on with {size // 2}")
 
 
 def largest_micro_batch(
@@ -58,7 +107,7 @@ def _fits(
     training = objective.training
     objective.train()
     try:
-        with optimizer.without_effect(adamw) as step, accelerator.no_sync(objective):
+        with without_effect(adamw) as step, accelerator.no_sync(objective):
             for rows in (1, size):
                 tokens = torch.zeros(rows, block_size, dtype=torch.int64, device=accelerator.device)
                 accelerator.backward(objective(tokens, tokens))

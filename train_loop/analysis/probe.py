@@ -6,7 +6,8 @@ The same few words over a whole training show what is learned when. The first to
 neither. With FSDP2 all processes run the forward pass, as each holds a part of the weights.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -15,11 +16,8 @@ from train_loop.config.schema import PROBE, Config
 from train_loop.data.tokenizer import strings
 from train_loop.errors import InputError
 from train_loop.generation.sampler import prompt_ids
-from train_loop.models import building
-from train_loop.models.building import context_length
-
-if TYPE_CHECKING:
-    from train_loop.job import Run
+from train_loop.models.building import context_length, without_compile
+from train_loop.training.state import Observer, Run, StepContext, TrainState
 
 _LIKELIEST = 5
 
@@ -37,12 +35,32 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config: Co
         raise InputError(f"study.probe: has {tokens} tokens, the model sees {context}; give a shorter text")
 
 
+class Probe(Observer):
+    """Records the probe after each evaluation. All processes must call it.
+
+    Args:
+        run: set up; its `study.probe` is the text.
+        write: told the event, the step and the values of each record.
+        probed: the last step after which one was recorded, before the run was resumed.
+    """
+
+    def __init__(self, run: Run, write: Callable[[str, int, dict[str, Any]], None], probed: int) -> None:
+        self.run, self.write, self.probed = run, write, probed
+
+    def after_evaluation(self, state: TrainState, record: dict[str, Any]) -> None:
+        """Record what the text's tokens cost the model now."""
+        if self.probed != state.step:
+            text, tokenizer = self.run.config.study.probe or "", self.run.data.tokenizer
+            self.write("probe", state.step, measure(self.run.context, state.model, tokenizer, text))
+
+
 @torch.no_grad()
-def measure(run: "Run") -> dict[str, Any]:
-    """The probe's tokens, their losses and what was likeliest, as study.jsonl has them. All processes call this."""
-    text, device = run.config.study.probe or "", run.accelerator.device
-    context = context_length(run.model)
-    ids = prompt_ids(run.data.tokenizer, text)[: None if context is None else context + 1]
+def measure(
+    context: StepContext, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text: str
+) -> dict[str, Any]:
+    """A text's tokens, their losses and what was likeliest, as study.jsonl has them. All processes must call this."""
+    objective, limit = context.objective, context_length(model)
+    ids = prompt_ids(tokenizer, text)[: None if limit is None else limit + 1]
     losses: list[float] = []
     likeliest: list[list[tuple[int, float]]] = []
 
@@ -53,16 +71,15 @@ def measure(run: "Run") -> dict[str, Any]:
         for tokens, probabilities in zip(top.indices.tolist(), top.values.tolist(), strict=True):
             likeliest.append(list(zip(tokens, probabilities, strict=True)))
 
-    tokens = torch.tensor([ids], device=device)
-    training = run.objective.training
-    run.objective.eval()
-    with building.without_compile(run.config):
-        run.objective(tokens[:, :-1], tokens[:, 1:], visit=visit)
-    run.objective.train(training)
-    decode = run.data.tokenizer.decode
+    tokens = torch.tensor([ids], device=context.accelerator.device)
+    training = objective.training
+    objective.eval()
+    with without_compile(model):
+        objective(tokens[:, :-1], tokens[:, 1:], visit=visit)
+    objective.train(training)
     return {
         "text": text,
-        "tokens": strings(run.data.tokenizer, ids),
+        "tokens": strings(tokenizer, ids),
         "losses": [None, *losses],
-        "top": [None, *([[decode([token]), probability] for token, probability in each] for each in likeliest)],
+        "top": [None, *([[tokenizer.decode([id_]), p] for id_, p in tokens] for tokens in likeliest)],
     }

@@ -15,7 +15,7 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,25 @@ from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 
 from train_loop import versions
-from train_loop.analysis import truth_sheet
 from train_loop.analysis.step_statistics import StepStatistics
 from train_loop.checkpoint import storage
+from train_loop.checkpoint.restore import restore
 from train_loop.checkpoint.run_folder import RunFolder
 from train_loop.config.load import check_config, config_from_arguments
 from train_loop.config.parsing import override
 from train_loop.config.schema import Config
 from train_loop.console import Progress, say
-from train_loop.data.loader import IGNORED, loader
-from train_loop.data.token_store import TokenStore
+from train_loop.data.loader import IGNORED
+from train_loop.data.token_store import Prepared, TokenStore
 from train_loop.data.tokenizer import strings
 from train_loop.errors import InputError, one_line
-from train_loop.job import Run, set_up
 from train_loop.metrics.log import plain, read_events
-from train_loop.models import building
+from train_loop.models.building import without_compile
 from train_loop.models.parameters import tensors_once
+from train_loop.precision import PRECISIONS
 from train_loop.rng import seed_torch
 from train_loop.training.schedule import learning_rate
+from train_loop.training.state import Run, StepBatch
 from train_loop.training.step import StepResult, train_step
 
 _SURPRISING = 10
@@ -56,12 +57,13 @@ class Replay:
     Args:
         folder: of the run.
         steps: numbers, from 1, of those that will be asked for.
+        set_up: makes a run of a configuration.
 
     Raises:
         InputError: where there is no such run or step, or it can't be replayed.
     """
 
-    def __init__(self, folder: Path, steps: Sequence[int]) -> None:
+    def __init__(self, folder: Path, steps: Sequence[int], set_up: Callable[[Config], Run]) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError("inspect: replays on one process; start it without a launcher")
         self.folder = RunFolder(folder)
@@ -72,6 +74,7 @@ class Replay:
             if step not in self.logged:
                 known = f"steps 1 to {max(self.logged)}" if self.logged else "no step yet"
                 raise InputError(f"--step {step}: the log of {folder} has {known}")
+        self.set_up = set_up
         self.truth = self._read("truth.json")
         self.config = self._settings()
         self.run = self._built(self.config)
@@ -102,14 +105,14 @@ class Replay:
         settings.study.every, settings.study.probe = None, None
         with tempfile.TemporaryDirectory() as empty:
             settings.run.output_dir = str(Path(empty) / "none")
-            run = set_up(settings)
+            run = self.set_up(settings)
         expected = self._read("ledger.json").get("fingerprint")
         if run.data.fingerprint != expected:
             raise InputError(
                 f"--run {self.folder.path}: was trained on other data (fingerprint {str(expected)[:12]}, now "
                 f"{run.data.fingerprint[:12]}): documents or tokenizer have changed since; put them back"
             )
-        run.objective.train()
+        run.context.objective.train()
         return run
 
     def go_before(self, step: int) -> None:
@@ -138,21 +141,20 @@ class Replay:
             self.at = self.from_step = 0
         with Progress("replaying", "step", done, self.at, done > self.at) as progress:
             while self.at < done:
-                take(self.run, self.at)
+                take(self.run)
                 self.at += 1
                 progress.update(1)
 
     def _load(self, found: storage.CheckpointRef) -> None:
-        self.run.optimizer.optimizer.state.clear()
+        state = self.run.state
+        state.optimizer.state.clear()
         try:
-            storage.load(found, self.run.model, self.run.optimizer)
+            restore(self.run.context.accelerator, found, state.model, state.optimizer)
         except ValueError as error:
             raise InputError(f"{error}; model.name_or_path has changed since") from None
         except (OSError, SafetensorError) as error:  # a run that goes on removes old ones
             raise InputError(f"checkpoint {found.folder}: {one_line(error)}; try again") from None
-        if self.run.accelerator.scaler is not None and found.state.get("loss_scale"):
-            self.run.accelerator.scaler.load_state_dict(found.state["loss_scale"])
-        self.at = self.from_step = found.step
+        self.at = self.from_step = state.step = found.step
 
     def step(self, step: int) -> dict[str, Any]:
         """Everything about a step, counted from 1, as plain values; see `inspected`."""
@@ -179,7 +181,8 @@ class Replay:
         self.run = self._built(other)
         self.at = None
         _put_back(self.run, state)
-        self.run.objective.train(dropout)
+        self.run.state.step = step - 1
+        self.run.context.objective.train(dropout)
         second = inspected(self.run, step)
         return [first, second | {"from_step": self.from_step, "set": list(changes), "verification": None}]
 
@@ -208,7 +211,7 @@ class Replay:
             same = logged is None and found["loss"] is None
             return {"verdict": "bits" if same else "different", "logged": logged, "difference": None, "kind": kind}
         difference = abs(found["loss"] / logged - 1) if logged else abs(found["loss"])
-        tolerance = truth_sheet.SAME_LOSS[self.config.run.mixed_precision]
+        tolerance = PRECISIONS[self.config.run.mixed_precision].same_loss
         verdict = "bits" if found["loss"] == logged else "rounding" if difference <= tolerance else "different"
         return {"verdict": verdict, "logged": logged, "difference": difference, "kind": kind}
 
@@ -220,7 +223,7 @@ class Replay:
             kind.append(f"{sheet['present']} processes")
         if first["host"] != socket.gethostname():
             kind.append(f"host {first['host']}")
-        if first["device"].split(":")[0] != self.run.accelerator.device.type:
+        if first["device"].split(":")[0] != self.run.context.accelerator.device.type:
             kind.append(f"device {first['device']}")
         now = versions.installed()
         kind += [f"{name} {then}" for name, then in self.truth["versions"].items() if now.get(name) != then]
@@ -228,109 +231,99 @@ class Replay:
 
 
 def inspected(run: Run, step: int) -> dict[str, Any]:
-    """Take a step, counted from 1, with a run that is in the state before it, and tell all about it.
+    """Take a step with a run that is in the state before it, and tell all about it.
 
     Returns:
         step, epoch, loss (as trained, dropout included), targets, learning_rate, grad_norm, clipped, taken;
         loss_before and loss_after: of the step's own windows, dropout off, before and after the update;
         sequences: of each window its block, documents (name, offset in tokens, tokens), tokens (text) and their losses
         as trained (null for what is not predicted); surprising: the tokens with the highest; statistics: see
-        `statistics.py`, null where the update was skipped.
+        `step_statistics.py`, null where the update was skipped.
     """
-    watch = StepStatistics(run, every=1)
-    sequences = _sequences(run, step - 1)
-    losses = iter(_token_losses(run, step - 1))
+    seen: list[dict[str, Any]] = []
+    watch = StepStatistics(run, 1, lambda event, number, values: seen.append(values))
+    batch, rate = run.batches[step - 1], _rate(run, step - 1)
+    sequences = _sequences(run.data, batch, run.batches.windows.block_size)
+    losses = iter(_token_losses(run, batch))
     for each in sequences:
         each["losses"] = [None, *(next(losses) for _ in range(run.config.data.block_size))][: len(each["tokens"])]
-    before = _loss(run, step - 1)
-    watch.before(step - 1)
-    result = take(run, step - 1)
-    statistics = watch.after(step - 1, result)
-    limit = run.config.optimizer.max_grad_norm
+    before = _loss(run, batch)
+    watch.before_step(run.state, batch)
+    result = train_step(run.context, run.state, batch, rate)
+    watch.after_step(run.state, {"grad_norm": result.grad_norm, "skipped": not result.applied})
+    limit = run.context.max_grad_norm
     found = plain(
         {
             "step": step,
-            "epoch": step / run.plan.steps_per_epoch,
+            "epoch": step / run.batches.plan.steps_per_epoch,
             "loss": result.loss,
-            "targets": run.train.targets(run.plan.blocks(step - 1)),
-            "learning_rate": _rate(run, step - 1),
+            "targets": batch.targets,
+            "learning_rate": rate,
             "grad_norm": result.grad_norm,
             "clipped": limit is not None and result.grad_norm > limit,
-            "taken": result.taken,
+            "taken": result.applied,
             "loss_before": before,
-            "loss_after": _loss(run, step - 1),
+            "loss_after": _loss(run, batch),
             "sequences": sequences,
             "surprising": _surprising(sequences),
-            "statistics": statistics,
+            "statistics": seen[0] if seen else None,
         }
     )
     return dict(found)
 
 
-def take(run: Run, step: int) -> StepResult:
-    """Take one step, counted from 0, as the loop does."""
-    blocks = run.plan.blocks(step)
-    micro_batches = run.plan.share(step, 0, 1)
-    return train_step(
-        run.accelerator,
-        run.objective,
-        run.optimizer,
-        loader(run.train, micro_batches),
-        count=len(micro_batches),
-        targets=run.train.targets(blocks),
-        learning_rate=_rate(run, step),
-        max_grad_norm=run.config.optimizer.max_grad_norm,
-        seed=(run.config.run.seed, step),
-        sums=run.sums,
-    )
+def take(run: Run) -> StepResult:
+    """Take the next step, as the loop does."""
+    index = run.state.step
+    return train_step(run.context, run.state, run.batches[index], _rate(run, index))
 
 
-def _rate(run: Run, step: int) -> float:
-    return learning_rate(step, run.total_steps, run.config.optimizer.learning_rate, run.config.schedule)
+def _rate(run: Run, index: int) -> float:
+    config = run.config
+    return learning_rate(index, run.batches.total_steps, config.optimizer.learning_rate, config.schedule)
 
 
 @torch.no_grad()
-def _loss(run: Run, step: int) -> float:
+def _loss(run: Run, batch: StepBatch) -> float:
     """Mean loss of a step's windows, dropout off."""
     nll = targets = 0.0
-    training = run.objective.training
-    run.objective.eval()
-    with building.without_compile(run.config):
-        for batch in loader(run.train, run.plan.share(step, 0, 1)):
-            batch = batch.to(run.accelerator.device)
-            found = run.objective(batch.inputs, batch.targets, batch.positions, statistics=True)
+    objective, training = run.context.objective, run.context.objective.training
+    objective.eval()
+    with without_compile(run.state.model):
+        for micro_batch in batch.micro_batches:
+            micro_batch = micro_batch.to(run.context.accelerator.device)
+            found = objective(micro_batch.inputs, micro_batch.targets, micro_batch.positions, statistics=True)
             nll, targets = nll + float(found.nll), targets + int(found.targets)
-    run.objective.train(training)
+    objective.train(training)
     return nll / max(targets, 1)
 
 
 @torch.no_grad()
-def _token_losses(run: Run, step: int) -> list[float | None]:
+def _token_losses(run: Run, batch: StepBatch) -> list[float | None]:
     """The loss of each position of a step's windows in their order, with the dropout masks that it is trained with."""
-    found: list[float | None] = []
+    device, found = run.context.accelerator.device, list[float | None]()
 
     def visit(logits: torch.Tensor, targets: torch.Tensor) -> None:
         nll = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
         real = (targets != IGNORED).tolist()
         found.extend(loss if each else None for loss, each in zip(nll.tolist(), real, strict=True))
 
-    with building.without_compile(run.config):
-        for batch in loader(run.train, run.plan.share(step, 0, 1)):
-            seed_torch(run.accelerator.device, "dropout", run.config.run.seed, step, batch.number)
-            batch = batch.to(run.accelerator.device)
-            run.objective(batch.inputs, batch.targets, batch.positions, visit=visit)
+    with without_compile(run.state.model):
+        for micro_batch in batch.micro_batches:
+            seed_torch(device, "dropout", run.context.seed, batch.index, micro_batch.number)
+            micro_batch = micro_batch.to(device)
+            run.context.objective(micro_batch.inputs, micro_batch.targets, micro_batch.positions, visit=visit)
     return found
 
 
-def _sequences(run: Run, step: int) -> list[dict[str, Any]]:
+def _sequences(data: Prepared, batch: StepBatch, size: int) -> list[dict[str, Any]]:
     """The windows of a step: where their tokens come from, and their text."""
-    store, size = run.data.train, run.config.data.block_size
-    found = []
-    for block in run.plan.blocks(step).tolist():
+    store, found = data.train, []
+    for block in batch.blocks.tolist():
         first, end = block * size, min((block + 1) * size + 1, len(store))
         ids = store.tokens[first:end].tolist()
         documents = _documents(store, first, end)
-        found.append({"block": block, "documents": documents, "tokens": strings(run.data.tokenizer, ids)})
+        found.append({"block": block, "documents": documents, "tokens": strings(data.tokenizer, ids)})
     return found
 
 
@@ -385,8 +378,8 @@ def _steps_on_disk(folder: Path) -> list[int]:
 
 def _state(run: Run) -> dict[str, Any]:
     """A copy of weights, moments and loss scale."""
-    state, scaler = run.optimizer.optimizer.state, run.accelerator.scaler
-    tensors = tensors_once(run.model)
+    state, scaler = run.state.optimizer.state, run.context.accelerator.scaler
+    tensors = tensors_once(run.state.model)
     return {
         "weights": {name: tensor.detach().clone() for name, tensor in tensors.items()},
         "moments": {
@@ -400,14 +393,14 @@ def _state(run: Run) -> dict[str, Any]:
 
 @torch.no_grad()
 def _put_back(run: Run, state: dict[str, Any]) -> None:
-    tensors = tensors_once(run.model)
+    tensors = tensors_once(run.state.model)
     shapes = {name: tensor.shape for name, tensor in state["weights"].items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
         raise InputError("--set: makes another model, which the run's weights don't fit")
     for name, tensor in tensors.items():
         tensor.copy_(state["weights"][name])
-    run.optimizer.optimizer.state.clear()
+    run.state.optimizer.state.clear()
     for name, moments in state["moments"].items():
-        run.optimizer.optimizer.state[tensors[name]] = moments
-    if run.accelerator.scaler is not None and state["loss_scale"] is not None:
-        run.accelerator.scaler.load_state_dict(state["loss_scale"])
+        run.state.optimizer.state[tensors[name]] = moments
+    if run.context.accelerator.scaler is not None and state["loss_scale"] is not None:
+        run.context.accelerator.scaler.load_state_dict(state["loss_scale"])

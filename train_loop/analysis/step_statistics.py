@@ -1,9 +1,9 @@
 """What a step does inside a model: norms of weights, gradients and updates, the gradient's noise, and what
 `activations.py` sees. One line of study.jsonl for each step that is watched.
 
-    before(step)     look at the step's windows with the weights as they are; watch the gradients that come
+    before_step      look at the step's windows with the weights as they are; watch the gradients that come
     train_step       as ever: it is the same step, to the bit, whether it is watched or not
-    after(step)      put together what was seen
+    after_step       put together what was seen
 
 For a parameter w with gradient g (of the step's mean loss, over all processes, before clipping) and AdamW's second
 moment v, after its update:
@@ -26,7 +26,8 @@ independent, so it is a yardstick, not a law.
 
 import math
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,17 +35,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
-from train_loop.analysis.activations import POSITION_BINS, Sums, layers_of, of_step, over_processes
+from train_loop.analysis.activations import POSITION_BINS, Look, Sums, layers_of, of_step, over_processes
 from train_loop.data.loader import IGNORED
 from train_loop.data.order import permute
 from train_loop.data.token_store import TokenStore
 from train_loop.devices import exact
-from train_loop.metrics.log import last_steps
 from train_loop.models.parameters import tensors_once
-from train_loop.training.step import StepResult
-
-if TYPE_CHECKING:
-    from train_loop.job import Run
+from train_loop.training.state import Observer, Run, StepBatch, StepBatches, TrainState
 
 _ROW = 4096  # numbers whose squares are added up in fp32: errors of 1e-7, where one sum over millions is off by 1e-3
 _SAMPLED_TOKENS = 1 << 26  # of the training data that are counted; beyond, evenly spread pieces of it stand for all
@@ -59,56 +56,59 @@ class _MicroBatch(NamedTuple):
     squares: list[torch.Tensor]
 
 
-class StepStatistics:
-    """Watches a run's steps.
+class StepStatistics(Observer):
+    """Watches a run's steps, and writes down what was seen of each that was applied. All processes must call it.
 
     Args:
-        run: set up, before its first step.
-        every: the steps whose number (from 1) this divides are watched.
+        run: set up.
+        every: the steps whose number this divides are watched.
+        write: told the event, the step and the values of each record.
+        norms: gradient norms of the steps before the run was resumed, as far as they count for `clipped_share`.
     """
 
-    def __init__(self, run: "Run", every: int) -> None:
-        self.run, self.every = run, every
-        trained = {id(each) for group in run.optimizer.param_groups for each in group["params"]}
-        tensors = tensors_once(run.model)
+    def __init__(
+        self,
+        run: Run,
+        every: int,
+        write: Callable[[str, int, dict[str, Any]], None],
+        norms: Iterable[float | None] = (),
+    ) -> None:
+        self.context, self.batches, self.state = run.context, run.batches, run.state
+        self.every, self.write = every, write
+        trained = {id(each) for each in run.state.parameters}
+        tensors = tensors_once(run.state.model)
         self.parameters = {name: tensor for name, tensor in tensors.items() if id(tensor) in trained}
-        prefix, self.layers = layers_of(run.model)
+        prefix, self.layers = layers_of(run.state.model)
         self.layer_of = {
             name: name.removeprefix(f"{prefix}.").split(".")[0]
             for name in self.parameters
             if self.layers and name.startswith(f"{prefix}.")
         }
+        self._batch: StepBatch | None = None
         self._handles: list[Any] = []
         self._before: dict[str, torch.Tensor] = {}
         self._sums: Sums = {}
         self._seen: tuple[Sums, Sums] = ({}, {})
         self._micro_batches: list[_MicroBatch] = []
-        self._rounds = 0
         self._frequency: tuple[torch.Tensor, list[str]] | None = None
-        self._clipped: deque[bool] = deque(maxlen=every)
+        self._clipped = deque((self._clips(norm) for norm in norms), maxlen=every)
 
-    def recall(self) -> None:
-        """Go on with what the log knows of the steps before."""
-        if self.run.accelerator.is_main_process:
-            steps = last_steps(self.run.folder.metrics, self.every)
-            self._clipped.extend(self._clips(event["grad_norm"]) for event in steps)
-
-    def before(self, step: int) -> None:
-        """Look at a step that is about to be taken, counted from 0, if it is one to watch. All processes call this."""
+    def before_step(self, state: TrainState, batch: StepBatch) -> None:
+        """Look at a step that is about to be taken, if it is one to watch."""
         self._release()
-        if (step + 1) % self.every:
+        if (state.step + 1) % self.every:
             return
         frequency, labels = self._frequencies()
-        self._rounds = len(self.run.plan.share(step, 0, self.run.accelerator.num_processes))
-        self._seen = of_step(self.run, step, self.layers, frequency, len(labels))
-        inner = self.run.optimizer.optimizer
+        self._batch = batch
+        attention = str(state.model.config._attn_implementation)
+        self._seen = of_step(self.context, state.model, batch, Look(self.layers, attention, frequency, len(labels)))
         # Told after the hooks of FSDP2, which put the whole weights there for the forward pass.
         self._handles = [
-            self.run.objective.register_forward_pre_hook(self._begin_micro_batch),
-            inner.register_step_pre_hook(lambda *_: self._before_update()),
-            inner.register_step_post_hook(lambda *_: self._after_update()),
+            self.context.objective.register_forward_pre_hook(self._begin_micro_batch),
+            state.optimizer.register_step_pre_hook(lambda *_: self._before_update()),
+            state.optimizer.register_step_post_hook(lambda *_: self._after_update()),
         ]
-        sharded = [each for each in self.run.objective.modules() if isinstance(each, FSDPModule)]
+        sharded = [each for each in self.context.objective.modules() if isinstance(each, FSDPModule)]
         if sharded:
             hooked: set[int] = set()
             for module in sharded:
@@ -116,23 +116,22 @@ class StepStatistics:
                     module.register_forward_pre_hook(lambda module, _: self._watch_gradients(module, hooked))
                 )
         else:
-            self._watch_gradients(self.run.model, set())
+            self._watch_gradients(state.model, set())
 
-    def after(self, step: int, result: StepResult) -> dict[str, Any] | None:
-        """What was seen of the step; None if it was not watched, or not taken. All processes call this."""
-        self._clipped.append(self._clips(result.grad_norm))
-        watched = bool(self._sums) and result.taken
-        values = self._values(step, result) if watched else None
+    def after_step(self, state: TrainState, record: dict[str, Any]) -> None:
+        """Write down what was seen of the step, unless it was not applied."""
+        self._clipped.append(self._clips(record["grad_norm"]))
+        if self._sums and self._batch is not None and not record.get("skipped"):
+            self.write("statistics", state.step, self._values(self._batch, record["grad_norm"]))
         self._release()
-        return values
 
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._before, self._sums, self._micro_batches = [], {}, {}, []
+        self._handles, self._before, self._sums, self._micro_batches, self._batch = [], {}, {}, [], None
 
     def _clips(self, norm: float | None) -> bool:
-        limit = self.run.config.optimizer.max_grad_norm
+        limit = self.context.max_grad_norm
         return limit is not None and norm is not None and norm > limit
 
     # --- gradients and updates
@@ -140,9 +139,11 @@ class StepStatistics:
     def _begin_micro_batch(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         if not torch.is_grad_enabled():
             return
-        if len(self._micro_batches) == self._rounds:  # the step is computed once more
+        if self._batch is not None and len(self._micro_batches) == len(
+            self._batch.micro_batches
+        ):  # the step is computed once more
             self._micro_batches = []
-        scaler = self.run.accelerator.scaler
+        scaler = self.context.accelerator.scaler
         loss_scale = 1.0 if scaler is None else scaler.get_scale()
         self._micro_batches.append(_MicroBatch((arguments[1] != IGNORED).sum(), loss_scale, []))
 
@@ -166,7 +167,7 @@ class StepStatistics:
                 self._sums[f"{name}/gradient"] = square_sum(_local(parameter.grad)) * share
 
     def _after_update(self) -> None:
-        state = self.run.optimizer.optimizer.state
+        state = self.state.optimizer.state
         for name, parameter in self.parameters.items():
             share = self._share(parameter)
             self._sums[f"{name}/update"] = square_sum(_local(parameter).sub(self._before.pop(name))) * share
@@ -176,7 +177,7 @@ class StepStatistics:
     def _share(self, tensor: torch.Tensor) -> float:
         """What to multiply a sum over what this process holds by, so that all processes' sum is the tensor's."""
         if not isinstance(tensor, DTensor):
-            return 1 / self.run.accelerator.num_processes
+            return 1 / self.context.accelerator.num_processes
         copies = 1
         for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
             copies *= size if isinstance(placement, Replicate) else 1
@@ -184,11 +185,11 @@ class StepStatistics:
 
     # --- what came of it
 
-    def _values(self, step: int, result: StepResult) -> dict[str, Any]:
-        sums = over_processes(self.run.accelerator, self._sums | self._noise_sums(step))
-        limit = self.run.config.optimizer.max_grad_norm
+    def _values(self, batch: StepBatch, grad_norm: float) -> dict[str, Any]:
+        sums = over_processes(self.context.accelerator, self._sums | self._noise_sums())
+        limit = self.context.max_grad_norm
         # What clip_grad_norm_ multiplied the gradients by.
-        clip = 1.0 if limit is None else min(1.0, limit / (result.grad_norm + 1e-6))
+        clip = 1.0 if limit is None else min(1.0, limit / (grad_norm + 1e-6))
         found = {name: float(value) for name, value in sums.items()}
         gradients = {name: found.get(f"{name}/gradient", 0.0) / clip**2 for name in self.parameters}
 
@@ -213,12 +214,12 @@ class StepStatistics:
         seen, _ = self._seen
         _, entropy, top, z = (seen["logits"] / seen["positions"]).tolist()
         return {
-            "tokens": trained_tokens(self.run, step + 1),
+            "tokens": targets_until(self.batches, batch.index + 1),
             "parameters": {name: norms([name]) for name in self.parameters},
             "layers": layers,
             "logits": {"entropy": entropy, "top_1_probability": top, "z": z},
             "clipped_share": sum(self._clipped) / len(self._clipped),
-            **self._noise(found, sum(gradients.values()), self._targets(step)),
+            **self._noise(found, sum(gradients.values()), batch.denominator),
             **self._losses(),
         }
 
@@ -244,7 +245,7 @@ class StepStatistics:
             pairs = zip(sums[f"{name}_nll"].tolist(), sums[f"{name}_count"].tolist(), strict=True)
             return [nll / count if count else None for nll, count in pairs]
 
-        block = self.run.config.data.block_size
+        block = self.batches.windows.block_size
         bins = min(POSITION_BINS, block)
         return {
             "loss_by_position": means("position"),
@@ -255,18 +256,13 @@ class StepStatistics:
 
     # --- noise
 
-    def _targets(self, step: int) -> int:
-        return max(1, self.run.train.targets(self.run.plan.blocks(step)))
-
-    def _noise_sums(self, step: int) -> Sums:
+    def _noise_sums(self) -> Sums:
         """Over this process's micro-batches: |g_m|^2 of the mean loss of each, 1 / t_m, and how many there are."""
-        accelerator, sums = self.run.accelerator, self.run.sums
-        # What `train_step` multiplied their summed losses by.
-        scale = accelerator.num_processes / self._targets(step) if sums is None else 1.0
-        total = exact(torch.zeros(3, device=accelerator.device))
+        weight = self.context.accumulator.weight  # what their summed losses were multiplied by
+        total = exact(torch.zeros(3, device=self.context.accelerator.device))
         for targets, loss_scale, squares in self._micro_batches:
             if count := int(targets):
-                square = float(torch.stack(squares).sum()) / (scale * loss_scale * count) ** 2
+                square = float(torch.stack(squares).sum()) / (weight * loss_scale * count) ** 2
                 total += total.new_tensor([square, 1 / count, 1])
         return dict(zip(("noise/square", "noise/inverse", "noise/count"), total, strict=True))
 
@@ -283,10 +279,10 @@ class StepStatistics:
     def _frequencies(self) -> tuple[torch.Tensor, list[str]]:
         """The bin of each token of the vocabulary by its count in the training data, and the bins' labels."""
         if self._frequency is None:
-            vocabulary = len(self.run.model.get_input_embeddings().weight)
-            bins = frequency_bins(token_counts(self.run.data.train, vocabulary))
+            vocabulary = len(self.state.model.get_input_embeddings().weight)  # type: ignore[arg-type]
+            bins = frequency_bins(token_counts(self.batches.windows.store, vocabulary))
             labels = ["0", *(f"{10**power:,}-{10 ** (power + 1) - 1:,}" for power in range(int(bins.max())))]
-            self._frequency = torch.from_numpy(bins).to(self.run.accelerator.device), labels
+            self._frequency = torch.from_numpy(bins).to(self.context.accelerator.device), labels
         return self._frequency
 
 
@@ -311,13 +307,13 @@ def noise_of(big: float, targets: float, small: float, inverse: float) -> tuple[
     return big - noise / targets, noise
 
 
-def trained_tokens(run: "Run", step: int) -> int:
+def targets_until(batches: StepBatches, step: int) -> int:
     """Targets of the first `step` steps of a run."""
-    plan = run.plan
+    plan, windows = batches.plan, batches.windows
     epochs, rest = divmod(step, plan.steps_per_epoch)
     places = np.arange(min(rest * plan.sequences_per_step, plan.blocks_per_epoch), dtype=np.uint64)
-    begun = run.train.targets(permute(places, plan.blocks_per_epoch, plan.seed, epochs)) if rest else 0
-    return epochs * run.data.train.ledger.trained_targets + begun
+    begun = windows.targets(permute(places, plan.blocks_per_epoch, plan.seed, epochs)) if rest else 0
+    return epochs * windows.store.ledger.trained_targets + begun
 
 
 def token_counts(store: TokenStore, vocabulary: int) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -10,42 +10,40 @@ model and the optimizer are afterwards as they were before.
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import PreTrainedModel
 
 from train_loop import compat, versions
+from train_loop.analysis.step_statistics import targets_until
+from train_loop.analysis.trial_step import without_effect
 from train_loop.config.schema import Config
 from train_loop.data.loader import IGNORED
 from train_loop.distributed import launch
 from train_loop.distributed.collectives import describe_ranks, unsharded
 from train_loop.errors import InputError, one_line
-from train_loop.models import building
-from train_loop.training import optimizer
+from train_loop.models.building import without_compile
+from train_loop.precision import PRECISIONS
 from train_loop.training.schedule import learning_rate
-
-if TYPE_CHECKING:
-    from train_loop.training.loop import Run
-
-_COMPUTE = {"no": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
-# Relative differences that rounding explains, between two ways to compute one loss.
-SAME_LOSS = {"no": 1e-5, "bf16": 2e-2, "fp16": 2e-3, "fp8": 5e-2}
+from train_loop.training.state import Run, StepBatches, StepContext, TrainState
 
 
-def measure(run: "Run") -> dict[str, Any]:
+def measure(run: Run) -> dict[str, Any]:
     """The truth sheet of a run that has been set up. All processes must call this.
 
     Raises:
         InputError: where bitwise reproducibility was asked for and a kernel can't give it.
     """
-    config, accelerator = run.config, run.accelerator
+    config, context, state = run.config, run.context, run.state
+    accelerator, model = context.accelerator, state.model
     try:
-        with building.without_compile(config):
-            loss = _loss_difference(run)
-            cross = documents_cross(accelerator, run.objective, config)
-            dtypes = _dtypes(run)
+        with without_compile(model):
+            loss = _loss_difference(context, model, config.data.block_size)
+            cross = documents_cross(accelerator, context.objective, config)
+            dtypes = _dtypes(context, state, config.data.block_size)
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
@@ -59,18 +57,18 @@ def measure(run: "Run") -> dict[str, Any]:
         },
         "precision": {"asked": config.run.mixed_precision, **dtypes, "loss_scaling": accelerator.scaler is not None},
         "reproducible": config.run.reproducible,
-        "parameters": _parameters(run),
-        "loss": {"path": accelerator.unwrap_model(run.objective).loss_path, **loss},
+        "parameters": _parameters(state),
+        "loss": {"path": accelerator.unwrap_model(context.objective).loss_path, **loss},
         "documents": {"isolated": config.data.isolate_documents, "cross": cross},
-        "batch": _batch(run),
-        "learning_rate": _learning_rates(run),
+        "batch": _batch(run.batches),
+        "learning_rate": _learning_rates(config, run.batches.total_steps),
         "model": {
-            "class": type(run.model).__name__,
-            "attention": str(run.model.config._attn_implementation),
+            "class": type(model).__name__,
+            "attention": str(model.config._attn_implementation),
             "compiled": config.model.compile,
-            "activation_checkpointing": compat.checkpoints_activations(run.model),
+            "activation_checkpointing": compat.checkpoints_activations(model),
         },
-        "operations_per_token": run.speed.operations,
+        "operations_per_token": context.clock.operations,
         "data": run.data.fingerprint,
         "seed": config.run.seed,
         "versions": versions.installed(),
@@ -92,9 +90,10 @@ def check(sheet: dict[str, Any]) -> None:
                 f"truth sheet: {what} are {', '.join(precision[what])} where float32 belongs; "
                 "weights and moments must not be rounded: leave precision to run.mixed_precision"
             )
-    if precision["compute"] != _COMPUTE[precision["asked"]]:
+    computing = PRECISIONS[precision["asked"]].dtype
+    if precision["compute"] != computing:
         raise InputError(
-            f"truth sheet: run.mixed_precision {precision['asked']} should compute in {_COMPUTE[precision['asked']]}, "
+            f"truth sheet: run.mixed_precision {precision['asked']} should compute in {computing}, "
             f"but the model does in {precision['compute']}; this model or device can't; use run.mixed_precision no"
         )
     parameters = sheet["parameters"]
@@ -206,62 +205,63 @@ def _nll(objective: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, posi
 
 
 @torch.no_grad()
-def _loss_difference(run: "Run") -> dict[str, Any]:
+def _loss_difference(context: StepContext, model: PreTrainedModel, block_size: int) -> dict[str, Any]:
     """The training loss of a made-up batch, and the one that the model computes by itself from labels."""
-    accelerator, asked = run.accelerator, run.config.run.mixed_precision
-    if run.config.data.block_size < 2:  # the model's own loss leaves out a row's first token, and there is no other
+    accelerator, objective = context.accelerator, context.objective
+    if block_size < 2:  # the model's own loss leaves out a row's first token, and there is no other
         return {"value": 0.0, "own": 0.0, "difference": 0.0, "tolerance": 0.0}
-    inputs = _tokens(accelerator, run.objective, 2, run.config.data.block_size)
+    inputs = _tokens(accelerator, objective, 2, block_size)
     targets = inputs.roll(-1, 1)
     targets[:, -1] = IGNORED
-    training = run.objective.training
-    run.objective.eval()
-    value = float(run.objective(inputs, targets)) / int((targets != IGNORED).sum())
-    with unsharded(accelerator, run.objective), accelerator.autocast():
-        own = float(run.model(input_ids=inputs, labels=inputs, use_cache=False).loss)
-    run.objective.train(training)
-    return {"value": value, "own": own, "difference": abs(value / own - 1), "tolerance": SAME_LOSS[asked]}
+    training = objective.training
+    objective.eval()
+    value = float(objective(inputs, targets)) / int((targets != IGNORED).sum())
+    with unsharded(accelerator, objective), accelerator.autocast():
+        own = float(model(input_ids=inputs, labels=inputs, use_cache=False).loss)
+    objective.train(training)
+    tolerance = PRECISIONS[accelerator.mixed_precision].same_loss
+    return {"value": value, "own": own, "difference": abs(value / own - 1), "tolerance": tolerance}
 
 
-def _dtypes(run: "Run") -> dict[str, Any]:
+def _dtypes(context: StepContext, state: TrainState, block_size: int) -> dict[str, Any]:
     """The dtypes of forward, backward and optimizer, as found after one step that changes nothing."""
     computed: list[str] = []
-    layer = next(each for each in run.model.modules() if isinstance(each, nn.Linear) or type(each).__name__ == "Conv1D")
+    modules = state.model.modules()
+    layer = next(each for each in modules if isinstance(each, nn.Linear) or type(each).__name__ == "Conv1D")
     handle = layer.register_forward_hook(lambda module, inputs, output: computed.append(_name(output.dtype)))
-    inputs = _tokens(run.accelerator, run.objective, 1, run.config.data.block_size)
-    inner = run.optimizer.optimizer
-    trained = [parameter for group in inner.param_groups for parameter in group["params"]]
-    with optimizer.without_effect(inner) as step:
-        run.objective(inputs, inputs).backward()
-        gradients = Counter(_name(parameter.grad.dtype) for parameter in trained if parameter.grad is not None)
+    inputs = _tokens(context.accelerator, context.objective, 1, block_size)
+    with without_effect(state.optimizer) as step:
+        context.objective(inputs, inputs).backward()
+        found = (parameter.grad for parameter in state.parameters)
+        gradients = Counter(_name(gradient.dtype) for gradient in found if gradient is not None)
         step()
-        states = inner.state.values()
-        moments = Counter(_name(state[name].dtype) for state in states for name in ("exp_avg", "exp_avg_sq"))
+        states = state.optimizer.state.values()
+        moments = Counter(_name(each[name].dtype) for each in states for name in ("exp_avg", "exp_avg_sq"))
     handle.remove()
     return {
         "compute": computed[0],
-        "parameters": Counter(_name(parameter.dtype) for parameter in run.objective.parameters()),
+        "parameters": Counter(_name(parameter.dtype) for parameter in context.objective.parameters()),
         "gradients": gradients,
         "moments": moments,
     }
 
 
-def _parameters(run: "Run") -> dict[str, Any]:
+def _parameters(state: TrainState) -> dict[str, Any]:
     """Every parameter by the optimizer's group that holds it, found by identity."""
     every: dict[int, list[str]] = {}
-    for name, parameter in run.model.named_parameters(remove_duplicate=False):
+    for name, parameter in state.model.named_parameters(remove_duplicate=False):
         every.setdefault(id(parameter), []).append(name)
-    sizes = {id(parameter): parameter.numel() for parameter in run.model.parameters()}
-    frozen = {id(parameter) for parameter in run.model.parameters() if not parameter.requires_grad}
+    sizes = {id(parameter): parameter.numel() for parameter in state.model.parameters()}
+    frozen = {id(parameter) for parameter in state.model.parameters() if not parameter.requires_grad}
     groups = [
         {
             "weight_decay": group["weight_decay"],
             "numbers": sum(parameter.numel() for parameter in group["params"]),
             "names": [every.get(id(parameter), ["?"])[0] for parameter in group["params"]],
         }
-        for group in run.optimizer.optimizer.param_groups
+        for group in state.optimizer.param_groups
     ]
-    held = Counter(id(parameter) for group in run.optimizer.optimizer.param_groups for parameter in group["params"])
+    held = Counter(map(id, state.parameters))
     return {
         "total": sum(sizes.values()),
         "tied": [names for names in every.values() if len(names) > 1],
@@ -272,27 +272,25 @@ def _parameters(run: "Run") -> dict[str, Any]:
     }
 
 
-def _batch(run: "Run") -> dict[str, Any]:
-    plan, trained = run.plan, run.data.train.ledger.trained_targets
+def _batch(batches: StepBatches) -> dict[str, Any]:
+    plan, windows = batches.plan, batches.windows
     micro_batches = -(-plan.sequences_per_step // plan.micro_batch_size)
-    epochs, rest = divmod(run.total_steps, plan.steps_per_epoch)
-    last = sum(run.train.targets(plan.blocks(epochs * plan.steps_per_epoch + step)) for step in range(rest))
     return {
         "sequences_per_step": plan.sequences_per_step,
         "micro_batch_size": plan.micro_batch_size,
         "micro_batches_per_step": micro_batches,
-        "micro_batches_per_process": -(-micro_batches // run.accelerator.num_processes),
-        "block_size": run.config.data.block_size,
-        "targets_per_full_step": run.train.targets(plan.blocks(0)),
+        "micro_batches_per_process": -(-micro_batches // batches.world_size),
+        "block_size": windows.block_size,
+        "targets_per_full_step": windows.targets(plan.blocks(0)),
         "steps_per_epoch": plan.steps_per_epoch,
-        "steps": run.total_steps,
-        "targets_per_epoch": trained,
-        "targets": epochs * trained + last,
+        "steps": batches.total_steps,
+        "targets_per_epoch": windows.store.ledger.trained_targets,
+        "targets": targets_until(batches, batches.total_steps),
     }
 
 
-def _learning_rates(run: "Run") -> dict[str, Any]:
-    schedule, peak, total = run.config.schedule, run.config.optimizer.learning_rate, run.total_steps
+def _learning_rates(config: Config, total: int) -> dict[str, Any]:
+    schedule, peak = config.schedule, config.optimizer.learning_rate
     steps = {"first_step": 0, "after_warmup": min(schedule.warmup_steps, total - 1), "last_step": total - 1}
     rates = {name: learning_rate(step, total, peak, schedule) for name, step in steps.items()}
     return {"schedule": schedule.name, "warmup_steps": schedule.warmup_steps, **rates}

@@ -1,6 +1,6 @@
 """When a checkpoint is written: beside training, at most one at a time, and tried again where it fails.
 
-    begin (all processes)   copy the state to memory of the CPU      training goes on
+    save_async (all processes)   copy the state to memory of the CPU      training goes on
       threads               each writes its part and tells the main process's thread, through the launcher's store
       main's thread         waits for all parts, completes the checkpoint, removes older ones
     wait (all processes)    until that is done; what went wrong, if anything did
@@ -53,18 +53,18 @@ class CheckpointManager:
         self._number = 0  # of the checkpoints begun, the same on all processes
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
-        self._given_up = threading.Event()
+        self._abandoned = threading.Event()
         self._buffers: dict[str, torch.Tensor] = {}
         if accelerator.is_main_process:
             storage.clear(folder)
         accelerator.wait_for_everyone()
 
-    def begin(
+    def save_async(
         self,
         model: torch.nn.Module,
         optimizer: storage.Optimizer,
         state: dict[str, Any],
-        spared: Collection[int] = (),
+        protected_steps: Collection[int] = (),
         before: Callable[[], None] = lambda: None,
     ) -> None:
         """Save the state as it is now. All processes must call this, after the same step.
@@ -72,7 +72,7 @@ class CheckpointManager:
         Args:
             model, optimizer: unwrapped, and over its parameters.
             state: plain values for state.json.
-            spared: steps whose checkpoints must not be removed.
+            protected_steps: whose checkpoints must not be removed.
             before: what else the disk has to hold before the checkpoint does; called on the main process's thread.
         """
         self._join()
@@ -88,10 +88,12 @@ class CheckpointManager:
         if self.background:
             held = self._copied(held)
             # No daemon: the interpreter waits for it at the end.
-            self._thread = threading.Thread(target=self._write, args=(held, state, spared, before), name="checkpoint")
+            self._thread = threading.Thread(
+                target=self._write, args=(held, state, protected_steps, before), name="checkpoint"
+            )
             self._thread.start()
         else:
-            self._write(held, state, spared, before)
+            self._write(held, state, protected_steps, before)
 
     def wait(self) -> str | None:
         """Wait until the checkpoint that was begun last is whole. All processes must call this.
@@ -105,9 +107,9 @@ class CheckpointManager:
             self.step = None
         return problem
 
-    def give_up(self) -> None:
+    def abandon(self) -> None:
         """Wait for nobody any more: another process may be gone."""
-        self._given_up.set()
+        self._abandoned.set()
         self._join()
 
     def _join(self) -> None:
@@ -131,7 +133,9 @@ class CheckpointManager:
             devices.synchronize(self.accelerator.device)
         return copies
 
-    def _write(self, held: Shards, state: dict[str, Any], spared: Collection[int], before: Callable[[], None]) -> None:
+    def _write(
+        self, held: Shards, state: dict[str, Any], protected_steps: Collection[int], before: Callable[[], None]
+    ) -> None:
         """What a process does for a checkpoint; nothing that goes wrong here ends a run, whatever it is."""
         step, parts, main = int(state["step"]), int(state["parts"]), self.accelerator.is_main_process
         temporary = storage.temporary_folder(self.folder, step)
@@ -144,13 +148,13 @@ class CheckpointManager:
                 self.damaged.discard(step)
         except Exception as error:
             self._problem = one_line(error)
-            if main and not self._given_up.is_set():
+            if main and not self._abandoned.is_set():
                 shutil.rmtree(temporary, ignore_errors=True)  # room for others
                 say(f"step {step}: the checkpoint could not be written ({self._problem}); training goes on")
             return
         if main:
             try:
-                storage.prune(self.folder, self.keep, step, spared, self.damaged)
+                storage.prune(self.folder, self.keep, step, protected_steps, self.damaged)
             except OSError as error:
                 say(f"step {step}: old checkpoints could not be removed ({one_line(error)})")
 
@@ -171,7 +175,7 @@ class CheckpointManager:
         if part:
             return {}
         sums: Sums = {}
-        for text in board.read_all(self._given_up.wait, _SECONDS_BETWEEN_LOOKS):
+        for text in board.read_all(self._abandoned.wait, _SECONDS_BETWEEN_LOOKS):
             answer = json.loads(text)
             if "problem" in answer:
                 raise OSError(answer["problem"])

@@ -27,7 +27,9 @@ def restore(
     model: nn.Module,
     optimizer: storage.Optimizer | None = None,
 ) -> None:
-    """Put a checkpoint's weights, and moments, into a model, and its optimizer. All processes must call this.
+    """Put a checkpoint's weights into a model, and its moments and fp16's loss scale to where an optimizer is given.
+
+    All processes must call this.
 
     Raises:
         ValueError: when it belongs to another model; nothing was changed then.
@@ -40,12 +42,14 @@ def restore(
         else:
             storage.load(found, model, optimizer)
 
+    if optimizer is not None and accelerator.scaler is not None and found.state.get("loss_scale"):
+        accelerator.scaler.load_state_dict(found.state["loss_scale"])
     blind = _hosts_without(accelerator, found.folder / "manifest.json")
     if not blind:
         return read()
     if accelerator.is_fsdp2:
         raise InputError(
-            f"checkpoint {found.folder} is not to be seen on {', '.join(blind)}; with FSDP2 every host reads all of "
+            f"checkpoint {found.folder} cannot be seen on {', '.join(blind)}; with FSDP2 every host reads all of "
             "its files: put run.output_dir on a disk that all hosts share, or copy the whole folder to that path there"
         )
     problem = None

@@ -162,14 +162,16 @@ def clear(folder: Path) -> None:
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def prune(folder: Path, keep: int, step: int, spared: Collection[int] = (), damaged: Collection[int] = ()) -> None:
+def prune(
+    folder: Path, keep: int, step: int, protected_steps: Collection[int] = (), damaged: Collection[int] = ()
+) -> None:
     """Remove all but the newest `keep` checkpoints.
 
     Args:
         folder: the run's `checkpoints`.
         keep: how many of the newest stay.
         step: of the newest; later ones are not this run's past, and are replaced when their step comes.
-        spared: steps whose checkpoints stay, too; so do those that were made for study.
+        protected_steps: whose checkpoints stay, too; so do those that were made for study.
         damaged: steps whose checkpoints were passed over: they go, and don't count.
     """
     past = []
@@ -179,7 +181,7 @@ def prune(folder: Path, keep: int, step: int, spared: Collection[int] = (), dama
         elif _step_of(each) <= step:
             past.append(each)
     for old in past[keep:]:
-        if _step_of(old) not in spared and not _for_study(old):
+        if _step_of(old) not in protected_steps and not _for_study(old):
             _remove(old)
 
 

@@ -1,8 +1,8 @@
 """Who else trains: called together before the first step, watched until the last one, named when lost.
 
     Peers(...)      every process reports its host, device, versions and settings; who is missing or different is named
-    reaching()      within it a first collective has to succeed, in time
-    named()         within it each says every second that it lives, and looks whether the others do; where one fails,
+    connecting()    within it a first collective has to succeed, in time
+    naming_failures()  within it each says every second that it lives, and looks whether the others do; where one fails,
                     all stop with one line that says who was the first
 
 All of it goes through the launcher's key-value store, over a connection of its own. A collective that waits for a lost
@@ -76,7 +76,7 @@ def difference(reports: list[dict[str, Any]]) -> str | None:
     return None
 
 
-class Peers:
+class Heartbeat:
     """The processes of a run, called together.
 
     Where there is only one, nothing here does anything.
@@ -206,7 +206,7 @@ class Peers:
     # From then on.
 
     @contextmanager
-    def reaching(self) -> Iterator[None]:
+    def connecting(self) -> Iterator[None]:
         """Within this context, in `preflight_timeout_seconds`, the processes have to reach each other.
 
         Raises:
@@ -234,7 +234,7 @@ class Peers:
         return f"pre-flight: no connection between {self._name(self.me)} and {named}; {_GOES_ON}" if others else None
 
     @contextmanager
-    def named(self) -> Iterator[None]:
+    def naming_failures(self) -> Iterator[None]:
         """Within this context, a failure of any process becomes, on all others, a `LostError` that names it."""
         if self.processes == 1:
             yield
@@ -399,9 +399,9 @@ class Peers:
         return f"process {process} ({self._roster[process]['host']})"
 
 
-def is_communication_error(error: RuntimeError) -> bool:
+def is_communication_error(error: BaseException) -> bool:
     """Whether this is what a process sees of another one's failure."""
-    said = str(error)
+    said = str(error) if isinstance(error, RuntimeError) else ""
     return isinstance(error, torch.distributed.DistError) or "gloo" in said.lower() or "NCCL" in said
 
 

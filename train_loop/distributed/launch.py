@@ -21,11 +21,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from train_loop import compat, devices
 from train_loop.config.schema import RunConfig
-from train_loop.distributed.heartbeat import Peers
+from train_loop.distributed.heartbeat import Heartbeat
 from train_loop.errors import InputError, one_line
 
 
-def start(run: RunConfig, peers: Peers, project_dir: Path | None = None) -> Accelerator:
+def start(run: RunConfig, heartbeat: Heartbeat, project_dir: Path | None = None) -> Accelerator:
     """The processes and devices of a run.
 
     Raises:
@@ -37,7 +37,7 @@ def start(run: RunConfig, peers: Peers, project_dir: Path | None = None) -> Acce
         _compute_reproducibly()
     # Each process builds the whole model from the same numbers; nobody has to wait for the first one's weights.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    with peers.reaching(), compat.stdout_kept_clean():
+    with heartbeat.connecting(), compat.stdout_kept_clean():
         try:
             accelerator = Accelerator(
                 mixed_precision=run.mixed_precision,

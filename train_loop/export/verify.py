@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from train_loop.data.loader import Windows, loader
 from train_loop.data.order import Ids, cut
 from train_loop.errors import TrainingError
+from train_loop.precision import PRECISIONS
 
 MOST_TOKENS = 65_536
 """Validation tokens that are evaluated again at most: those of as many whole windows, spread evenly."""
@@ -31,8 +32,6 @@ NEW_TOKENS = 20
 
 _PROGRAM = str(Path(__file__).with_name("verify_subprocess.py"))
 _PROMPT = 8  # tokens, the first ones of the validation data
-# Differences that rounding explains: of losses, relative; of two logits.
-_SAME = {"no": (1e-5, 1e-3), "bf16": (2e-2, 0.5), "fp16": (2e-3, 0.1), "fp8": (5e-2, 1.0)}
 _POLL_SECONDS = 0.1
 # What launchers tell their processes; a process of its own has nothing to do with it.
 _LAUNCHERS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PARALLELISM_CONFIG_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_")
@@ -124,7 +123,7 @@ def verify(
 
 def _differences(found: dict[str, Any], expected: Expected, precision: str) -> str:
     """What a clean process found otherwise than expected, in words; empty where nothing."""
-    same_loss, same_logit = _SAME[precision]
+    _, same_loss, same_logit = PRECISIONS[precision]
     if names := found["other_weights"]:
         return f"{len(names)} weights differ, {names[0]} first"
     if not math.isclose(found["loss"], expected.loss, rel_tol=same_loss, abs_tol=1e-6):

@@ -1,6 +1,6 @@
 """metrics.jsonl: one JSON object a line for each step, evaluation and sample; and Accelerate's trackers beside it.
 
-What is watched inside the model (`statistics.py`, `probe.py`) goes into study.jsonl, which is kept the same way.
+What is watched inside the model (`analysis/`) goes into study.jsonl, which is kept the same way.
 """
 
 import itertools
@@ -85,7 +85,7 @@ class EventFile:
 
 
 class MetricsLog:
-    """Appends events to metrics.jsonl on the main process, and hands their numbers to the trackers.
+    """An observer: appends records to metrics.jsonl on the main process, and hands their numbers to the trackers.
 
     Args:
         accelerator: its trackers get every step and evaluation.
@@ -95,66 +95,55 @@ class MetricsLog:
         study: whether there will be events for study.jsonl.
 
     Attributes:
-        step: the last one that was logged.
-        evaluations: all evaluations so far, the same on all processes.
-        best: the one with the lowest loss, the first of equals; None before there is one with a finite loss.
-        since_best: how many came after it.
-        samples: how many texts were sampled after the last step.
-        skipped: how many steps in a row, up to the last one, were not taken.
-        probed: the last step after which a probe was recorded; 0 before there is one.
+        past: what the file knows of the steps so far, the same on all processes.
     """
 
     def __init__(self, accelerator: Accelerator, path: Path, step: int, study: bool = False) -> None:
         self.accelerator = accelerator
-        self.step = step
         self._events: EventFile | None = None
         self._study: EventFile | None = None
-        kept, watched = Past(), Past()
+        kept, watched = Found(), Found()
         if accelerator.is_main_process:
-            kept = read_past(path, step, {"evaluation", "sample"})
+            kept = find(path, step, {"evaluation", "sample"})
             self._events = EventFile(path, kept.end)
             beside = path.with_name(STUDY)
             if study or beside.exists():
-                watched = read_past(beside, step, {"probe"})
+                watched = find(beside, step, {"probe"})
                 self._study = EventFile(beside, watched.end)
-        evaluations = [event for event in kept.events if event["event"] == "evaluation"]
-        samples = sum(event["event"] == "sample" and event["step"] == step for event in kept.events)
-        probed = max((event["step"] for event in watched.events), default=0)
-        state = (evaluations, samples, kept.skipped, probed)
-        evaluations, self.samples, self.skipped, self.probed = broadcast_from_main(accelerator, state)
-        self.evaluations: list[dict[str, Any]] = []
-        self.best: dict[str, Any] | None = None
-        self.since_best = 0
-        for evaluation in evaluations:
-            self._remember(evaluation)
+        past = Past(
+            evaluations=[event for event in kept.events if event["event"] == "evaluation"],
+            samples=sum(event["event"] == "sample" and event["step"] == step for event in kept.events),
+            probed=max((event["step"] for event in watched.events), default=0),
+            skipped=kept.skipped,
+        )
+        self.past = broadcast_from_main(accelerator, past)
+        self._evaluated = self.past.evaluations[-1]["step"] if self.past.evaluations else None
 
-    def _remember(self, evaluation: dict[str, Any]) -> None:
-        self.evaluations.append(evaluation)
-        self.since_best += 1
-        if evaluation["loss"] is not None and (self.best is None or evaluation["loss"] < self.best["loss"]):
-            self.best, self.since_best = evaluation, 0
+    def before_step(self, state: Any, batch: Any) -> None:
+        """Nothing to write yet."""
 
-    def write(self, event: str, step: int, **values: Any) -> None:
-        """One line. Numbers that JSON doesn't know (NaN, infinity) become null."""
-        line = plain({"event": event, "step": step} | values)
-        self.step = step
-        if event == "step":
-            self.samples, self.skipped = 0, self.skipped + 1 if values.get("skipped") else 0
-        elif event == "evaluation":
-            self._remember(line)
-        else:
-            self.samples += 1
+    def after_step(self, state: Any, record: dict[str, Any]) -> None:
+        """Write the step's line."""
+        self.write(record)
+
+    def after_evaluation(self, state: Any, record: dict[str, Any]) -> None:
+        """Write the evaluation's line, unless it is there since before the run was resumed."""
+        if record["step"] != self._evaluated:
+            self.write(record)
+        self._evaluated = record["step"]
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line, of values that JSON knows, beginning with its event and its step."""
+        event, step = record["event"], record["step"]
         if self._events is not None:
-            self._events.append(line)
+            self._events.append(record)
         if self.accelerator.trackers:
             prefix = "train" if event == "step" else event
-            numbers = {f"{prefix}/{name}": value for name, value in line.items() if isinstance(value, int | float)}
+            numbers = {f"{prefix}/{name}": value for name, value in record.items() if isinstance(value, int | float)}
             self.accelerator.log(numbers if event != "sample" else {}, step=step)
 
     def write_study(self, event: str, step: int, values: dict[str, Any]) -> None:
         """One line of study.jsonl."""
-        if event == "probe":
-            self.probed = step
         if self._study is not None:
             self._study.append(plain({"event": event, "step": step} | values))
 
@@ -194,7 +183,20 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 class Past(NamedTuple):
-    """What a file of events knows of the steps so far.
+    """What a run's log knows of the steps so far.
+
+    evaluations: their records; samples: how many texts were sampled after the last step; probed: the last step after
+    which a probe was recorded, or 0; skipped: how many steps in a row, up to the last one, were not applied.
+    """
+
+    evaluations: list[dict[str, Any]]
+    samples: int
+    probed: int
+    skipped: int
+
+
+class Found(NamedTuple):
+    """What was found in a file of events.
 
     events: those that were asked for; skipped: how many steps in a row, up to the last one, were not taken; end: where
     the lines of later steps begin [bytes].
@@ -205,7 +207,7 @@ class Past(NamedTuple):
     end: int = 0
 
 
-def read_past(path: Path, step: int, names: Container[str]) -> Past:
+def find(path: Path, step: int, names: Container[str]) -> Found:
     """Read a metrics.jsonl or study.jsonl up to the events of a step; those of later ones come after them in the file.
 
     Only the last lines and the events with these names are parsed: a million steps would take half a minute.
@@ -230,7 +232,7 @@ def read_past(path: Path, step: int, names: Container[str]) -> Past:
                 event = _parsed(line) if _may_be(line, names) else None
                 if event is not None and event["step"] <= step and event["event"] in names:
                     events.append(event)
-    return Past(events, skipped, end)
+    return Found(events, skipped, end)
 
 
 def last_steps(path: Path, count: int) -> list[dict[str, Any]]:

@@ -2,9 +2,9 @@
 
     step  |-- data --|-- forward --|-- backward --|-- communication --|-- waiting --|-- optimizer --|
 
-A stopwatch is told where each part ends. On a GPU an end is an event in its queue, read when the loop has waited for
-the GPU anyway, so that watching makes nobody wait; the update of the weights, which nobody waits for, is then found
-with the step after it. On a CPU it is a clock.
+Each part is a context. On a GPU it begins and ends with events in its queue, read when the loop has waited for the GPU
+anyway, so that measuring makes nobody wait; the update of the weights, which nobody waits for, is then found with the
+step after it. On a CPU it is a clock.
 
 Model FLOPs utilisation (Chowdhery et al., "PaLM", 2022, appendix B) is a step's share of what the hardware could do:
 
@@ -27,66 +27,60 @@ from transformers import PreTrainedModel
 
 from train_loop import devices
 from train_loop.ops import cpu
+from train_loop.precision import PRECISIONS
 
 STEP_PARTS = ("data", "forward", "backward", "communication", "waiting", "optimizer")
 MEASURED = {"tokens_per_second", "seconds", "mfu", "peak_memory_bytes"} | {f"{part}_seconds" for part in STEP_PARTS}
 """What a line of metrics.jsonl says of the machine; all else in it follows from (configuration, seed, step)."""
 
-_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 _SIDES = (1024, 2048, 4096, 8192)  # of the matrices whose product is timed: the first of which one takes long enough
 _LONG_ENOUGH = 1e-3  # seconds, beside which starting it takes no time
 _SECONDS = 0.1  # for timing products
 
 
-class Stopwatch:
-    """Adds up how long each part of a step takes.
+class _Span:
+    """Adds up the time between entering and leaving it: the host's, and that of a device which has a queue of work."""
 
-    data: fetching batches; forward; backward: with what of the exchange of gradients it hides; communication: the rest
-    of that exchange (under FSDP2 it is inside forward and backward); waiting: for the losses of the slowest process;
-    optimizer: clipping, the finite check and the update.
+    def __init__(self, part: str, device: torch.device) -> None:
+        self._device = device if devices.has_events(device) and part != "step" else None
+        self._events: deque[tuple[Any, Any]] = deque()
+        self._host = 0  # nanoseconds, so that what comes of them has few digits
 
-    Args:
-        device: where the work is done.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device if devices.has_events(device) else None
-        self._ends: deque[tuple[str, Any]] = deque()
-        self._parts = dict.fromkeys(STEP_PARTS, 0)  # nanoseconds, so that what comes of them has few digits
-        self._last = self._now()
-
-    def _now(self) -> Any:
-        return time.perf_counter_ns() if self._device is None else devices.event(self._device)
-
-    def begin(self) -> None:
-        """What comes now, after other work, is a step's."""
-        self.lap("")
-
-    def lap(self, part: str) -> None:
-        """The part that ends here."""
-        now = self._now()
+    def __enter__(self) -> None:
         if self._device is not None:
-            self._ends.append((part, now))
-        else:
-            self._add(part, now - self._last)
-            self._last = now
+            self._begin = devices.event(self._device)
+        self._entered = time.perf_counter_ns()
 
-    def read(self) -> dict[str, float]:
-        """Seconds of each part since this was last asked, of all that has ended."""
-        while self._ends and self._ends[0][1].query():
-            part, end = self._ends.popleft()
-            self._add(part, round(self._last.elapsed_time(end) * 1e6))
-            self._last = end
-        parts, self._parts = self._parts, dict.fromkeys(STEP_PARTS, 0)
-        return {part: nanoseconds / 1e9 for part, nanoseconds in parts.items()}
+    def __exit__(self, *error: object) -> None:
+        self._host += time.perf_counter_ns() - self._entered
+        if self._device is not None:
+            self._events.append((self._begin, devices.event(self._device)))
 
-    def _add(self, part: str, nanoseconds: int) -> None:
-        if part:
-            self._parts[part] += nanoseconds
+    def take_host(self) -> int:
+        """Nanoseconds of the host since this was last asked."""
+        taken, self._host = self._host, 0
+        return taken
+
+    def take_device(self, host: int) -> int:
+        """Nanoseconds of the device, of all that has ended there since this was last asked; else those of the host."""
+        if self._device is None:
+            return host
+        taken = 0
+        while self._events and self._events[0][1].query():
+            begin, end = self._events.popleft()
+            taken += round(begin.elapsed_time(end) * 1e6)
+        return taken
 
 
 class Throughput:
-    """The speed of a run's steps, for the log.
+    """The speed of a run's steps, for the log; called with a part's name, a context that measures it.
+
+        with clock("forward"):
+            ...
+
+    data: fetching batches; forward; backward: and what it hides of the exchange of gradients; communication: the rest
+    of that exchange (under FSDP2 it is inside forward and backward); waiting: for the losses of the slowest process;
+    optimizer: clipping, the finite check and the update; step: all of these but data, which only the host measures.
 
     Args:
         accelerator: the processes; all are taken to have the same hardware.
@@ -95,23 +89,29 @@ class Throughput:
         block_size: tokens of context.
 
     Attributes:
-        watch: to be told the parts of each step.
         operations: of one token, forward and backward; None where they can't be counted so.
         rate: operations a second of all processes' hardware in a large matrix product.
     """
 
     def __init__(self, accelerator: Accelerator, objective: nn.Module, model: PreTrainedModel, block_size: int) -> None:
-        self.watch = Stopwatch(accelerator.device)
         self.operations = operations_per_token(model, block_size)
-        self.rate = matrix_rate(accelerator.device, _DTYPES[accelerator.mixed_precision]) * accelerator.num_processes
+        dtype = getattr(torch, PRECISIONS[accelerator.mixed_precision].dtype)
+        self.rate = matrix_rate(accelerator.device, dtype) * accelerator.num_processes
         self._peak_memory = devices.peak_memory(accelerator.device)
         self._parallel = objective if isinstance(objective, DistributedDataParallel) else None
         if self._parallel is not None:
             self._parallel._set_ddp_runtime_logging_sample_rate(1)
+        self._spans = {part: _Span(part, accelerator.device) for part in (*STEP_PARTS, "step")}
 
-    def of_step(self, tokens: int, seconds: float) -> dict[str, Any]:
-        """What the log says of a step with so many targets that took so many seconds; see `MEASURED`."""
-        parts = self.watch.read()
+    def __call__(self, part: str) -> "_Span":
+        """A context whose time is added to a part's."""
+        return self._spans[part]
+
+    def of_step(self, tokens: int) -> dict[str, Any]:
+        """What the log says of a step with so many targets; see `MEASURED`."""
+        host = {part: span.take_host() for part, span in self._spans.items()}
+        seconds = (host["data"] + host["step"]) / 1e9
+        parts = {part: self._spans[part].take_device(host[part]) / 1e9 for part in STEP_PARTS}
         exposed = min(self._exposed(), parts["backward"])
         parts["backward"] -= exposed
         parts["communication"] += exposed

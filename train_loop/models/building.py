@@ -6,7 +6,7 @@ originals.
 
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,13 +31,15 @@ from train_loop.errors import InputError, one_line
 from train_loop.rng import seed_torch
 
 
-def build(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """The model of a configuration, in fp32, checked against tokenizer and block size.
+def build(config: Config, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel | None = None) -> PreTrainedModel:
+    """The model of a configuration, or a given one, in fp32, checked against tokenizer and block size.
 
     Raises:
         InputError: for a model that cannot be had, a vocabulary or a context that is too small.
     """
-    if config.model.name_or_path is not None:
+    if model is not None:
+        source = f"the {type(model).__name__}"
+    elif config.model.name_or_path is not None:
         model = load(config.model.name_or_path, config.model.attention)
         source = f"model {config.model.name_or_path}"
     else:
@@ -89,10 +91,11 @@ def compile_layers(model: PreTrainedModel) -> None:
         layer.compile(dynamic=False, options={"fallback_random": True})
 
 
-def without_compile(config: Config) -> Any:
+def without_compile(model: torch.nn.Module) -> AbstractContextManager[object]:
     """A context in which compiled layers run as they are: for odd shapes that are not worth compiling."""
-    # Without compiled layers, the compiler need not even be loaded, which takes a second.
-    return torch.compiler.set_stance("force_eager") if config.model.compile else nullcontext()
+    # Where nothing is compiled, the compiler need not even be loaded, which takes a second.
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:

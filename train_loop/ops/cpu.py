@@ -16,6 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from train_loop.ops.dropout import use_cheap_dropout
+
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T + b for x [..., in], W [out, in], b [out], all fp32 on the CPU, without gradients."""
@@ -236,3 +238,29 @@ def keep_freed_memory() -> bool:
         return False
     trim_threshold, mmap_max = -1, -4  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
     return bool(library.mallopt(mmap_max, 0) and library.mallopt(trim_threshold, -1))
+
+
+def speed_up(
+    model: PreTrainedModel, training: bool, products: bool = True, keep_memory: bool = True
+) -> TiedGradient | None:
+    """All of it for a model on a CPU, in place; a model on another device is left as it is.
+
+    Args:
+        model: on its device.
+        training: whether gradients and dropout masks will be wanted.
+        products: whether its linear layers are to multiply by oneDNN; compiled layers do without.
+        keep_memory: see `keep_freed_memory`.
+
+    Returns:
+        What `LinearCrossEntropy` needs to know of a tied embedding.
+    """
+    if model.device.type != "cpu":
+        return None
+    if keep_memory:
+        keep_freed_memory()
+    if training:
+        use_cheap_dropout(model)
+    if not products:
+        return None
+    use_products(model)
+    return tie_gradients(model) if training else None

@@ -1,112 +1,146 @@
-"""Sums whose bits don't depend on the order of the terms: gradients in fixed point.
+"""How the gradients of a step's micro-batches are added up: in floating point, scaled for fp16, or in fixed point.
 
-Floating-point sums round after every addition, so another number of processes, which adds the micro-batches up in
-another order, ends in other bits. Integers don't round. Each micro-batch's gradient g becomes the integer
+    begin -> for each micro-batch: backward of `scaled(nll)`, `add` -> `finish` -> `accepts` -> `update`
 
-    round(g * 2^s)      64 bits, s chosen so that the sum over all micro-batches cannot overflow
-
-and these are added up, on each process and then over all of them, and turned back into a float once. The gradient of a
-micro-batch has the same bits wherever it is computed, so the sum has, too (Demmel and Nguyen, "Fast reproducible
-floating-point summation", 2013, has the general theory).
-
-The scale follows from the gradients of the step alone, never from who computed them. Every step begins with room for
-components below 2^20. If one is larger than the room, or if all are so small that rounding to integers would be felt,
-the step is computed again with the scale that fits.
+`finish` and `accepts` say whether the step stands. Where it doesn't, they have chosen another scale, and the same
+micro-batches are computed once more.
 """
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
-_BITS = 62  # of an int64, without its sign and one to spare
-_ROOM = 20  # components below 2^20 at first: those of a sum over tokens, in nats
-_LEAST_ROOM = -60  # 2^s has to fit into fp32
-TOLERANCE = 1e-6  # rounding to integers, relative to the gradient's norm: below the noise of fp32's own sums
+from train_loop.distributed.fixed_point import TOLERANCE, FixedPointSum
+from train_loop.metrics.throughput import Throughput
 
 
-class FixedPointSums:
-    """The gradient of one step, summed over micro-batches and processes in an order-free way.
-
-    Holds 8 bytes for each parameter beside what training needs anyway.
-
-    Args:
-        accelerator: the processes.
-        parameters: what is trained.
+class Accumulator:
+    """Adds gradients up in floating point, in the parameters themselves; data parallelism adds up those of the ranks.
 
     Attributes:
-        rounding: how far the last sum may be from the exact one, relative to its norm; 0 for a zero gradient.
+        weight: what each micro-batch's summed nll is multiplied by. Data parallelism averages over the W ranks, so
+            W / T makes the gradient that of the mean over the step's T targets.
+        sums_ranks: whether the last backward pass of a step adds up the gradients of all ranks.
     """
 
-    def __init__(self, accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter]) -> None:
+    sums_ranks = True
+
+    def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.parameters = list(parameters)
-        sizes = [parameter.numel() for parameter in self.parameters]
-        self.total = torch.zeros(sum(sizes), dtype=torch.int64, device=accelerator.device)
-        self.parts = list(self.total.split(sizes))
-        self.peak = torch.zeros((), device=accelerator.device)
-        # On a CPU, intermediate numbers had better stay in its cache.
-        self.chunk = 2**18 if accelerator.device.type == "cpu" else 2**28
-        self.rounding = 0.0
-        self._room = _ROOM
+        self.weight = 1.0
 
-    def begin(self, terms: int, room: int = _ROOM) -> None:
-        """Start a sum of `terms` micro-batches (over all processes) with components below 2^room."""
-        self.terms, self._room = terms, room
-        self.scale = 2.0 ** (_BITS - room - math.ceil(math.log2(terms)))
-        self.total.zero_()
-        self.peak.zero_()
+    def begin(self, targets: int, micro_batches: int) -> None:
+        """Start the sum of a step with so many targets and micro-batches, over all ranks."""
+        self.weight = self.accelerator.num_processes / targets
 
-    @torch.no_grad()
+    def scaled(self, nll_sum: torch.Tensor) -> torch.Tensor:
+        """What to differentiate [] for a micro-batch's summed nll []."""
+        return nll_sum * self.weight
+
     def add(self) -> None:
-        """Take the gradient of a micro-batch out of the parameters and add it."""
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        peak = torch.stack(torch._foreach_norm(gradients, ord=math.inf)).max().float()
-        self.peak = torch.maximum(self.peak, torch.where(peak.isfinite(), peak, math.inf))
-        for parameter, part in zip(self.parameters, self.parts, strict=True):
-            if parameter.grad is not None:
-                gradient = parameter.grad.flatten()
-                for integers, values in zip(part.split(self.chunk), gradient.split(self.chunk), strict=True):
-                    # Multiplied by a power of two, which is exact in fp32, too.
-                    integers += (values * self.scale).round_().long()
-                parameter.grad = None
+        """Take in the gradient of a micro-batch."""
 
-    @torch.no_grad()
-    def finish(self, targets: int) -> bool:
-        """Put the sum over all processes, divided by `targets`, into the parameters' gradients.
-
-        A gradient that is not finite comes out as not a number.
-
-        Returns:
-            Whether the scale fitted. If not, it has been changed (`begin` has been called), and the micro-batches have
-            to be computed and added once more.
-        """
-        if self.accelerator.num_processes > 1:
-            torch.distributed.all_reduce(self.total)
-            torch.distributed.all_reduce(self.peak, torch.distributed.ReduceOp.MAX)
-        peak = float(self.peak)
-        fitting = max(math.frexp(peak)[1], _LEAST_ROOM)  # the peak is below 2^fitting
-        if math.isfinite(peak) and fitting > self._room:
-            self.begin(self.terms, fitting)
-            return False
-        norms = []
-        for parameter, part in zip(self.parameters, self.parts, strict=True):
-            parameter.grad = torch.empty_like(parameter, memory_format=torch.contiguous_format)
-            gradient = parameter.grad.flatten()
-            for integers, values in zip(part.split(self.chunk), gradient.split(self.chunk), strict=True):
-                exact = integers.double()
-                norms.append(exact.norm())
-                values.copy_(exact.div_(self.scale * targets))
-            if not math.isfinite(peak):
-                parameter.grad.fill_(math.nan)
-        norm = float(torch.stack(norms).norm())  # in units of 1 / scale, the step of the integers
-        # Each of the terms was rounded by at most half a step, by a twelfth of its square on average.
-        error = math.sqrt(len(self.total) * self.terms / 12)
-        self.rounding = error / norm if norm else math.inf if peak else 0.0
-        if self.rounding > TOLERANCE and fitting < self._room:
-            for parameter in self.parameters:
-                parameter.grad = None
-            self.begin(self.terms, fitting)
-            return False
+    def finish(self, clock: Throughput) -> bool:
+        """Complete the sum, in the parameters' gradients; returns whether the scale fitted."""
         return True
+
+    def accepts(self, loss: float, norm: float) -> bool:
+        """Whether the loss and the gradient's norm are the step's own, and not an effect of the scale."""
+        return True
+
+    def update(self, optimizer: torch.optim.Optimizer, applied: bool) -> None:
+        """Change the weights, if the step is applied."""
+        if applied:
+            optimizer.step()
+
+    def record(self) -> dict[str, Any]:
+        """What the log says of the sum, where there is something to say."""
+        return {}
+
+
+class LossScaled(Accumulator):
+    """For fp16, whose smallest number is 6e-8: the loss is multiplied by a scale, and the gradient divided by it.
+
+    A scale that is too large is no fault of the step, which is computed again at half of it.
+    """
+
+    def __init__(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(accelerator)
+        self.scaler: torch.amp.GradScaler = accelerator.scaler
+        self.optimizer = optimizer
+        self.overflows = 0
+
+    def begin(self, targets: int, micro_batches: int) -> None:
+        """Start a sum that has not overflowed yet."""
+        super().begin(targets, micro_batches)
+        self.overflows = 0
+
+    def scaled(self, nll_sum: torch.Tensor) -> torch.Tensor:
+        """The weighted loss [] at the present scale."""
+        return self.scaler.scale(super().scaled(nll_sum))
+
+    def finish(self, clock: Throughput) -> bool:
+        """Divide the gradients by the scale."""
+        self.scaler.unscale_(self.optimizer)
+        return True
+
+    def accepts(self, loss: float, norm: float) -> bool:
+        """Whether the gradient is finite; if it is not at a scale of 1 or with such a loss, that is the step's own."""
+        if math.isfinite(norm) or not math.isfinite(loss) or self.scaler.get_scale() <= 1:
+            return True
+        self.overflows += 1
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return False
+
+    def update(self, optimizer: torch.optim.Optimizer, applied: bool) -> None:
+        """Change the weights, and choose the next step's scale."""
+        if applied:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def record(self) -> dict[str, Any]:
+        """The scale of the next step, and how often this one was computed again."""
+        return {"loss_scale": self.scaler.get_scale(), "overflows": self.overflows}
+
+
+class FixedPoint(Accumulator):
+    """For run.reproducible bitwise: adds gradients up as integers, so that their order makes no difference."""
+
+    sums_ranks = False
+
+    def __init__(self, accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(accelerator)
+        self.sum = FixedPointSum(accelerator, parameters)
+        self.targets = 1
+
+    def begin(self, targets: int, micro_batches: int) -> None:
+        """Start a sum of as many terms as there are micro-batches; it is divided by the targets at the end."""
+        self.targets = targets
+        self.sum.begin(micro_batches)
+
+    def add(self) -> None:
+        """Move the gradient out of the parameters, into the sum."""
+        self.sum.add()
+
+    def finish(self, clock: Throughput) -> bool:
+        """Put the mean's gradient, over all ranks, back into the parameters."""
+        with clock("communication" if self.accelerator.num_processes > 1 else "backward"):
+            return self.sum.finish(self.targets)
+
+    def record(self) -> dict[str, Any]:
+        """How far the sum may be from the exact one, relative to its norm, where that would be felt."""
+        return {"fixed_point_rounding": self.sum.rounding} if self.sum.rounding > TOLERANCE else {}
+
+
+def build(
+    accelerator: Accelerator, parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, bitwise: bool
+) -> Accumulator:
+    """The way of adding up that a run's precision and reproducibility ask for."""
+    if bitwise:
+        return FixedPoint(accelerator, parameters)
+    return Accumulator(accelerator) if accelerator.scaler is None else LossScaled(accelerator, optimizer)

@@ -50,19 +50,19 @@ class Objective(nn.Module):
 
     Args:
         model: any causal language model of Transformers.
+        tied: see `cpu.TiedGradient`.
 
     Attributes:
         loss_path: "fused" or "logits".
-        tied: see `cpu.TiedGradient`.
         compiled: where layers are compiled, for which (training, rows, tokens) of inputs; others, such as a short last
             micro-batch, run as they are, as compiling once more would take longer than they do.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, tied: cpu.TiedGradient | None = None) -> None:
         super().__init__()
         self.model = model
         self.loss_path = "fused" if head_is_plain(model) else "logits"
-        self.tied: cpu.TiedGradient | None = None
+        self.tied = tied
         self.compiled: set[tuple[bool, int, int]] | None = None
 
     @property

@@ -8,8 +8,6 @@ AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization", 2019), fo
 Decay pulls matrices, which multiply, towards zero. It makes no sense for biases and norms, which add and scale.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,27 +57,3 @@ def build(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
         eps=config.eps,
         fused=devices.has_fused_adamw(device),
     )
-
-
-@contextmanager
-def without_effect(optimizer: torch.optim.Optimizer) -> Iterator[Callable[[], None]]:
-    """Within this context, the function it gives takes an optimizer step that changes no weight: with a gradient of
-    zero, at a rate of zero. It allocates the moments, which are gone again afterwards, as are all gradients.
-    """
-    rates = [group["lr"] for group in optimizer.param_groups]
-
-    def step() -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.zero_()
-        optimizer.step()
-
-    try:
-        yield step
-    finally:
-        optimizer.state.clear()
-        optimizer.zero_grad()
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate

@@ -1,0 +1,48 @@
+"""An observer that samples a text or two after each evaluation, for the log and to read."""
+
+from collections.abc import Callable
+from typing import Any
+
+from train_loop.console import say
+from train_loop.distributed.agreement import StopPoll
+from train_loop.distributed.collectives import unsharded
+from train_loop.generation.params import Sampling
+from train_loop.generation.sampler import Sampler
+from train_loop.models.building import without_compile
+from train_loop.training.state import Observer, Run, TrainState
+
+
+class Samples(Observer):
+    """Continues the configured prompts; else one text from its beginning, if the tokenizer has a token for that.
+
+    Args:
+        run: set up.
+        write: told each record.
+        known: (step, samples): so many texts after that step were sampled before the run was resumed.
+    """
+
+    def __init__(self, run: Run, write: Callable[[dict[str, Any]], None], known: tuple[int, int]) -> None:
+        self.context, self.write, self.known = run.context, write, known
+        settings, tokenizer = run.config.sample, run.data.tokenizer
+        begins = tokenizer.bos_token_id is not None
+        self.prompts = ([""] if begins else []) if settings.prompts is None else settings.prompts
+        self.sampling = Sampling(
+            settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p, seed=run.config.run.seed
+        )
+        self.sampler = Sampler(run.state.model, tokenizer, notice=lambda line: None)
+
+    def after_evaluation(self, state: TrainState, record: dict[str, Any]) -> None:
+        """Sample the texts that the log doesn't have yet."""
+        accelerator, main = self.context.accelerator, self.context.accelerator.is_main_process
+        # Sharded weights are gathered layer by layer, so then all processes have to sample along.
+        together = accelerator.is_fsdp2
+        poll = StopPoll(accelerator, self.context.stop, alone=not together)
+        done = self.known[1] if self.known[0] == state.step else 0
+        with unsharded(accelerator, self.context.objective), without_compile(state.model):
+            for prompt in self.prompts[done:] if main or together else []:
+                text = next(self.sampler.sample([prompt], self.sampling, stop=poll))[0].text
+                if poll():
+                    break
+                self.write({"event": "sample", "step": state.step, "prompt": prompt, "continuation": text})
+                if main:
+                    say(f"  sample: {prompt}{text}")

@@ -1,0 +1,65 @@
+"""Documents that a script hands over: any iterable of texts, kept as a file, and from then on a source like others.
+
+    ("notes", texts)  ->  <cache>/documents/notes-<hash>.jsonl  ->  data.source files
+
+So the run that is trained on them can be resumed, replayed and evaluated by the commands, too.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from train_loop.config.load import cache_dir
+from train_loop.config.schema import Config
+from train_loop.errors import InputError, one_line
+
+
+class Documents(NamedTuple):
+    """Texts, a document each, and the name to file them under."""
+
+    name: str
+    texts: Iterable[str]
+
+
+def configure(config: Config, documents: Documents | tuple[str, Iterable[str]] | None) -> Config:
+    """A configuration whose data are these documents; the same one where there are none.
+
+    The file is named by its content: the same documents are the same file, on every process and at every time.
+
+    Raises:
+        InputError: for a name that is no file's, for what is no text, or where the file can't be written.
+    """
+    if documents is None:
+        return config
+    name, texts = documents
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise InputError(f"documents: the name {name!r} is used for a file; use letters, digits, and . _ -")
+    folder = cache_dir(config) / "documents"
+    digest = hashlib.sha256()
+    temporary = folder / f"{name}.tmp-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            for number, text in enumerate(texts):
+                if not isinstance(text, str):
+                    raise InputError(f"documents: number {number} of {name} is a {type(text).__name__}, expected text")
+                line = json.dumps({"text": text}).encode() + b"\n"
+                digest.update(line)
+                file.write(line)
+        path = folder / f"{name}-{digest.hexdigest()[:16]}.jsonl"
+        if not path.exists():  # else it keeps its time of change, and what was prepared from it stays valid
+            os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"documents: {folder} cannot be written to ({one_line(error)}); set data.cache_dir") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    config = copy.deepcopy(config)
+    data = config.data
+    data.source, data.files, data.validation_files, data.text_field = "files", [str(path)], [], "text"
+    data.name = data.subset = data.validation_split = None
+    data.streaming = False
+    return config

@@ -1,0 +1,36 @@
+"""An observer that shows on stderr how a run is going: a bar or lines of progress, and a line for each evaluation."""
+
+import math
+from typing import Any
+
+from train_loop.console import Progress, say
+
+
+class ProgressLines:
+    """Shows steps and evaluations, on the process whose `progress` is shown.
+
+    Args:
+        progress: of the steps.
+        evaluated: the step of the evaluation that was shown before the run was resumed.
+    """
+
+    def __init__(self, progress: Progress, evaluated: int | None) -> None:
+        self.progress, self.evaluated = progress, evaluated
+
+    def before_step(self, state: Any, batch: Any) -> None:
+        """Nothing to show yet."""
+
+    def after_step(self, state: Any, record: dict[str, Any]) -> None:
+        """Count the step, with its loss and its speed."""
+        loss = math.nan if record["loss"] is None else record["loss"]
+        self.progress.update(1, f"loss {loss:.4f}, {record['tokens_per_second']:,.0f} tokens/s", curve=loss)
+
+    def after_evaluation(self, state: Any, record: dict[str, Any]) -> None:
+        """Say what came of it."""
+        if self.progress.shown and record["step"] != self.evaluated:
+            numbers = {name: math.inf if value is None else value for name, value in record.items()}
+            say(
+                f"step {record['step']}, epoch {record['epoch']:.2f}: validation loss {numbers['loss']:.4f}, "
+                f"perplexity {numbers['perplexity']:.3f}, {numbers['bits_per_byte']:.4f} bits per byte, "
+                f"accuracy {record['accuracy']:.4f}"
+            )

@@ -1,0 +1,23 @@
+"""What run.mixed_precision means: the one table of it."""
+
+from typing import NamedTuple
+
+
+class Precision(NamedTuple):
+    """A precision of forward and backward passes.
+
+    dtype: torch's name of what they compute in; same_loss: relative difference that rounding explains between two ways
+    to compute one loss; same_logit: absolute difference likewise, of two logits.
+    """
+
+    dtype: str
+    same_loss: float
+    same_logit: float
+
+
+PRECISIONS = {
+    "no": Precision("float32", 1e-5, 1e-3),
+    "bf16": Precision("bfloat16", 2e-2, 0.5),
+    "fp16": Precision("float16", 2e-3, 0.1),
+    "fp8": Precision("bfloat16", 5e-2, 1.0),
+}
