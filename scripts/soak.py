@@ -33,7 +33,7 @@ from typing import Any
 
 import psutil
 
-from train_loop.study.speed import MEASURED
+from train_loop.metrics.throughput import MEASURED
 
 KINDS = ("training", "save", "evaluation", "start", "save", "training", "preparation", "finish", "evaluation")
 SETTINGS = {

@@ -81,16 +81,16 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     """A tiny GPT-2 with random weights and its tokenizer, on disk: stands for a model on the Hub."""
-    from train_loop import model
-    from train_loop.config import Config
+    from train_loop.config.schema import Config
     from train_loop.data import tokenizer
+    from train_loop.models import building
 
     folder = tmp_path_factory.mktemp("model")
     config = Config()
     config.model.architecture = TINY_MODELS["gpt2"]
     config.data.block_size = 64
     its_tokenizer = tokenizer.load(str(tokenizer_folder))
-    model.build(config, its_tokenizer).save_pretrained(folder)
+    building.build(config, its_tokenizer).save_pretrained(folder)
     its_tokenizer.save_pretrained(folder)
     return folder
 

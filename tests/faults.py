@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from train_loop import checkpoint, evaluation, loop
-from train_loop.objective import Objective
+from train_loop.checkpoint import storage
+from train_loop.training import evaluation, loop
+from train_loop.training.objective import Objective
 
 
 def _here(process: int) -> bool:
@@ -87,8 +88,8 @@ def signal_in_sampling(patch: pytest.MonkeyPatch, process: int, at: int) -> None
 
 def signal_in_save(patch: pytest.MonkeyPatch, process: int, at: int) -> None:
     """A signal while the checkpoint of step `at` is written, which takes a while."""
-    write = checkpoint.write_part
-    begin = loop.Saver.begin
+    write = storage.write_part
+    begin = loop.CheckpointManager.begin
 
     def slowly(*arguments: Any) -> Any:
         time.sleep(0.5)
@@ -99,8 +100,8 @@ def signal_in_save(patch: pytest.MonkeyPatch, process: int, at: int) -> None:
         if state["step"] == at and _here(process):
             _ask()
 
-    patch.setattr(checkpoint, "write_part", slowly)
-    patch.setattr(loop.Saver, "begin", begun)
+    patch.setattr(storage, "write_part", slowly)
+    patch.setattr(loop.CheckpointManager, "begin", begun)
 
 
 def another_version(patch: pytest.MonkeyPatch, process: int, at: int) -> None:

@@ -15,19 +15,19 @@ from safetensors.torch import load_file
 
 from tests.conftest import TINY_MODELS, Command, events
 from tests.faults import signal_in_step
-from train_loop import checkpoint, config, loop
+from train_loop.checkpoint import storage
+from train_loop.config.load import config_from_arguments
 from train_loop.data.loader import loader
-from train_loop.evaluation import evaluate
-from train_loop.step import train_step
-from train_loop.study.speed import MEASURED
+from train_loop.metrics.throughput import MEASURED
+from train_loop.training import loop
+from train_loop.training.evaluation import evaluate
+from train_loop.training.step import train_step
 
 
 def save(folder: Path, run: loop.Run, step: int) -> None:
     """A checkpoint in one part, as a run's saver writes it."""
-    sums = checkpoint.write_part(
-        checkpoint.temporary_folder(folder, step), 0, 1, checkpoint.pieces(run.model, run.optimizer)
-    )
-    checkpoint.complete(folder, {"step": step, "parts": 1}, sums)
+    sums = storage.write_part(storage.temporary_folder(folder, step), 0, 1, storage.shards(run.model, run.optimizer))
+    storage.commit(folder, {"step": step, "parts": 1}, sums)
 
 
 def take_steps(run: loop.Run, first: int, last: int) -> list[float]:
@@ -46,14 +46,14 @@ def test_training_goes_on_to_the_bit(
     settings: Callable[..., list[str]], tmp_path: Path, architecture: dict[str, Any]
 ) -> None:
     arguments = settings(model__architecture=json.dumps(architecture))
-    first = loop.set_up(config.load(arguments))
+    first = loop.set_up(config_from_arguments(arguments))
     take_steps(first, 0, 5)
     save(tmp_path / "c", first, 5)
     expected = take_steps(first, 5, 10)
-    second = loop.set_up(config.load(arguments))
-    found, passed = checkpoint.newest(tmp_path / "c")
+    second = loop.set_up(config_from_arguments(arguments))
+    found, passed = storage.newest(tmp_path / "c")
     assert found is not None and found.step == 5 and passed == {}
-    checkpoint.load(found, second.model, second.optimizer)
+    storage.load(found, second.model, second.optimizer)
     assert take_steps(second, 5, 10) == expected
     for mine, theirs in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
@@ -62,7 +62,7 @@ def test_training_goes_on_to_the_bit(
 @pytest.fixture
 def checkpoints(settings: Callable[..., list[str]], tmp_path: Path) -> tuple[loop.Run, Path]:
     """A run with checkpoints of steps 1 and 2."""
-    run = loop.set_up(config.load(settings()))
+    run = loop.set_up(config_from_arguments(settings()))
     for step in (1, 2):
         take_steps(run, step - 1, step)
         save(tmp_path / "c", run, step)
@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
 ) -> None:
     _, folder = checkpoints
     hurt(folder / "step-00000002" / file, damage)
-    found, passed = checkpoint.newest(folder)
+    found, passed = storage.newest(folder)
     assert found is not None and found.step == 1
     assert passed.keys() == {2} and "step-00000002" in passed[2] and file in passed[2]
 
@@ -121,14 +121,14 @@ def test_a_pickle_that_the_manifest_vouches_for_is_refused(checkpoints: tuple[lo
     newest = folder / "step-00000002"
     (newest / file).write_bytes(pickle.dumps(Bomb()))
     files = json.loads((newest / "manifest.json").read_text())["files"]
-    files[file] = checkpoint._sums(newest / file)
-    (newest / "manifest.json").write_text(json.dumps({"files": files, "sha256": checkpoint._digest(files)}))
-    found, passed = checkpoint.newest(folder)
+    files[file] = storage._sums(newest / file)
+    (newest / "manifest.json").write_text(json.dumps({"files": files, "sha256": storage._digest(files)}))
+    found, passed = storage.newest(folder)
     assert found is not None and found.step == 1
     assert f"{file} is no " in passed[2]
     with pytest.raises((SafetensorError, UnicodeDecodeError)):  # nor is it loaded by who doesn't look first
-        loaded = checkpoint.Found(newest, {"parts": 1}) if file in PARTS else checkpoint._found(newest)
-        checkpoint.load(loaded, run.model, run.optimizer)
+        loaded = storage.CheckpointRef(newest, {"parts": 1}) if file in PARTS else storage._found(newest)
+        storage.load(loaded, run.model, run.optimizer)
 
 
 def test_every_file_that_a_run_writes_can_be_read_without_running_anything(
@@ -193,7 +193,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_and_says_why(
         assert f"resuming from {run / 'checkpoints' / 'step-00000008'}" in command.err
         assert without_speeds(run) == without_speeds(whole)
         assert (run / "model" / "model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
-        assert checkpoint.find_damage(run / "checkpoints" / "step-00000010") is None
+        assert storage.find_damage(run / "checkpoints" / "step-00000010") is None
         assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000008", "step-00000010"]
 
 
@@ -220,14 +220,14 @@ def test_a_half_written_checkpoint_is_never_seen(
     checkpoints: tuple[loop.Run, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, folder = checkpoints
-    monkeypatch.setattr(checkpoint, "complete", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(storage, "commit", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save(folder, run, 3)
     assert (folder / "tmp-step-00000003").is_dir()
-    found, passed = checkpoint.newest(folder)
+    found, passed = storage.newest(folder)
     assert found is not None and found.step == 2 and passed == {}
-    checkpoint.clear(folder)
-    checkpoint.prune(folder, 1, 2)
+    storage.clear(folder)
+    storage.prune(folder, 1, 2)
     assert [path.name for path in folder.iterdir()] == ["step-00000002"]
 
 
@@ -235,12 +235,12 @@ def test_another_models_checkpoint_changes_nothing(
     checkpoints: tuple[loop.Run, Path], settings: Callable[..., list[str]]
 ) -> None:
     _, folder = checkpoints
-    other = loop.set_up(config.load(settings(model__architecture=json.dumps(TINY_MODELS["llama"]))))
+    other = loop.set_up(config_from_arguments(settings(model__architecture=json.dumps(TINY_MODELS["llama"]))))
     before = [parameter.clone() for parameter in other.model.parameters()]
-    found, _ = checkpoint.newest(folder)
+    found, _ = storage.newest(folder)
     assert found is not None
     with pytest.raises(ValueError, match="another model"):
-        checkpoint.load(found, other.model, other.optimizer)
+        storage.load(found, other.model, other.optimizer)
     assert all(map(torch.equal, before, other.model.parameters()))
 
 
@@ -283,10 +283,10 @@ def test_only_the_newest_and_the_best_are_kept(
     assert names(tmp_path / "run") == [10, 28, 30]
     assert "best step        10 of 30" in command.out and "validation loss  4.0000" in command.out
     assert "those of step 10" in " ".join((tmp_path / "run" / "model" / "README.md").read_text().split())
-    best, _ = checkpoint.of_step(tmp_path / "run" / "checkpoints", 10)
+    best, _ = storage.of_step(tmp_path / "run" / "checkpoints", 10)
     assert best is not None
     exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
-    kept = checkpoint.tensors(best)
+    kept = storage.tensors(best)
     assert all(torch.equal(exported[name], kept[name]) for name in exported.keys() & kept.keys()) and exported
     # The same command without it exports the last weights; with the best one damaged, the next best.
     assert command("train", *arguments) == 0 and "best step" not in command.out
@@ -342,8 +342,8 @@ def test_early_checkpoints_for_study_are_kept(
     arguments = settings(train__max_steps=20, checkpoint__every=6, checkpoint__keep=1, evaluation__every=20)
     assert command("train", *arguments, "--checkpoint.at", "log") == 0
     assert names(tmp_path / "run") == [0, 1, 2, 4, 8, 16, 20]
-    first, _ = checkpoint.of_step(tmp_path / "run" / "checkpoints", 0)
-    assert first is not None and checkpoint.tensors(first) and not checkpoint.tensors(first, "optimizer")
+    first, _ = storage.of_step(tmp_path / "run" / "checkpoints", 0)
+    assert first is not None and storage.tensors(first) and not storage.tensors(first, "optimizer")
     # A run that goes on from any of them is the same run; without the setting, they still are not removed.
     expected = without_speeds(tmp_path / "run")
     for step in (1, 2, 4, 8, 16, 20):

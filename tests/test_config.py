@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from train_loop import config, settings
+from train_loop.config.load import config_from_arguments, differences, to_dict, to_yaml
+from train_loop.config.parsing import help_text, keys
+from train_loop.config.schema import Config
 from train_loop.errors import InputError
 
 VALID = """
@@ -24,7 +26,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_values_of_file_and_command_line(file: Path) -> None:
-    loaded = config.load(
+    loaded = config_from_arguments(
         [
             *("--config", str(file)),
             *("--optimizer.learning_rate", "3e-4"),
@@ -44,15 +46,15 @@ def test_values_of_file_and_command_line(file: Path) -> None:
 
 
 def test_text_on_the_command_line_is_not_read_as_yaml(file: Path) -> None:
-    loaded = config.load(["--config", str(file), "--sample.prompts", "def f(x): # no"])
+    loaded = config_from_arguments(["--config", str(file), "--sample.prompts", "def f(x): # no"])
     assert loaded.sample.prompts == ["def f(x): # no"]
 
 
 def test_resolved_yaml_loads_to_the_same(file: Path, tmp_path: Path) -> None:
-    loaded = config.load(["--config", str(file), "--model.attention", "eager"])
+    loaded = config_from_arguments(["--config", str(file), "--model.attention", "eager"])
     again = tmp_path / "resolved.yaml"
-    again.write_text(config.to_yaml(loaded), encoding="utf-8")
-    assert config.load(["--config", str(again)]) == loaded
+    again.write_text(to_yaml(loaded), encoding="utf-8")
+    assert config_from_arguments(["--config", str(again)]) == loaded
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def test_a_mistake_in_the_file_is_named_with_the_file(tmp_path: Path, line: str,
     path = tmp_path / "wrong.yaml"
     path.write_text(line, encoding="utf-8")
     with pytest.raises(InputError) as error:
-        config.load(["--config", str(path)])
+        config_from_arguments(["--config", str(path)])
     message = str(error.value)
     assert "wrong.yaml" in message and "\n" not in message
     assert expected in message
@@ -110,25 +112,25 @@ def test_a_mistake_in_the_file_is_named_with_the_file(tmp_path: Path, line: str,
 def test_a_mistake_on_the_command_line_is_named(file: Path, arguments: list[str], expected: str) -> None:
     given = arguments if arguments[0] == "--config" else ["--config", str(file), *arguments]
     with pytest.raises(InputError, match=r"^[^\n]*$") as error:
-        config.load(given)
+        config_from_arguments(given)
     assert expected in str(error.value)
 
 
 def test_every_setting_is_explained_in_the_help() -> None:
-    lines = settings.help_text(config.Config).splitlines()
-    for key, _ in settings.keys(config.Config):
+    lines = help_text(Config).splitlines()
+    for key, _ in keys(Config):
         place = next(number for number, line in enumerate(lines) if line.startswith(f"  --{key} "))
         assert len(lines[place + 1].strip()) > 10
 
 
 def test_only_decisions_that_change_the_result_make_a_different_run(file: Path) -> None:
-    old = config.to_dict(config.load(["--config", str(file)]))
+    old = to_dict(config_from_arguments(["--config", str(file)]))
     free = ["--batch.micro_batch_size", "2", "--checkpoint.keep", "9", "--run.output_dir", "elsewhere"]
-    assert config.differences(old, config.to_dict(config.load(["--config", str(file), *free]))) == []
-    changed = config.load(
+    assert differences(old, to_dict(config_from_arguments(["--config", str(file), *free]))) == []
+    changed = config_from_arguments(
         ["--config", str(file), "--optimizer.weight_decay", "0.5", "--model.architecture.n_layer", "3"]
     )
-    assert config.differences(old, config.to_dict(changed)) == [
+    assert differences(old, to_dict(changed)) == [
         "model.architecture.n_layer: 2 -> 3",
         "optimizer.weight_decay: 0.01 -> 0.5",
     ]

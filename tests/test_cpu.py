@@ -10,16 +10,17 @@ import torch.nn.functional as F
 
 from tests.test_model import configured
 from tests.test_objective import PATHS, batch
-from train_loop import cpu, model
 from train_loop.data import tokenizer
 from train_loop.data.loader import IGNORED
-from train_loop.objective import Objective
+from train_loop.models import building
+from train_loop.ops import cpu
+from train_loop.training.objective import Objective
 
 needs_products = pytest.mark.skipif(not cpu.has_products(), reason="torch was built without oneDNN")
 
 
 def build(kind: str, tokenizer_folder: Path) -> Any:
-    built = model.build(configured(PATHS[kind][0]), tokenizer.load(str(tokenizer_folder))).eval()
+    built = building.build(configured(PATHS[kind][0]), tokenizer.load(str(tokenizer_folder))).eval()
     torch.manual_seed(0)
     for parameter in built.parameters():
         if parameter.dim() == 1:  # biases are zeros at first

@@ -16,7 +16,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tests.conftest import NO_DROPOUT, TINY_MODELS, Command, arguments_for, events
-from train_loop import devices, filters, processes
+from train_loop import devices
+from train_loop.distributed import launch
+from train_loop.distributed.collectives import reduce_exactly
+from train_loop.generation import logits_processors
 
 CPU = torch.device("cpu")
 RUNS: dict[str, dict[str, Any]] = {
@@ -170,9 +173,9 @@ def test_what_is_exact_goes_where_float64_is(monkeypatch: pytest.MonkeyPatch) ->
     """On a device without float64 to the CPU; draws come back as token numbers of the logits' device."""
     assert devices.exact(torch.ones(2)).dtype == torch.float64
     logits, uniform = torch.randn(3, 10), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    expected = filters.draw(logits, uniform)
+    expected = logits_processors.draw(logits, uniform)
     monkeypatch.setattr(devices, "has_float64", lambda device: False)
-    assert torch.equal(filters.draw(logits, uniform), expected)
+    assert torch.equal(logits_processors.draw(logits, uniform), expected)
 
 
 def test_sums_over_processes_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,8 +186,8 @@ def test_sums_over_processes_without_float64(monkeypatch: pytest.MonkeyPatch) ->
         device = torch.device("meta")
 
     mine = torch.tensor([[1 / 3, -2.0]], dtype=torch.float64)
-    monkeypatch.setattr(processes, "gather_object", lambda values: [*values, [[2e-17, 5.0]]])
-    total: Any = functools.partial(processes.reduce_exactly, TwoProcesses(), mine)
+    monkeypatch.setattr(launch, "gather_object", lambda values: [*values, [[2e-17, 5.0]]])
+    total: Any = functools.partial(reduce_exactly, TwoProcesses(), mine)
     assert total("sum").tolist() == [[1 / 3 + 2e-17, 3.0]] and total("max").tolist() == [[1 / 3, 5.0]]
 
 

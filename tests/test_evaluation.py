@@ -10,17 +10,18 @@ import torch
 from accelerate import Accelerator
 
 from tests.conftest import TINY_MODELS, Command
-from train_loop import config, loop
+from train_loop.config.load import config_from_arguments
 from train_loop.data.loader import IGNORED, loader
 from train_loop.data.order import cut
-from train_loop.evaluation import evaluate
-from train_loop.metric import LanguageModelMetric
+from train_loop.metrics.language_model import LanguageModelMetric
+from train_loop.training import loop
+from train_loop.training.evaluation import evaluate
 
 
 @pytest.fixture(params=["gpt2", "llama"])
 def run(request: pytest.FixtureRequest, settings: Callable[..., list[str]]) -> loop.Run:
     architecture = json.dumps(TINY_MODELS[request.param])
-    return loop.set_up(config.load(settings(model__architecture=architecture, data__test_size=0.5)))
+    return loop.set_up(config_from_arguments(settings(model__architecture=architecture, data__test_size=0.5)))
 
 
 def test_the_same_at_every_batch_size_and_as_a_float64_sum(run: loop.Run) -> None:
@@ -87,9 +88,9 @@ def test_the_metric_adds_rows_and_needs_no_hub() -> None:
 @pytest.mark.parametrize("bound", ["positions", "bytes"])
 def test_no_logits_are_kept(settings: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
     """At most a chunk's logits exist at once: the head never sees more positions than that, fewer of more words."""
-    from train_loop import objective
+    from train_loop.training import objective
 
-    run = loop.set_up(config.load(settings()))
+    run = loop.set_up(config_from_arguments(settings()))
     expected = evaluate(Accelerator(), run.objective, run.validation, 8)
     if bound == "positions":
         monkeypatch.setattr(objective, "_CHUNK", 50)

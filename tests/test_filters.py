@@ -17,9 +17,9 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from train_loop import filters
 from train_loop.errors import InputError
-from train_loop.sampling import Sampling
+from train_loop.generation import logits_processors
+from train_loop.generation.params import Sampling
 
 VOCABULARY = 50
 
@@ -51,40 +51,45 @@ def same(found: torch.Tensor, oracle: Any, given_: torch.Tensor, ids: torch.Tens
 
 @given(CASES, st.sampled_from([1, 2, 5, VOCABULARY - 1, VOCABULARY, VOCABULARY + 1, 10**9]))
 def test_top_k_is_transformers(given_: torch.Tensor, k: int) -> None:
-    same(filters.keep_top_k(given_, k), TopKLogitsWarper(k), given_)
-    assert torch.equal(filters.keep_top_k(given_, 0), given_)
+    same(logits_processors.keep_top_k(given_, k), TopKLogitsWarper(k), given_)
+    assert torch.equal(logits_processors.keep_top_k(given_, 0), given_)
 
 
 @given(CASES, SHARES)
 def test_top_p_is_transformers(given_: torch.Tensor, p: float) -> None:
-    same(filters.keep_top_p(given_, p), TopPLogitsWarper(p), given_)
+    same(logits_processors.keep_top_p(given_, p), TopPLogitsWarper(p), given_)
 
 
 @given(CASES, SHARES)
 def test_min_p_is_transformers(given_: torch.Tensor, p: float) -> None:
-    same(filters.keep_min_p(given_, p), MinPLogitsWarper(p), given_)
+    same(logits_processors.keep_min_p(given_, p), MinPLogitsWarper(p), given_)
 
 
 @given(CASES, SHARES.filter(lambda p: 0 < p < 1))
 def test_typical_is_transformers(given_: torch.Tensor, p: float) -> None:
-    same(filters.keep_typical(given_, p), TypicalLogitsWarper(p), given_)
+    same(logits_processors.keep_typical(given_, p), TypicalLogitsWarper(p), given_)
 
 
 @given(CASES, st.floats(0.05, 20))
 def test_temperature_is_transformers(given_: torch.Tensor, temperature: float) -> None:
-    same(filters.scale_by_temperature(given_, temperature), TemperatureLogitsWarper(temperature), given_)
+    same(logits_processors.scale_by_temperature(given_, temperature), TemperatureLogitsWarper(temperature), given_)
 
 
 @given(CASES, st.floats(0.1, 10), st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=9))
 def test_repetition_penalty_is_transformers(given_: torch.Tensor, penalty: float, text: list[int]) -> None:
     ids = torch.tensor([text] * 3 + [text[:1] * len(text)])
     seen = torch.zeros(4, VOCABULARY, dtype=torch.bool).scatter(1, ids, True)
-    same(filters.penalize_repetition(given_, seen, penalty), RepetitionPenaltyLogitsProcessor(penalty), given_, ids)
+    same(
+        logits_processors.penalize_repetition(given_, seen, penalty),
+        RepetitionPenaltyLogitsProcessor(penalty),
+        given_,
+        ids,
+    )
 
 
 @given(CASES, st.sets(st.integers(0, VOCABULARY - 1), min_size=1, max_size=VOCABULARY - 1))
 def test_bans_are_transformers(given_: torch.Tensor, banned: set[int]) -> None:
-    found = filters.ban(given_, torch.tensor(sorted(banned)))
+    found = logits_processors.ban(given_, torch.tensor(sorted(banned)))
     assert torch.equal(found, SuppressTokensLogitsProcessor(sorted(banned))(None, given_))
 
 
@@ -141,7 +146,7 @@ def test_ties_with_the_last_one_of_top_k_can_be_drawn() -> None:
 def test_a_draw_inverts_the_cumulative_distribution() -> None:
     one = torch.tensor([[0.25, 0.0, 0.5, 0.25, 0.0]]).log().expand(6, -1)
     uniforms = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-53], dtype=torch.float64)
-    assert filters.draw(one, uniforms).tolist() == [0, 0, 2, 2, 3, 3]
+    assert logits_processors.draw(one, uniforms).tolist() == [0, 0, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tests.test_cpu import needs_products
 from tests.test_model import configured
 from tests.test_objective import PATHS
-from train_loop import compat, model
+from train_loop import compat
 from train_loop.data import tokenizer
-from train_loop.decoder import Decoder, StaticDecoder, takes_positions
 from train_loop.errors import InputError
-from train_loop.generation import Generated, generate, slid_out
-from train_loop.packed import pack
-from train_loop.sampling import Sampling
+from train_loop.generation.decoding import Generated, generate, slid_out
+from train_loop.generation.kv_cache import Decoder, StaticDecoder, takes_positions
+from train_loop.generation.params import Sampling
+from train_loop.models import building
+from train_loop.ops.packed_linear import pack
 
 CONTEXT = 32
 PROMPT = [5, 17, 300, 42, 8]
@@ -24,7 +25,7 @@ RAGGED = [PROMPT, [9], [11, 50, 51, 52, 53, 54, 60, 7], [250] * 3]
 
 
 def build(kind: str, tokenizer_folder: Path) -> Any:
-    return model.build(configured(PATHS[kind][0], CONTEXT), tokenizer.load(str(tokenizer_folder))).eval()
+    return building.build(configured(PATHS[kind][0], CONTEXT), tokenizer.load(str(tokenizer_folder))).eval()
 
 
 @pytest.fixture(params=["gpt2", "llama", "qwen3", "gpt_neox"])

@@ -203,7 +203,7 @@ def test_fp32_that_is_less_is_noticed(gpu_day: Callable[[str], Any], monkeypatch
 def test_documents_that_see_each_other_are_noticed(
     gpu_day: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from train_loop.objective import Objective
+    from train_loop.training.objective import Objective
 
     isolation = gpu_day("isolation")
     objective = isolation._objective("llama", "sdpa", torch.float32)

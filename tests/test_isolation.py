@@ -14,14 +14,16 @@ from hypothesis import strategies as st
 
 from tests.conftest import NO_DROPOUT, TINY_MODELS, Command, events
 from tests.test_model import configured
-from train_loop import config, loop, model
-from train_loop.config import Config
-from train_loop.data import store, tokenizer
+from train_loop.analysis import truth_sheet
+from train_loop.config.load import config_from_arguments
+from train_loop.config.schema import Config
+from train_loop.data import preparation, tokenizer
 from train_loop.data.loader import IGNORED, Windows
 from train_loop.data.order import MicroBatch
-from train_loop.data.store import Ledger, TokenStore
-from train_loop.objective import Objective
-from train_loop.study import truth
+from train_loop.data.token_store import _DOCUMENT, Ledger, TokenStore
+from train_loop.models import building
+from train_loop.training import loop
+from train_loop.training.objective import Objective
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": TINY_MODELS["gpt2"] | NO_DROPOUT,
@@ -34,7 +36,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def packed(folder: Path, documents: list[list[int]]) -> TokenStore:
     """A store of documents that are given as tokens, end-of-text token included."""
     tokens = np.array([token for document in documents for token in document], dtype="<u2")
-    ends = np.zeros(len(documents), dtype=store._DOCUMENT)
+    ends = np.zeros(len(documents), dtype=_DOCUMENT)
     ends["token_end"] = np.cumsum([len(document) for document in documents])
     folder.mkdir(exist_ok=True)
     (folder / "tokens.bin").write_bytes(tokens.tobytes())
@@ -80,9 +82,9 @@ def test_the_ledger_counts_first_tokens(corpus: Path, tokenizer_folder: Path, tm
     settings.data.source, settings.data.files = "files", [f"{corpus}/*.txt"]
     settings.data.cache_dir = str(tmp_path)
     settings.tokenizer.name_or_path = str(tokenizer_folder)
-    plain = store.prepare(settings, shown=False)
+    plain = preparation.prepare(settings, shown=False)
     settings.data.isolate_documents = True
-    isolated = store.prepare(settings, shown=False)
+    isolated = preparation.prepare(settings, shown=False)
     assert isolated.folder == plain.folder and isolated.fingerprint == plain.fingerprint
     core = tokenizer.encoder(plain.tokenizer)
     for side in ("train", "validation"):
@@ -107,7 +109,7 @@ def test_the_ledger_counts_first_tokens(corpus: Path, tokenizer_folder: Path, tm
 )
 def test_one_document_changes_nothing_in_another(tokenizer_folder: Path, name: str, attention: str) -> None:
     its_tokenizer = tokenizer.load(str(tokenizer_folder))
-    built = model.build(configured(SHAPES[name], attention=attention), its_tokenizer).eval()
+    built = building.build(configured(SHAPES[name], attention=attention), its_tokenizer).eval()
     with torch.no_grad():  # large weights, so that everything has an influence to see
         for parameter in built.parameters():
             parameter *= 1 if parameter.ndim < 2 else 5
@@ -172,7 +174,7 @@ def test_what_cannot_isolate_is_refused(
 
 
 def test_flash_attention_gets_one_row_with_every_border_in_its_positions(tokenizer_folder: Path) -> None:
-    objective = Objective(model.build(configured(SHAPES["llama"]), tokenizer.load(str(tokenizer_folder))))
+    objective = Objective(building.build(configured(SHAPES["llama"]), tokenizer.load(str(tokenizer_folder))))
     objective.model.config._attn_implementation = "flash_attention_2"
     inputs, positions = torch.arange(6).view(2, 3), torch.tensor([[0, 1, 0], [0, 1, 2]])
     given_ = objective._arguments(inputs, positions)
@@ -181,5 +183,5 @@ def test_flash_attention_gets_one_row_with_every_border_in_its_positions(tokeniz
 
 
 def test_blocks_of_one_or_two_tokens_have_nothing_to_cross(settings: Callable[..., list[str]]) -> None:
-    run = loop.set_up(config.load(settings(data__block_size=2)))
-    assert not truth.documents_cross(Accelerator(), run.objective, run.config)
+    run = loop.set_up(config_from_arguments(settings(data__block_size=2)))
+    assert not truth_sheet.documents_cross(Accelerator(), run.objective, run.config)

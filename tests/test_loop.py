@@ -19,8 +19,11 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 
 from tests.conftest import TINY_MODELS, Command, events, text
-from train_loop import config, loop
-from train_loop.data import store
+from train_loop.config.load import config_from_arguments
+from train_loop.config.schema import Config
+from train_loop.data import preparation
+from train_loop.data.token_store import window_count
+from train_loop.training import loop
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,9 +37,9 @@ def test_a_run_and_its_folder(command: Command, settings: Callable[..., list[str
         *("config.yaml", "ledger.json", "truth.json", "status.json", "metrics.jsonl"),
         *("architecture", "checkpoints", "model"),
     }
-    prepared = store.prepare(config.load(arguments), shown=False)
+    prepared = preparation.prepare(config_from_arguments(arguments), shown=False)
     steps, evaluations = events(run, "step"), events(run, "evaluation")
-    blocks = store.window_count(len(prepared.train), 32)
+    blocks = window_count(len(prepared.train), 32)
     per_epoch = math.ceil(blocks / 8)
     assert [event["step"] for event in steps] == list(range(1, 2 * per_epoch + 1))
     assert [event["step"] for event in evaluations] == [per_epoch, 2 * per_epoch]
@@ -54,7 +57,7 @@ def test_a_run_and_its_folder(command: Command, settings: Callable[..., list[str
     assert f"perplexity       {evaluations[-1]['perplexity']:.3f}" in command.out
     assert "(gzip -9: " in command.out and str(run / "model") in command.out
     assert "validation loss" in command.err and "\r" not in command.err  # plain lines: stderr is no terminal
-    assert config.load(["--config", str(run / "config.yaml")]) == config.load(arguments)
+    assert config_from_arguments(["--config", str(run / "config.yaml")]) == config_from_arguments(arguments)
 
 
 def test_the_same_command_again_changes_nothing(
@@ -89,7 +92,7 @@ def test_transformers_takes_the_exported_model(
     """In a process without this package: the same evaluation loss, and text from a pipeline."""
     arguments = settings(model__architecture=json.dumps(TINY_MODELS[name]))
     assert command("train", *arguments) == 0
-    prepared = store.prepare(config.load(arguments), shown=False)
+    prepared = preparation.prepare(config_from_arguments(arguments), shown=False)
     tokens = prepared.validation.tokens.astype("int64").tolist()
     program = """
 import sys, json, torch
@@ -147,13 +150,13 @@ def test_the_guides_job_with_local_stand_ins(
     command: Command, model_folder: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     """configs/eli5_distilgpt2.yaml as it is, but for the two names: a parquet folder and a model folder."""
-    from train_loop import model
     from train_loop.data import tokenizer
+    from train_loop.models import building
 
-    settings = config.Config()
+    settings = Config()
     settings.model.architecture = TINY_MODELS["gpt2"] | {"n_positions": 256}
     its_tokenizer = tokenizer.load(str(tokenizer_folder))
-    model.build(settings, its_tokenizer).save_pretrained(tmp_path / "distilgpt2")
+    building.build(settings, its_tokenizer).save_pretrained(tmp_path / "distilgpt2")
     its_tokenizer.save_pretrained(tmp_path / "distilgpt2")
     rows = [
         {
@@ -180,7 +183,7 @@ def test_the_guides_job_with_local_stand_ins(
         *("--model.name_or_path", tmp_path / "distilgpt2"),
         *("--data.name", tmp_path / "eli5_category"),
     ]
-    loaded = config.load([str(argument) for argument in arguments])
+    loaded = config_from_arguments([str(argument) for argument in arguments])
     # The guide's own figures.
     assert (loaded.data.split, loaded.data.text_field, loaded.data.test_size) == ("train[:5000]", "answers.text", 0.2)
     assert (loaded.data.block_size, loaded.batch.sequences_per_step, loaded.train.epochs) == (128, 8, 3)
@@ -237,7 +240,7 @@ def test_a_run_that_diverges_fails_with_a_clear_error(
     steps = events(tmp_path / "run", "step")
     assert [event.get("skipped", False) for event in steps] == [False, False, True, True, True]
     assert steps[-1]["loss"] is None  # JSON has no NaN
-    plan = loop.set_up(config.load(settings(run__output_dir=tmp_path / "other"))).plan
+    plan = loop.set_up(config_from_arguments(settings(run__output_dir=tmp_path / "other"))).plan
     assert [event.get("blocks") for event in steps[2:]] == [plan.blocks(step).tolist() for step in (2, 3, 4)]
     assert "blocks" not in steps[1]
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.conftest import TINY_MODELS
-from train_loop import model
-from train_loop.config import Config
+from train_loop.config.schema import Config
 from train_loop.data import tokenizer
 from train_loop.errors import InputError
+from train_loop.models import building
 
 
 def configured(architecture: dict[str, Any] | None = None, block_size: int = 32, seed: int = 0, **keys: Any) -> Config:
@@ -28,20 +28,20 @@ def test_a_model_from_scratch_takes_vocabulary_and_context_from_the_data(
     architecture: dict[str, Any], tokenizer_folder: Path
 ) -> None:
     loaded = tokenizer.load(str(tokenizer_folder))
-    built = model.build(configured(architecture), loaded)
+    built = building.build(configured(architecture), loaded)
     assert built.config.vocab_size == len(loaded) == 320
-    assert model.context_length(built) == 32
+    assert building.context_length(built) == 32
     assert built.config.eos_token_id == loaded.eos_token_id
     assert {parameter.dtype for parameter in built.parameters()} == {torch.float32}
-    longer = model.build(configured(architecture | {"max_position_embeddings": 64}), loaded)
-    assert model.context_length(longer) == 64
+    longer = building.build(configured(architecture | {"max_position_embeddings": 64}), loaded)
+    assert building.context_length(longer) == 64
 
 
 def test_the_seed_decides_the_weights_and_nothing_else_does(tokenizer_folder: Path) -> None:
     loaded = tokenizer.load(str(tokenizer_folder))
 
     def weights(seed: int) -> torch.Tensor:
-        return model.build(configured(TINY_MODELS["gpt2"], seed=seed), loaded).lm_head.weight
+        return building.build(configured(TINY_MODELS["gpt2"], seed=seed), loaded).lm_head.weight
 
     first = weights(0)
     torch.rand(7)  # whatever was drawn before
@@ -50,9 +50,9 @@ def test_the_seed_decides_the_weights_and_nothing_else_does(tokenizer_folder: Pa
 
 def test_a_folder_is_loaded_in_fp32(model_folder: Path, tmp_path: Path) -> None:
     loaded = tokenizer.load(str(model_folder))
-    half = model.load(str(model_folder)).to(torch.bfloat16)
+    half = building.load(str(model_folder)).to(torch.bfloat16)
     half.save_pretrained(tmp_path)
-    built = model.build(configured(name_or_path=str(tmp_path), attention="eager"), loaded)
+    built = building.build(configured(name_or_path=str(tmp_path), attention="eager"), loaded)
     assert {parameter.dtype for parameter in built.parameters()} == {torch.float32}
     assert built.config._attn_implementation == "eager"
 
@@ -72,16 +72,16 @@ def test_a_folder_is_loaded_in_fp32(model_folder: Path, tmp_path: Path) -> None:
 )
 def test_mistakes_in_an_architecture(tokenizer_folder: Path, architecture: dict[str, Any], expected: str) -> None:
     with pytest.raises(InputError, match=r"^[^\n]*$") as error:
-        model.build(configured(architecture), tokenizer.load(str(tokenizer_folder)))
+        building.build(configured(architecture), tokenizer.load(str(tokenizer_folder)))
     assert expected in str(error.value)
 
 
 def test_mistakes_in_a_folder(model_folder: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     loaded = tokenizer.load(str(tokenizer_folder))
     with pytest.raises(InputError, match=r"block_size 65 is beyond the context of model .*, 64 tokens; use at most 64"):
-        model.build(configured(name_or_path=str(model_folder), block_size=65), loaded)
+        building.build(configured(name_or_path=str(model_folder), block_size=65), loaded)
     with pytest.raises(InputError, match="cannot be loaded"):
-        model.build(configured(name_or_path=str(tmp_path)), loaded)
+        building.build(configured(name_or_path=str(tmp_path)), loaded)
     loaded.add_tokens(["<one more>"])
     with pytest.raises(InputError, match=r"the tokenizer has 321 entries, but model .* only 320 embeddings"):
-        model.build(configured(name_or_path=str(model_folder)), loaded)
+        building.build(configured(name_or_path=str(model_folder)), loaded)

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from tests.conftest import TINY_MODELS
 from tests.test_model import configured
-from train_loop import model
 from train_loop.data import tokenizer
 from train_loop.data.loader import IGNORED
-from train_loop.objective import Objective, head_is_plain
+from train_loop.models import building
+from train_loop.training.objective import Objective, head_is_plain
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 _GROUPED = _SMALL | {"num_key_value_heads": 2}
@@ -41,7 +41,7 @@ def batch(rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 def test_loss_gradient_and_statistics_are_those_of_the_models_own_logits(
     tokenizer_folder: Path, architecture: dict[str, Any], path: str
 ) -> None:
-    built = model.build(configured(architecture), tokenizer.load(str(tokenizer_folder))).eval()
+    built = building.build(configured(architecture), tokenizer.load(str(tokenizer_folder))).eval()
     objective = Objective(built)
     assert objective.loss_path == path
     inputs, targets = batch()
@@ -63,7 +63,7 @@ def test_loss_gradient_and_statistics_are_those_of_the_models_own_logits(
 
 
 def test_a_cap_is_seen_although_a_fresh_models_logits_are_far_below_it(tokenizer_folder: Path) -> None:
-    built = model.build(configured(PATHS["gemma2"][0]), tokenizer.load(str(tokenizer_folder)))
+    built = building.build(configured(PATHS["gemma2"][0]), tokenizer.load(str(tokenizer_folder)))
     inputs, _ = batch()
     hidden = built.base_model(input_ids=inputs).last_hidden_state
     # The cap changes nothing here ...
@@ -72,7 +72,7 @@ def test_a_cap_is_seen_although_a_fresh_models_logits_are_far_below_it(tokenizer
 
 
 def test_no_targets_no_loss_no_gradient(tokenizer_folder: Path) -> None:
-    built = model.build(configured(TINY_MODELS["gpt2"]), tokenizer.load(str(tokenizer_folder)))
+    built = building.build(configured(TINY_MODELS["gpt2"]), tokenizer.load(str(tokenizer_folder)))
     objective = Objective(built)
     inputs, targets = batch(1)
     nll = objective(inputs, torch.full_like(targets, IGNORED))
@@ -82,7 +82,9 @@ def test_no_targets_no_loss_no_gradient(tokenizer_folder: Path) -> None:
 
 
 def test_bf16_loss_is_not_summed_in_bf16(tokenizer_folder: Path) -> None:
-    objective = Objective(model.build(configured(TINY_MODELS["llama"]), tokenizer.load(str(tokenizer_folder))).eval())
+    objective = Objective(
+        building.build(configured(TINY_MODELS["llama"]), tokenizer.load(str(tokenizer_folder))).eval()
+    )
     inputs, targets = batch(64)
     with torch.no_grad():
         exact = objective(inputs, targets)

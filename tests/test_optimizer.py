@@ -11,13 +11,15 @@ from transformers.trainer_pt_utils import get_parameter_names
 from tests.conftest import TINY_MODELS
 from tests.test_model import configured
 from tests.test_objective import PATHS
-from train_loop import model, optimizer
-from train_loop.config import OptimizerConfig, ScheduleConfig
+from train_loop.config.schema import OptimizerConfig, ScheduleConfig
 from train_loop.data import tokenizer
+from train_loop.models import building
+from train_loop.training import optimizer
+from train_loop.training.schedule import learning_rate
 
 
 def build(architecture: dict[str, Any], tokenizer_folder: Path) -> Any:
-    return model.build(configured(architecture), tokenizer.load(str(tokenizer_folder)))
+    return building.build(configured(architecture), tokenizer.load(str(tokenizer_folder)))
 
 
 @pytest.mark.parametrize("architecture", [path[0] for path in PATHS.values()], ids=PATHS)
@@ -70,7 +72,7 @@ def test_the_schedule_is_transformers(name: Any, warmup: int) -> None:
     )
     schedule = ScheduleConfig(name=name, warmup_steps=warmup)
     for step in range(total):
-        mine = optimizer.learning_rate(step, total, peak, schedule)
+        mine = learning_rate(step, total, peak, schedule)
         assert mine == pytest.approx(reference.get_last_lr()[0], rel=1e-12, abs=1e-18)
         adamw.step()
         reference.step()
@@ -80,7 +82,7 @@ def test_the_schedule_never_leaves_its_range() -> None:
     for name in ("linear", "cosine", "constant", "wsd"):
         for total, warmup in ((1, 0), (1, 5), (3, 3), (10, 20)):
             rates = [
-                optimizer.learning_rate(step, total, 1.0, ScheduleConfig(name=name, warmup_steps=warmup))  # type: ignore[arg-type]
+                learning_rate(step, total, 1.0, ScheduleConfig(name=name, warmup_steps=warmup))  # type: ignore[arg-type]
                 for step in range(total)
             ]
             assert all(0 <= rate <= 1 for rate in rates)

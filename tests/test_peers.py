@@ -17,22 +17,23 @@ import pytest
 from tests.conftest import Command, events
 from tests.distributed import launch
 from tests.distributed.launch import ON_CPU, ROOT, environment, free_port, processes, several
-from train_loop import peers, roll_call
-from train_loop.config import Config, shared_settings
+from train_loop.config.load import shared_settings
+from train_loop.config.schema import Config
+from train_loop.distributed import heartbeat, host_check
 
 Settings = Callable[..., list[str]]
 
 
 def reports(**changes: Any) -> list[dict[str, Any]]:
     """What three processes on two hosts say; the last one says something else."""
-    made = [peers.report(shared_settings(Config())) | {"host": host} for host in ("alpha", "alpha", "beta")]
+    made = [heartbeat.report(shared_settings(Config())) | {"host": host} for host in ("alpha", "alpha", "beta")]
     for kind, values in changes.items():
         made[2][kind] = made[2][kind] | values
     return made
 
 
 def test_processes_that_agree_have_no_difference() -> None:
-    assert peers.difference(reports()) is None
+    assert heartbeat.difference(reports()) is None
     assert {"torch", "accelerate", "transformers", "python"} <= reports()[0]["versions"].keys()
 
 
@@ -48,7 +49,7 @@ def test_processes_that_agree_have_no_difference() -> None:
     ],
 )
 def test_a_difference_is_named_with_both_sides(changes: dict[str, Any], expected: str) -> None:
-    found = peers.difference(reports(**changes))
+    found = heartbeat.difference(reports(**changes))
     assert found is not None and expected in found and "on process 2 (beta); " in found
 
 
@@ -65,7 +66,7 @@ def test_everybody_at_a_roll_call_is_told_who_is_missing(absent: tuple[int, ...]
     port, told = free_port(), {}
 
     def call(number: int) -> None:
-        told[number] = roll_call.report("127.0.0.1", port, number, 2.0) if number else roll_call.listen(port, 4, 2.0)
+        told[number] = host_check.report("127.0.0.1", port, number, 2.0) if number else host_check.listen(port, 4, 2.0)
 
     callers = [threading.Thread(target=call, args=(number,)) for number in range(4) if number not in absent]
     for caller in callers:
@@ -78,7 +79,7 @@ def test_everybody_at_a_roll_call_is_told_who_is_missing(absent: tuple[int, ...]
 def test_a_roll_call_without_the_first_host_names_it(capsys: pytest.CaptureFixture[str]) -> None:
     began = time.monotonic()
     given = ["--port", str(free_port()), "--number", "1", "--seconds", "1", "127.0.0.1", "beta"]
-    assert roll_call.main(given) == 1
+    assert host_check.main(given) == 1
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1 and "host 0 (127.0.0.1) of 2 did not come within 1 s" in said
     assert time.monotonic() - began < 5
@@ -86,7 +87,7 @@ def test_a_roll_call_without_the_first_host_names_it(capsys: pytest.CaptureFixtu
 
 def test_a_roll_call_loads_nothing() -> None:
     """It runs on every host before anything else, also where torch takes a minute to load."""
-    code = "import sys; import train_loop.roll_call; sys.exit('torch' in sys.modules or 'yaml' in sys.modules)"
+    code = "import sys, train_loop.distributed.host_check; sys.exit(bool({'torch', 'yaml'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

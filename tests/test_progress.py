@@ -7,8 +7,7 @@ import time
 
 import pytest
 
-from train_loop import progress
-from train_loop.progress import Progress, Sparkline, duration
+from train_loop.console import Progress, Sparkline, duration
 
 
 def drawn(values: list[float], encoding: str = "utf-8", width: int = 16) -> str:
@@ -62,7 +61,7 @@ class Stream(io.StringIO):
 def test_a_log_file_gets_a_line_that_says_it_all(monkeypatch: pytest.MonkeyPatch, encoding: str, curve: str) -> None:
     stream, clock = Stream(False, encoding), [1000.0]
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with Progress("training", "step", 20) as line:
         for step in range(5):
             clock[0] += 20

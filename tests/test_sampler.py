@@ -17,11 +17,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.conftest import Command
-from train_loop import checkpoint, model, pretrained, prompting, sampler
+from train_loop.checkpoint import pretrained, storage
 from train_loop.data import tokenizer
 from train_loop.errors import InputError
-from train_loop.sampler import Sampler, Text
-from train_loop.sampling import Sampling
+from train_loop.generation import sampler
+from train_loop.generation.params import Sampling
+from train_loop.generation.prompts import converse
+from train_loop.generation.sampler import Sampler, Text
+from train_loop.models import building
 
 PROMPTS = ["the ü ", "of", "and to in is that", "a"]
 
@@ -41,7 +44,7 @@ def test_two_lines_of_python(loaded: Sampler) -> None:
 
 
 def test_streamed_text_is_the_text_and_the_mode_is_put_back(model_folder: Path) -> None:
-    built, its_tokenizer = model.load(str(model_folder)), tokenizer.load(str(model_folder))
+    built, its_tokenizer = building.load(str(model_folder)), tokenizer.load(str(model_folder))
     built.train()
     mine = Sampler(built, its_tokenizer)
     stretches: list[str] = []
@@ -124,7 +127,7 @@ def test_text_is_what_the_tokenizer_makes_of_all_tokens(tokenizer_folder: Path) 
 
 
 def test_an_empty_prompt_begins_a_text(model_folder: Path) -> None:
-    built, loaded = model.load(str(model_folder)), tokenizer.load(str(model_folder))
+    built, loaded = building.load(str(model_folder)), tokenizer.load(str(model_folder))
     assert sampler.prompt_ids(loaded, "") == [loaded.bos_token_id]
     assert loaded.bos_token_id not in sampler.prompt_ids(loaded, "<|endoftext|>")
     loaded.bos_token = None
@@ -213,7 +216,7 @@ def test_a_session_goes_on_after_a_mistake_and_after_ctrl_c(
             raise KeyboardInterrupt
 
     monkeypatch.setattr("builtins.input", type_in)
-    prompting.converse(answer)
+    converse(answer)
     assert heard == ["a\nb", "too long", "c"] and typed == []
     assert "prompt: too long" in capsys.readouterr().err
 
@@ -280,7 +283,7 @@ def test_a_run_in_progress_and_its_checkpoints(
     assert sampled(run) == sampled(steps[0])
     assert command("sample", "--model", steps[1], *ask) == 2 and "state.json is missing" in command.err
     # One that is removed while it is read is looked for again.
-    load, calls = checkpoint.load_weights, []
+    load, calls = storage.load_weights, []
 
     def vanishing(*arguments: Any) -> None:
         calls.append(0)
@@ -288,7 +291,7 @@ def test_a_run_in_progress_and_its_checkpoints(
             raise FileNotFoundError
         load(*arguments)
 
-    monkeypatch.setattr(checkpoint, "load_weights", vanishing)
+    monkeypatch.setattr(storage, "load_weights", vanishing)
     assert pretrained.load(str(run))[0] is not None and len(calls) == 2
     (run / "architecture").rename(run / "elsewhere")
     assert command("sample", "--model", run, *ask) == 2 and "has no architecture" in command.err

@@ -15,9 +15,11 @@ from safetensors import SafetensorError
 
 from tests.conftest import Command, events
 from tests.test_checkpoint import names, without_speeds
-from train_loop import checkpoint, finish, loop
+from train_loop.checkpoint import storage
+from train_loop.export import model_folder
+from train_loop.training import loop
 
-WRITE = checkpoint.write_part
+WRITE = storage.write_part
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
@@ -41,7 +43,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         writing.release()
         return result
 
-    monkeypatch.setattr(checkpoint, "write_part", slowly)
+    monkeypatch.setattr(storage, "write_part", slowly)
     arguments = settings(train__max_steps=20, checkpoint__every=5, evaluation__every=20, checkpoint__keep=9)
     assert command("train", *arguments, "--checkpoint.background", background) == 0
     assert len(seen) == 4 and seen[-1] == 0
@@ -66,7 +68,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, *steps: int) -> list[int]:
             raise OSError(28, "No space left on device", str(folder))
         return WRITE(folder, *rest)
 
-    monkeypatch.setattr(checkpoint, "write_part", write)
+    monkeypatch.setattr(storage, "write_part", write)
     return tried
 
 
@@ -101,7 +103,7 @@ def test_whatever_goes_wrong_while_writing_is_no_checkpoint(
     command: Command, settings: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mistake in a thread must not look like a checkpoint that was written."""
-    monkeypatch.setattr(checkpoint, "_digest", lambda files: files["nothing"])
+    monkeypatch.setattr(storage, "_digest", lambda files: files["nothing"])
     assert command("train", *settings(train__max_steps=5)) == 1
     assert "step 5: the checkpoint could not be written ('nothing')" in command.err
     assert not (tmp_path / "run" / "model").exists() and names(tmp_path / "run") == []
@@ -118,7 +120,7 @@ def test_a_model_that_cannot_be_exported_is_one_line_and_the_run_goes_on_there(
     def write(*arguments: Any) -> None:
         raise error
 
-    monkeypatch.setattr(finish.export, "write", write)
+    monkeypatch.setattr(model_folder, "write", write)
     assert command("train", *settings(train__max_steps=5)) == 1
     assert command.err.splitlines()[-1].startswith("train-loop: export: ") and "goes on from here" in command.err
     monkeypatch.undo()

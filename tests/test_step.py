@@ -13,17 +13,21 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from tests.conftest import NO_DROPOUT, TINY_MODELS, events
-from train_loop import checkpoint, config, loop, optimizer
+from train_loop.checkpoint import storage
+from train_loop.checkpoint.manager import CheckpointManager
+from train_loop.config.load import config_from_arguments
+from train_loop.config.schema import ScheduleConfig
 from train_loop.data.loader import IGNORED, loader
-from train_loop.saver import Saver
+from train_loop.metrics.log import MetricsLog
 from train_loop.signals import StopRequest
-from train_loop.step import gradient_norm, train_step
-from train_loop.study.metrics import MetricsLog
+from train_loop.training import loop
+from train_loop.training.schedule import learning_rate
+from train_loop.training.step import gradient_norm, train_step
 
 
 def set_up(settings: Callable[..., list[str]], name: str, **changes: object) -> loop.Run:
     architecture = TINY_MODELS[name] | (NO_DROPOUT if name == "gpt2" else {}) | {"max_position_embeddings": 33}
-    run = loop.set_up(config.load(settings(model__architecture=json.dumps(architecture), **changes)))
+    run = loop.set_up(config_from_arguments(settings(model__architecture=json.dumps(architecture), **changes)))
     run.folder.path.mkdir(exist_ok=True)
     return run
 
@@ -89,7 +93,7 @@ def test_losses_and_weights_are_those_of_trainer(settings: Callable[..., list[st
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     log = MetricsLog(run.accelerator, run.folder.metrics, 0)
-    loop._loop(run, log, Saver(run.accelerator, run.folder.checkpoints, 1, True), 0, StopRequest())
+    loop._loop(run, log, CheckpointManager(run.accelerator, run.folder.checkpoints, 1, True), 0, StopRequest())
     mine_losses = [event["loss"] for event in events(run.folder.path, "step")]
     assert len(theirs) == len(mine_losses) == 50
     assert max(event["grad_norm"] for event in events(run.folder.path, "step")) > 0.5  # it did clip
@@ -236,15 +240,15 @@ class TestLossScaling:
         _, run = self.step(settings, 2.0**30)
         _, other = self.step(settings, 2.0**10)
         log = MetricsLog(run.accelerator, tmp_path / "metrics.jsonl", 0)
-        loop._secure(run, log, Saver(run.accelerator, run.folder.checkpoints, 1, True), 1)
-        other.found, _ = checkpoint.newest(run.folder.checkpoints)
+        loop._secure(run, log, CheckpointManager(run.accelerator, run.folder.checkpoints, 1, True), 1)
+        other.found, _ = storage.newest(run.folder.checkpoints)
         assert loop._resume(other) == 1
         assert 2.0**10 < other.accelerator.scaler.get_scale() == run.accelerator.scaler.get_scale() < 2.0**30
 
 
 def test_a_mask_depends_on_step_and_micro_batch_alone(settings: Callable[..., list[str]]) -> None:
     dropout = TINY_MODELS["gpt2"] | {"resid_pdrop": 0.3}
-    run = loop.set_up(config.load(settings(model__architecture=json.dumps(dropout))))
+    run = loop.set_up(config_from_arguments(settings(model__architecture=json.dumps(dropout))))
     run.objective.train()
 
     def loss(step: int, *before: int) -> float:
@@ -301,4 +305,4 @@ def test_no_limit_leaves_gradients_as_they_are() -> None:
     before = layer.weight.grad.clone()
     accelerator.clip_grad_norm_(layer.parameters(), float("inf"))
     assert torch.equal(layer.weight.grad, before)
-    assert optimizer.learning_rate(0, 1, 1.0, config.ScheduleConfig()) == 1.0
+    assert learning_rate(0, 1, 1.0, ScheduleConfig()) == 1.0

@@ -15,8 +15,9 @@ import torch
 from tests.conftest import NO_DROPOUT, TINY_MODELS, Command, events
 from tests.faults import fault
 from tests.test_checkpoint import names, without_speeds
-from train_loop import finish, loop, verify
-from train_loop.objective import Objective
+from train_loop.export import model_folder, verify
+from train_loop.training import loop
+from train_loop.training.objective import Objective
 
 MOMENTS = {"step": 9, "evaluation": 1, "last evaluation": 3, "sampling": 2, "save": 10}
 
@@ -290,7 +291,7 @@ class TestVerifiedFinish:
     ) -> None:
         from safetensors.torch import load_file, save_file
 
-        write = finish.export.write
+        write = model_folder.write
 
         def spoil(folder: Path, *rest: Any) -> None:
             write(folder, *rest)
@@ -305,7 +306,7 @@ class TestVerifiedFinish:
             else:
                 (folder / "tokenizer.json").write_text("{}")
 
-        monkeypatch.setattr(finish.export, "write", spoil)
+        monkeypatch.setattr(model_folder, "write", spoil)
         arguments = settings(train__max_steps=3, export__verify="true")
         assert command("train", *arguments) == 1
         assert expected in command.err.splitlines()[-1]

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.conftest import TINY_MODELS, Command, events
-from train_loop import compat, cpu, versions
+from train_loop import compat, versions
+from train_loop.ops import cpu
 
 ROOT = Path(__file__).parent.parent
 LOSSES = Path(__file__).parent / "golden" / "losses.json"

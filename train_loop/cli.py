@@ -14,9 +14,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from train_loop import __version__, versions
-from train_loop.config import Config, load, shared_settings
-from train_loop.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, InputError, LostError, TrainingError
-from train_loop.settings import help_text
+from train_loop.config.load import config_from_arguments, shared_settings
+from train_loop.config.parsing import help_text
+from train_loop.config.schema import Config
+from train_loop.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    InputError,
+    LostError,
+    TrainingError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,7 +85,7 @@ def _complain(error: object, speaks: bool | None = None) -> None:
 def _is_out_of_memory(error: RuntimeError) -> bool:
     if "torch" not in sys.modules:
         return False
-    from train_loop.memory import is_out_of_memory
+    from train_loop.devices import is_out_of_memory
 
     return is_out_of_memory(error)
 
@@ -110,11 +119,11 @@ def prepare(arguments: list[str]) -> int:
     """Turn documents into a token store, once; prints the ledger."""
     if _wants_help(arguments, "prepare", "--config FILE [--section.key value ...]"):
         return EXIT_DONE
-    config = load(arguments)
+    config = config_from_arguments(arguments)
     _ready_libraries()
-    from train_loop.data import store
+    from train_loop.data import preparation
 
-    prepared = store.prepare(config)
+    prepared = preparation.prepare(config)
     print(json.dumps({"folder": str(prepared.folder)} | prepared.ledger(), indent=2))
     return EXIT_DONE
 
@@ -123,9 +132,9 @@ def train(arguments: list[str]) -> int:
     """Do the whole job: prepare, train (resuming by itself), evaluate, sample, export; prints a summary."""
     if _wants_help(arguments, "train", "--config FILE [--section.key value ...]"):
         return EXIT_DONE
-    config = load(arguments)
+    config = config_from_arguments(arguments)
     _ready_libraries()
-    from train_loop import loop
+    from train_loop.training import loop
 
     summary = loop.train(config)
     run, last = summary.run, summary.evaluation
@@ -160,26 +169,31 @@ def evaluate(arguments: list[str]) -> int:
         return EXIT_DONE
     name, rest = _take_model(arguments)
     # The model to evaluate stands in for the one to train, so the file's own may be anything.
-    config = load(rest)
+    config = config_from_arguments(rest)
     _ready_libraries()
-    from train_loop import cpu, evaluation, model, pretrained, processes
-    from train_loop.data import store
+    from train_loop.analysis import truth_sheet
+    from train_loop.checkpoint import pretrained
+    from train_loop.data import preparation
     from train_loop.data.loader import Windows
-    from train_loop.objective import Objective
-    from train_loop.peers import Peers
-    from train_loop.study import truth
+    from train_loop.distributed import launch
+    from train_loop.distributed.collectives import run_on_all_ranks
+    from train_loop.distributed.heartbeat import Peers
+    from train_loop.models import building
+    from train_loop.ops import cpu
+    from train_loop.training import evaluation
+    from train_loop.training.objective import Objective
 
     peers = Peers(config.run, shared_settings(config))
     with peers.named():
-        accelerator = processes.start(config.run, peers)
-        language_model, its_tokenizer = processes.together(
+        accelerator = launch.start(config.run, peers)
+        language_model, its_tokenizer = run_on_all_ranks(
             accelerator, "load", lambda: pretrained.load(name, config.model.attention)
         )
-        model.check_fits(language_model, its_tokenizer, config.data.block_size, f"model {name}")
+        building.check_fits(language_model, its_tokenizer, config.data.block_size, f"model {name}")
         if config.data.isolate_documents:
-            model.check_positions(language_model)
+            building.check_positions(language_model)
         shown = accelerator.is_local_main_process
-        data = processes.together(accelerator, "prepare", lambda: store.prepare(config, its_tokenizer, shown=shown))
+        data = run_on_all_ranks(accelerator, "prepare", lambda: preparation.prepare(config, its_tokenizer, shown=shown))
         eos = its_tokenizer.eos_token_id
         assert isinstance(eos, int)
         windows = Windows(data.validation, config.data.block_size, eos, config.data.isolate_documents)
@@ -187,10 +201,10 @@ def evaluate(arguments: list[str]) -> int:
             if config.run.keep_memory:
                 cpu.keep_freed_memory()
             cpu.use_products(language_model)
-        objective = processes.prepare_to_evaluate(accelerator, Objective(language_model.to(accelerator.device)))
-        if config.data.isolate_documents and truth.documents_cross(accelerator, objective, config):
+        objective = launch.prepare_to_evaluate(accelerator, Objective(language_model.to(accelerator.device)))
+        if config.data.isolate_documents and truth_sheet.documents_cross(accelerator, objective, config):
             attention = str(language_model.config._attn_implementation)
-            raise InputError(truth.cannot_isolate(type(language_model).__name__, attention))
+            raise InputError(truth_sheet.cannot_isolate(type(language_model).__name__, attention))
         batch_size = config.evaluation.batch_size or config.micro_batch_size
         metrics = evaluation.evaluate(accelerator, objective, windows, batch_size)
         if accelerator.is_main_process:
@@ -237,12 +251,12 @@ def sample(arguments: list[str]) -> int:
         raise InputError("--log_probabilities are told in JSON; add --json")
     if given.batch_size < 1:
         raise InputError(f"--batch_size {given.batch_size}: must be at least 1")
-    from train_loop import prompting
+    from train_loop.generation.prompts import converse, read_prompts
 
-    prompts = [] if given.interactive else prompting.read(given.prompt, given.prompts)
+    prompts = [] if given.interactive else read_prompts(given.prompt, given.prompts)
     _ready_libraries()
-    from train_loop import sampler
-    from train_loop.sampling import Sampling
+    from train_loop.generation import sampler
+    from train_loop.generation.params import Sampling
 
     settings: dict[str, Any] = {}
     for each in dataclasses.fields(Sampling):
@@ -268,7 +282,7 @@ def sample(arguments: list[str]) -> int:
                 print("\n" * (number > 0) + "\n\n".join(prompt + each.text for each in continuations), flush=True)
 
     if given.interactive:
-        prompting.converse(lambda prompt: continue_([prompt]))
+        converse(lambda prompt: continue_([prompt]))
     else:
         continue_(prompts)
     return EXIT_DONE
@@ -298,8 +312,8 @@ def inspect(arguments: list[str]) -> int:
     _ready_libraries()
     from pathlib import Path
 
-    from train_loop.study import inspection
-    from train_loop.study.replay import Replay
+    from train_loop.analysis import inspection
+    from train_loop.analysis.replay import Replay
 
     replay = Replay(Path(given.run), steps)
     if given.set:
@@ -336,9 +350,9 @@ def report(arguments: list[str]) -> int:
         raise InputError("--serve shows a page and writes none: leave out --output and --png")
     from pathlib import Path
 
-    from train_loop.study.report import figures, page, server
-    from train_loop.study.report.files import RunFiles
-    from train_loop.study.report.gather import gather
+    from train_loop.report import figures, html_page, server
+    from train_loop.report.page_data import gather
+    from train_loop.report.run_reader import RunFiles
 
     runs = [RunFiles(run) for run in given.run]
     if given.serve is not None:
@@ -346,7 +360,7 @@ def report(arguments: list[str]) -> int:
         return EXIT_DONE
     data, path = gather(runs), Path(given.output or runs[0].folder / "report.html")
     drawn = figures.write(data, Path(given.png)) if given.png else []
-    page.write(data, path)
+    html_page.write(data, path)
     print(path, *drawn, sep="\n")
     return EXIT_DONE
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 
 def exact(tensor: torch.Tensor) -> torch.Tensor:
@@ -117,3 +118,6 @@ def _works(attempt: Callable[[], object]) -> bool:
         return True
     except (RuntimeError, TypeError, NotImplementedError, AssertionError, AttributeError, ValueError):
         return False
+
+
+is_out_of_memory = should_reduce_batch_size

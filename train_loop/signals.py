@@ -1,18 +1,12 @@
 """Polite stopping: a signal asks, the loop answers after the step it is in."""
 
 import signal
-import time
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import gather
-
-from train_loop.peers import of_communication
+from train_loop.distributed.heartbeat import is_communication_error
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_SECONDS_BETWEEN_QUESTIONS = 1.0
 
 
 class StopRequest:
@@ -51,7 +45,7 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, RuntimeError) and of_communication(error):
+        if isinstance(error, RuntimeError) and is_communication_error(error):
             self.ignore_from_now_on()  # there is still to be found out which of the others is gone
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -60,45 +54,3 @@ class StopRequest:
         if self.name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
-
-
-class Question:
-    """Asks all processes about once a second whether one of them was asked to stop.
-
-    All have to ask equally often. How many times go by without an exchange follows from the time that the slowest
-    process took, so all agree on it.
-
-    Args:
-        accelerator: the processes.
-        stop: what this process was asked.
-        alone: whether only this process asks, and only itself.
-    """
-
-    def __init__(self, accelerator: Accelerator, stop: StopRequest, alone: bool = False) -> None:
-        self.accelerator, self.stop = accelerator, stop
-        self.alone = alone or accelerator.num_processes == 1
-        self.answer = False
-        self._every = self._left = 1
-        self._last = time.monotonic()
-
-    def __call__(self) -> bool:
-        """Whether to stop, as far as is known; once True, always True."""
-        if self.answer:
-            return True
-        if self.alone:
-            self.answer = self.stop.asked
-            return self.answer
-        self._left -= 1
-        if self._left == 0:
-            mine = [float(self.stop.asked), time.monotonic() - self._last]
-            every = gather(torch.tensor(mine, device=self.accelerator.device)[None]).max(dim=0).values.tolist()
-            self.answer = self.stop.hear(every[0] > 0)
-            wanted = self._every * _SECONDS_BETWEEN_QUESTIONS / max(every[1], 1e-6)
-            self._every = self._left = max(1, min(int(wanted), 8 * self._every))
-            self._last = time.monotonic()
-        return self.answer
-
-
-def agree(accelerator: Accelerator, stop: StopRequest) -> bool:
-    """Whether any process was asked to stop; all must call this."""
-    return Question(accelerator, stop)()

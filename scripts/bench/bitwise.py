@@ -29,9 +29,10 @@ def main() -> None:
 
     import torch
 
-    from train_loop import config, loop
+    from train_loop.config.load import config_from_arguments
     from train_loop.data.loader import loader
-    from train_loop.step import train_step
+    from train_loop.training import loop
+    from train_loop.training.step import train_step
 
     architecture, vocabulary, block, sequences, micro_batch = SHAPES[given.shape]
     every_core = torch.get_num_threads()
@@ -39,7 +40,7 @@ def main() -> None:
 
     def contender(name: str, reproducible: str, threads: int) -> Contender:
         run = loop.set_up(
-            config.load(
+            config_from_arguments(
                 [
                     *("--model.architecture", architecture, "--tokenizer.train_vocab_size", str(vocabulary)),
                     *("--data.block_size", str(block), "--batch.sequences_per_step", str(sequences)),

@@ -61,12 +61,14 @@ def main() -> None:
 
 def hold_up(arguments: list[str], steps: int, rounds: int) -> dict[str, Any]:
     """Seconds of a step, and for each way to write: seconds that the call takes, and that the steps take longer."""
-    from train_loop import checkpoint, config, loop
+    from train_loop.checkpoint import storage
+    from train_loop.checkpoint.manager import CheckpointManager
+    from train_loop.config.load import config_from_arguments
     from train_loop.data.loader import loader
-    from train_loop.saver import Saver
-    from train_loop.step import train_step
+    from train_loop.training import loop
+    from train_loop.training.step import train_step
 
-    run = loop.set_up(config.load(arguments))
+    run = loop.set_up(config_from_arguments(arguments))
     run.objective.train()
 
     def train(first: int, save: Callable[[int], object] | None) -> tuple[float, float]:
@@ -82,7 +84,9 @@ def hold_up(arguments: list[str], steps: int, rounds: int) -> dict[str, Any]:
                 blocked = time.perf_counter() - before
         return time.perf_counter() - began, blocked
 
-    beside, before = (Saver(run.accelerator, run.folder.checkpoints, 1, background) for background in (True, False))
+    beside, before = (
+        CheckpointManager(run.accelerator, run.folder.checkpoints, 1, background) for background in (True, False)
+    )
     saves: list[Callable[[int], object] | None] = [
         None,
         lambda step: beside.begin(run.model, run.optimizer, {"step": step}),
@@ -95,7 +99,7 @@ def hold_up(arguments: list[str], steps: int, rounds: int) -> dict[str, Any]:
             times.append(train(turn * steps, save))
             beside.wait()
             os.sync()  # what one leaves to the kernel to write must not slow down the next
-    found, _ = checkpoint.newest(run.folder.checkpoints)
+    found, _ = storage.newest(run.folder.checkpoints)
     assert found is not None
     size = sum(path.stat().st_size for path in found.folder.iterdir())
     plain = [seconds for seconds, _ in taken[0][1:]]

@@ -3,7 +3,7 @@
     python scripts/bench/compile.py [--rounds 5] [--steps 10] [--json]
 
 The same run twice, with layers compiled and as they are, by the loop's own step; on a CPU the second one has the
-matrix products of `train_loop/cpu.py`, which compiled layers do without. Warm-up, in which layers are compiled, is
+matrix products of `train_loop/ops/cpu.py`, which compiled layers do without. Warm-up, in which layers are compiled, is
 timed alone.
 """
 
@@ -27,15 +27,16 @@ def main() -> None:
 
     from torch._dynamo.utils import counters
 
-    from train_loop import config, loop
+    from train_loop.config.load import config_from_arguments
     from train_loop.data.loader import loader
-    from train_loop.step import train_step
+    from train_loop.training import loop
+    from train_loop.training.step import train_step
 
     folder = tempfile.mkdtemp(prefix="bench-compile-")
 
     def contender(name: str, compiled: bool) -> Contender:
         run = loop.set_up(
-            config.load(
+            config_from_arguments(
                 [
                     *("--model.architecture", given.architecture, "--tokenizer.train_vocab_size", "4096"),
                     *("--data.block_size", str(BLOCK), "--batch.sequences_per_step", str(SEQUENCES)),

@@ -50,14 +50,15 @@ def _speed(layers: int, rounds: int, as_json: bool) -> None:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from train_loop import cpu, model
-    from train_loop.objective import Objective
+    from train_loop.models import building
+    from train_loop.ops import cpu
+    from train_loop.training.objective import Objective
 
     cpu.keep_freed_memory()  # for all of them
     torch.manual_seed(0)
     theirs = GPT2LMHeadModel(GPT2Config(n_layer=layers)).eval()
     mine = copy.deepcopy(theirs)
-    model.fuse_activations(mine)
+    building.fuse_activations(mine)
     cpu.use_products(mine)
     objective = Objective(mine).eval()
     ids = torch.randint(0, theirs.config.vocab_size, (SEQUENCES, BLOCK))
@@ -91,8 +92,8 @@ def _memory_of(way: str, vocabulary: int) -> float:
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        from train_loop import cpu
-        from train_loop.objective import Objective
+        from train_loop.ops import cpu
+        from train_loop.training.objective import Objective
 
         torch.manual_seed(0)
         sizes: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}

@@ -7,7 +7,7 @@ random weights. The first rival is what a person who knows nanoGPT would write a
 whole model compiled, cross entropy over all logits, clipping, fused AdamW, batches that lie on the device, nothing
 logged. The second is Transformers' `Trainer`, with bf16 and torch_compile. The bare step is train_loop's own model and
 optimizer without its loop: the difference is what the loop adds. MFU is the share of the rate of a large matrix
-product, measured on the same device (`train_loop/study/speed.py`).
+product, measured on the same device (`train_loop/metrics/throughput.py`).
 
 Each contender is a process of its own, compiles beside the others where memory allows, and trains when it is its turn;
 memory is the most that its tensors took in a turn. A contender that is not ready after --patience seconds is left out,
@@ -161,7 +161,7 @@ def _losses(given: argparse.Namespace) -> None:
 
     from train_loop import compat, devices
     from train_loop.data.loader import IGNORED
-    from train_loop.objective import _CHUNK
+    from train_loop.training.objective import _CHUNK
 
     device = device_of(given)
     positions = given.sequences * given.block

@@ -180,17 +180,19 @@ def _the_loop(given: argparse.Namespace) -> Commands:
     """The loop of train_loop, with its log; its bare step; a rate to compare with, once nobody else is at work."""
     import torch
 
-    from train_loop import config, devices, loop
+    from train_loop import devices
+    from train_loop.checkpoint.manager import CheckpointManager
+    from train_loop.config.load import config_from_arguments
     from train_loop.data.loader import loader
-    from train_loop.saver import Saver
+    from train_loop.metrics.log import MetricsLog
+    from train_loop.metrics.throughput import matrix_rate
     from train_loop.signals import StopRequest
-    from train_loop.study.metrics import MetricsLog
-    from train_loop.study.speed import matrix_rate
+    from train_loop.training import loop
 
     folder = Path(tempfile.mkdtemp(prefix="bench-gpu-"))
     few = ("--data.max_documents", "50") if given.cpu else ()
     run = loop.set_up(
-        config.load(
+        config_from_arguments(
             [
                 *("--model.architecture", json.dumps(_architecture(given)), *few, "--data.test_size", "0.05"),
                 *("--tokenizer.train_vocab_size", str(min(4096, given.vocabulary))),
@@ -204,7 +206,7 @@ def _the_loop(given: argparse.Namespace) -> Commands:
     # Evaluation and checkpoint of the last step are not part of a step.
     loop._evaluate = lambda *_: False
     loop._checkpoint = lambda *_: None
-    saver = Saver(run.accelerator, run.folder.checkpoints, keep=1, background=True)
+    saver = CheckpointManager(run.accelerator, run.folder.checkpoints, keep=1, background=True)
     run.folder.path.mkdir(parents=True, exist_ok=True)
     shares = (run.plan.share(step, 0, 1) for step in range(min(given.steps, 4)))
     batches = [each.to(run.accelerator.device) for share in shares for each in loader(run.train, share)]

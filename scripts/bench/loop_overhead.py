@@ -32,17 +32,18 @@ def main() -> None:
 
     import torch
 
-    from train_loop import config, loop
+    from train_loop.checkpoint.manager import CheckpointManager
+    from train_loop.config.load import config_from_arguments
     from train_loop.data.loader import loader
-    from train_loop.saver import Saver
+    from train_loop.metrics.log import MetricsLog
+    from train_loop.metrics.throughput import Stopwatch, Throughput
     from train_loop.signals import StopRequest
-    from train_loop.study.metrics import MetricsLog
-    from train_loop.study.speed import Speed, Stopwatch
+    from train_loop.training import loop
 
     torch.set_num_threads(1)  # a second thread would only add noise to work this small
     folder = Path(tempfile.mkdtemp(prefix="bench-loop-"))
     run = loop.set_up(
-        config.load(
+        config_from_arguments(
             [
                 *("--model.architecture", "{model_type: gpt2, n_layer: 1, n_embd: 16, n_head: 1}"),
                 *("--tokenizer.train_vocab_size", "512", "--data.block_size", "8", "--batch.sequences_per_step", "2"),
@@ -67,7 +68,7 @@ def main() -> None:
             optimizer.zero_grad()
         return time.process_time() - began
 
-    between_steps, lap, of_step, began = loop._between_steps, Stopwatch.lap, Speed.of_step, 0.0
+    between_steps, lap, of_step, began = loop._between_steps, Stopwatch.lap, Throughput.of_step, 0.0
 
     def take_turns(run: Any, log: Any, saver: Any, step: int, *rest: Any) -> bool:
         nonlocal began
@@ -82,7 +83,7 @@ def main() -> None:
                     turns[name].append(bare(clip))
             # Next is a turn of the other kind.
             Stopwatch.lap = (lambda *_: None) if measured else lap  # type: ignore[method-assign]
-            Speed.of_step = (lambda *_: {"tokens_per_second": 0.0}) if measured else of_step  # type: ignore[method-assign]
+            Throughput.of_step = (lambda *_: {"tokens_per_second": 0.0}) if measured else of_step  # type: ignore[method-assign]
             began = time.process_time()
         return stopping
 
@@ -90,7 +91,7 @@ def main() -> None:
     # Evaluation and checkpoint of the last step are not part of a step.
     loop._evaluate = lambda *_: False
     loop._checkpoint = lambda *_: None
-    saver = Saver(run.accelerator, run.folder.checkpoints, keep=1, background=True)
+    saver = CheckpointManager(run.accelerator, run.folder.checkpoints, keep=1, background=True)
     loop._loop(run, MetricsLog(run.accelerator, run.folder.metrics, 0), saver, 0, StopRequest())
 
     report(f"{given.steps} steps", turns, given.steps, "steps", given.json)

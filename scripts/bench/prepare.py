@@ -41,8 +41,8 @@ def main() -> None:
 
     import datasets
 
-    from train_loop.config import Config
-    from train_loop.data import store, tokenizer
+    from train_loop.config.schema import Config
+    from train_loop.data import preparation, tokenizer
     from train_loop.data.corpus import Corpus
 
     datasets.disable_progress_bars()
@@ -62,7 +62,7 @@ def main() -> None:
 
     def prepare() -> float:
         try:
-            return seconds(lambda: store.prepare(config, trained, shown=False))
+            return seconds(lambda: preparation.prepare(config, trained, shown=False))
         finally:
             shutil.rmtree(config.data.cache_dir or "")
 

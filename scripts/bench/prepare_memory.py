@@ -61,7 +61,7 @@ def main() -> None:
 
 def train(folder: str) -> None:
     """Put a tokenizer of 4,096 entries, trained on the standard library's sources, into a folder."""
-    from train_loop.config import Config
+    from train_loop.config.schema import Config
     from train_loop.data import tokenizer
     from train_loop.data.corpus import Corpus
 
@@ -71,9 +71,9 @@ def train(folder: str) -> None:
 
 def write(path: Path, size: int, form: str) -> None:
     """A file of about so many bytes of text: many rows, or a single document."""
-    from train_loop.data.corpus import stdlib_files
+    from train_loop.data.sources.stdlib import source_files
 
-    words = " ".join(Path(file).read_text("utf-8", "replace") for _, file in stdlib_files()).split()
+    words = " ".join(Path(file).read_text("utf-8", "replace") for _, file in source_files()).split()
     draw = random.Random(0)
     written = 0
     with open(path, "w", encoding="utf-8") as file:
@@ -89,8 +89,8 @@ def write(path: Path, size: int, form: str) -> None:
 
 def prepare(path: str, cache: str) -> dict[str, Any]:
     """Prepare a file with the tokenizer of a folder; seconds, peak memory in MB, and what came out."""
-    from train_loop.config import Config
-    from train_loop.data import store, tokenizer
+    from train_loop.config.schema import Config
+    from train_loop.data import preparation, tokenizer
 
     config = Config()
     trained = tokenizer.load(cache)
@@ -103,7 +103,7 @@ def prepare(path: str, cache: str) -> dict[str, Any]:
     reset_peak()
     before = peak()
     began = time.perf_counter()
-    prepared = store.prepare(config, trained, shown=False)
+    prepared = preparation.prepare(config, trained, shown=False)
     seconds = time.perf_counter() - began
     sides = (prepared.train.ledger, prepared.validation.ledger)
     return {

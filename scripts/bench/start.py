@@ -143,7 +143,7 @@ def _move_to(near: Path, far: Path, step: int, lines: int) -> None:
 
 def _renumber(checkpoint: Path, step: int) -> None:
     """Let a checkpoint be of another step: state.json, its checksum, and the folder's name."""
-    from train_loop.checkpoint import _digest, _folder, _sums
+    from train_loop.checkpoint.storage import _digest, _folder, _sums
 
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
     (checkpoint / "state.json").write_text(json.dumps(state | {"step": step}))

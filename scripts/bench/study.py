@@ -31,15 +31,16 @@ def main() -> None:
     )
     given = options.parse_args()
 
-    from train_loop import config, loop
-    from train_loop.saver import Saver
+    from train_loop.analysis.step_statistics import StepStatistics
+    from train_loop.checkpoint.manager import CheckpointManager
+    from train_loop.config.load import config_from_arguments
+    from train_loop.metrics.log import MetricsLog
     from train_loop.signals import StopRequest
-    from train_loop.study.metrics import MetricsLog
-    from train_loop.study.statistics import Watch
+    from train_loop.training import loop
 
     architecture, vocabulary, block, sequences, micro_batch = SHAPES[given.shape]
     run = loop.set_up(
-        config.load(
+        config_from_arguments(
             [
                 *("--model.architecture", architecture, "--tokenizer.train_vocab_size", str(vocabulary)),
                 *("--data.block_size", str(block), "--batch.sequences_per_step", str(sequences)),
@@ -52,13 +53,13 @@ def main() -> None:
     # Evaluation and checkpoint of the last step are not part of a step.
     loop._evaluate = lambda *_: False
     loop._checkpoint = lambda *_: None
-    saver = Saver(run.accelerator, run.folder.checkpoints, keep=1, background=True)
+    saver = CheckpointManager(run.accelerator, run.folder.checkpoints, keep=1, background=True)
     run.folder.path.mkdir(exist_ok=True)
 
     between: dict[int | None, list[float]] = {None: [], 50: []}  # seconds of steps that are not watched
 
     def steps(every: int | None) -> float:
-        run.watch = None if every is None else Watch(run, every)
+        run.watch = None if every is None else StepStatistics(run, every)
         log = MetricsLog(run.accelerator, Path(run.folder.metrics), 0, study=every is not None)
         took = seconds(lambda: loop._loop(run, log, saver, 0, StopRequest()))
         if every in between:

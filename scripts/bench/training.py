@@ -114,7 +114,7 @@ class _Turns:
 def _bound(shape: str) -> None:
     import torch
 
-    from train_loop import cpu
+    from train_loop.ops import cpu
 
     parameters = sum(parameter.numel() for parameter in _model(shape).parameters())
     x, weight = torch.randn(SEQUENCES * BLOCK, 768), torch.randn(3072, 768)
@@ -135,7 +135,8 @@ def _model(shape: str) -> Any:
 
 
 def _loop(shape: str, keep_memory: bool) -> None:
-    from train_loop import config, loop
+    from train_loop.config.load import config_from_arguments
+    from train_loop.training import loop
 
     def between(*_: object) -> bool:
         turns()
@@ -152,7 +153,7 @@ def _loop(shape: str, keep_memory: bool) -> None:
 
     vars(loop).update(set_up=set_up, _between_steps=between)
     loop.train(
-        config.load(
+        config_from_arguments(
             [
                 *("--model.architecture", json.dumps(SHAPES[shape]), "--tokenizer.train_vocab_size", "4096"),
                 *("--data.block_size", str(BLOCK), "--batch.sequences_per_step", str(SEQUENCES)),

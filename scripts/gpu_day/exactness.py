@@ -17,7 +17,7 @@ import torch
 from gpu_day.models import NO_DROPOUT, forget_accelerator, quiet, relative
 from gpu_day.rows import Finding, Rows, Skipped, at_most, figure, holds, needs, part, same
 from gpu_day.runs import STEPS, Command, Training, settings
-from train_loop.step import StepResult
+from train_loop.training.step import StepResult
 
 _FEW_STEPS = 5  # of the runs in this process
 _KINDS = ("bitwise", "no")  # run.reproducible
@@ -138,11 +138,11 @@ def replayed(run: Training, folder: Path, exact: bool) -> Finding:
 
 def _run(cpu: bool, folder: Path, **changes: object) -> Any:
     """A run in this process that is set up, and never writes a file."""
-    from train_loop import config
-    from train_loop.run import set_up
+    from train_loop.config.load import config_from_arguments
+    from train_loop.job import set_up
 
     forget_accelerator()
-    run = set_up(config.load([*settings(cpu, **changes), "--run.output_dir", str(folder / "never")]))
+    run = set_up(config_from_arguments([*settings(cpu, **changes), "--run.output_dir", str(folder / "never")]))
     run.objective.train()
     return run
 
@@ -155,7 +155,7 @@ def _without_dropout(cpu: bool, folder: Path, **changes: object) -> Any:
 
 def micro_batches(cpu: bool, folder: Path, found: dict[int, list[StepResult]]) -> Finding:
     """Losses of the first steps of 8 sequences, dropout off, at each size; the steps go into `found`."""
-    from train_loop.study.replay import take
+    from train_loop.analysis.replay import take
 
     for size in (8, 1, 2, 4):
         run = _without_dropout(cpu, folder, batch__micro_batch_size=size)
@@ -187,7 +187,7 @@ def evaluation(cpu: bool, folder: Path) -> Finding:
 
     from train_loop.data.loader import IGNORED, loader
     from train_loop.data.order import cut
-    from train_loop.evaluation import measure
+    from train_loop.training.evaluation import measure
 
     run = _without_dropout(cpu, folder)
     blocks = np.arange(max(0, len(run.validation) - 65), len(run.validation))  # an odd number, the last one among them
@@ -215,7 +215,7 @@ def evaluation(cpu: bool, folder: Path) -> Finding:
 def keyed_dropout(cpu: bool, folder: Path) -> Finding:
     """A micro-batch's masks follow from (seed, step, number) alone."""
     from train_loop.data.loader import loader
-    from train_loop.randomness import seed_torch
+    from train_loop.rng import seed_torch
 
     run = _run(cpu, folder)
     device = run.accelerator.device

@@ -42,7 +42,7 @@ def checks(rows: Rows, cpu: bool, folder: Path) -> None:
 
 
 def _objective(family: str, attention: str, dtype: torch.dtype) -> Any:
-    from train_loop.objective import Objective
+    from train_loop.training.objective import Objective
 
     return Objective(tiny(family, attention, dtype))
 

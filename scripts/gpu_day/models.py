@@ -150,6 +150,6 @@ def forget_accelerator() -> None:
 
 def recorder() -> Any:
     """What records a decoding step on this device; on one without graphs, the step itself is what is replayed."""
-    from train_loop import decoder
+    from train_loop.generation import kv_cache
 
-    return decoder.recorder(device()) or (lambda step, rewind: step)
+    return kv_cache.recorder(device()) or (lambda step, rewind: step)

@@ -20,7 +20,7 @@ _STEPS, _ROWS, _LENGTH = 5, 4, 32
 
 def losses(rank: int, processes: int) -> list[float]:
     """Mean loss over all rows, step by step, of which each process has its share; by plain gradient descent."""
-    from train_loop.objective import Objective
+    from train_loop.training.objective import Objective
 
     objective: Any = Objective(tiny("llama")).train()
     if processes > 1:

@@ -102,26 +102,27 @@ class Quickstart:
             settle()
 
     def _train(self, variant: Variant, compiled: bool) -> Finding:
-        from train_loop import config, devices
+        from train_loop import devices
+        from train_loop.analysis import truth_sheet
+        from train_loop.analysis.replay import take
+        from train_loop.config.load import config_from_arguments
         from train_loop.errors import InputError
-        from train_loop.run import set_up
-        from train_loop.study import truth
-        from train_loop.study.replay import take
+        from train_loop.job import set_up
 
         forget_accelerator()
         backend = torch.get_device_module(device())
         if hasattr(backend, "reset_peak_memory_stats"):
             backend.reset_peak_memory_stats()
         changes = ["--run.mixed_precision", variant.mixed_precision, "--model.compile", str(compiled).lower()]
-        given = config.load([*self._settings(), *changes, "--run.output_dir", str(self._folder / "never")])
+        given = config_from_arguments([*self._settings(), *changes, "--run.output_dir", str(self._folder / "never")])
         try:
             run = set_up(given)
         except InputError as error:
             if self._cpu and variant.mixed_precision == "fp16":
                 raise Skipped(one_line(str(error))) from None
             raise
-        sheet = truth.measure(run)
-        truth.check(sheet)
+        sheet = truth_sheet.measure(run)
+        truth_sheet.check(sheet)
         run.objective.train()
         losses, seconds = [], []
         for step in range(self._steps):

@@ -150,7 +150,7 @@ class Training(Command):
 
     def computed(self) -> dict[str, Any]:
         """All that must be equal of two equal runs: what the log says, speeds left out, and the weights' SHA-256."""
-        from train_loop.study.speed import MEASURED
+        from train_loop.metrics.throughput import MEASURED
 
         logged = [event for kind in ("step", "evaluation") for event in self.events(kind)]
         kept = [{key: value for key, value in event.items() if key not in MEASURED} for event in logged]

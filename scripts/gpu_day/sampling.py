@@ -63,7 +63,7 @@ class _WithModel:
 
     def feeds(self) -> dict[str, Any]:
         """A growing cache, and where there is one a fixed one, whose step is recorded where the device can."""
-        from train_loop.decoder import Decoder, StaticDecoder
+        from train_loop.generation.kv_cache import Decoder, StaticDecoder
 
         found: dict[str, Any] = {"growing cache": Decoder(self.model)}
         if StaticDecoder.fits(self.model):
@@ -83,8 +83,8 @@ class Compared(_WithModel):
     """Greedy tokens of one model, made in several ways."""
 
     def _sampled(self, feed: Any) -> list[list[int]]:
-        from train_loop.generation import generate
-        from train_loop.sampling import Sampling
+        from train_loop.generation.decoding import generate
+        from train_loop.generation.params import Sampling
 
         prompts = [tokens(1, length, length)[0].tolist() for length in _LENGTHS]
         return [each.tokens for each in generate(feed, prompts, Sampling(self._new_tokens, temperature=0), None)]
@@ -102,7 +102,7 @@ class Compared(_WithModel):
 
     def theirs(self) -> Finding:
         """Of the growing cache, and of `generate` given each prompt alone."""
-        from train_loop.decoder import Decoder
+        from train_loop.generation.kv_cache import Decoder
 
         alone = [self.generate(tokens(1, length, length), do_sample=False)[0].tolist() for length in _LENGTHS]
         return self._beside(self._sampled(Decoder(self.model)), alone)
@@ -139,8 +139,8 @@ class Timed(_WithModel):
     def rates(self, batch: int, ends: float) -> Finding:
         """Tokens per second of each way, which take turns for as many rounds as there is time."""
         from train_loop.devices import synchronize
-        from train_loop.generation import generate
-        from train_loop.sampling import Sampling
+        from train_loop.generation.decoding import generate
+        from train_loop.generation.params import Sampling
 
         if not self._feeds:
             self._feeds = self.feeds()

@@ -83,7 +83,7 @@ def no_future(attention: str, dtype: torch.dtype) -> Finding:
 @torch.no_grad()
 def cached(attention: str, dtype: torch.dtype) -> Finding:
     """One more token after caches of several lengths, together and padded, against all tokens at once."""
-    from train_loop.decoder import Decoder, StaticDecoder
+    from train_loop.generation.kv_cache import Decoder, StaticDecoder
 
     # Other kernels add up in another order: in fp32 that was seen to make 1e-6, in half precision it rounds hidden
     # states otherwise here and there, each time by 2^-8 or 2^-11 of itself.
@@ -135,7 +135,7 @@ def seeds_in_compiled_code() -> Finding:
     """Dropout in a compiled layer: one key gives the same masks, another others, and nothing is compiled again."""
     from torch._dynamo.utils import counters
 
-    from train_loop.randomness import seed_torch
+    from train_loop.rng import seed_torch
 
     layer = _Layer().to(device()).train()
     x = torch.randn(8, 64, device=device())
@@ -160,7 +160,7 @@ def seeds_in_compiled_code() -> Finding:
 def seeds_in_graphs() -> Finding:
     """Dropout in a recorded graph: its masks follow the key that is set before it is replayed."""
     from train_loop.devices import graph_type
-    from train_loop.randomness import seed_torch
+    from train_loop.rng import seed_torch
 
     kind, backend = graph_type(device()), torch.get_device_module(device())
     if kind is None:
@@ -194,7 +194,7 @@ def gradients_after_evaluation() -> Finding:
     """The prepared objective is evaluated without gradients, then trained: each parameter has a gradient."""
     from accelerate import Accelerator
 
-    from train_loop.objective import Objective
+    from train_loop.training.objective import Objective
 
     forget_accelerator()
     accelerator = Accelerator(mixed_precision="bf16")
@@ -225,9 +225,9 @@ def gradients_in_one_block() -> Finding:
 
 def other_weights(family: str) -> Finding:
     """Sample, load other weights into the same model, sample, take a fresh model, sample: as the growing cache does."""
-    from train_loop.decoder import Decoder, StaticDecoder
-    from train_loop.generation import generate
-    from train_loop.sampling import Sampling
+    from train_loop.generation.decoding import generate
+    from train_loop.generation.kv_cache import Decoder, StaticDecoder
+    from train_loop.generation.params import Sampling
 
     model, others = tiny(family), tiny(family, seed=1)
     if not StaticDecoder.fits(model):

@@ -20,7 +20,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}                # threads of a proce
 # export NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0    # the network to use, where a machine has several
 
 # Who is there? Names whoever does not come; without it, the launcher would wait ten minutes and name nobody.
-python -m train_loop.roll_call --port "$port" --number "$machine" --seconds "${PATIENCE:-50}" "${hosts[@]}"
+python -m train_loop.distributed.host_check --port "$port" --number "$machine" --seconds "${PATIENCE:-50}" "${hosts[@]}"
 
 exec accelerate launch --config_file configs/accelerate/machines.yaml \
     --num_machines "${#hosts[@]}" --num_processes $((${#hosts[@]} * processes)) --machine_rank "$machine" \

@@ -11,7 +11,7 @@ processes=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 
 # Who is there? Whoever does not come within this many seconds is named.
 if [ "${#nodes[@]}" -gt 1 ]; then
-    python -m train_loop.roll_call --port "$port" --number "$SLURM_NODEID" --seconds "${PATIENCE:-50}" \
+    python -m train_loop.distributed.host_check --port "$port" --number "$SLURM_NODEID" --seconds "${PATIENCE:-50}" \
         "$head" "${nodes[@]:1}"
 fi
 

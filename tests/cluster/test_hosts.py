@@ -15,7 +15,7 @@ import pytest
 from tests.cluster.hosts import Hosts, need
 from tests.conftest import arguments_for, events
 from tests.distributed.launch import ON_CPU, ROOT, environment, several
-from train_loop.study.speed import MEASURED
+from train_loop.metrics.throughput import MEASURED
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,8 @@ import pytest
 
 from tests.cluster.slurm import Slurm
 from tests.conftest import Command, arguments_for, events
-from train_loop import checkpoint
-from train_loop.study.speed import MEASURED
+from train_loop.checkpoint import storage
+from train_loop.metrics.throughput import MEASURED
 
 pytestmark = pytest.mark.slow
 
@@ -150,7 +150,7 @@ def test_a_run_survives_the_life_of_a_cluster(
     slurm.wait(number, lambda job: job["JobState"] == "CANCELLED" and "EndTime" in job)
     slurm.wait_idle()
     assert json.loads((run / "status.json").read_text())["state"] == "stopped"
-    found, damaged = checkpoint.newest(run / "checkpoints")
+    found, damaged = storage.newest(run / "checkpoints")
     assert found is not None and found.step == step_of(run) and not damaged
 
     # Out of time: two minutes after the start, with a signal two minutes ahead. It comes when SLURM looks, twice a

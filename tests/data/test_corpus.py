@@ -13,9 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from train_loop.config import DataConfig
-from train_loop.data import corpus as corpus_module
-from train_loop.data.corpus import TRAIN, VALIDATION, Corpus, held_out_documents, stdlib_files, text_of
+from train_loop.config.schema import DataConfig
+from train_loop.data.corpus import Corpus, held_out_documents
+from train_loop.data.formats import text_of
+from train_loop.data.sources import files
+from train_loop.data.sources.stdlib import source_files
+from train_loop.data.token_store import TRAIN, VALIDATION
 from train_loop.errors import InputError
 
 ROWS = [{"id": number, "answers": {"text": [f"first {number}", "zweite ü"]}} for number in range(30)]
@@ -75,7 +78,7 @@ def test_a_text_file_in_blocks_is_its_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, start: str
 ) -> None:
     """Characters of 1 to 4 bytes across blocks; line ends stay; a byte-order mark goes, at the very start only."""
-    monkeypatch.setattr(corpus_module, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(files, "_BLOCK_BYTES", block)
     content = "aä你🦜\r\nx\ufeffy\r🦜🦜\n"
     (tmp_path / "a.txt").write_bytes((start + content).encode())
     [(_, document)] = Corpus(DataConfig(source="files", files=[f"{tmp_path}/a.txt"])).sides()
@@ -90,7 +93,7 @@ def test_a_text_file_in_blocks_is_its_text(
 def test_the_byte_that_is_not_utf8_is_named_across_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, content: bytes
 ) -> None:
-    monkeypatch.setattr(corpus_module, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(files, "_BLOCK_BYTES", block)
     with pytest.raises(UnicodeDecodeError) as whole:
         content.decode("utf-8")
     (tmp_path / "a.txt").write_bytes(content)
@@ -140,7 +143,7 @@ def test_slices_and_named_validation_split(tmp_path: Path) -> None:
 
 
 def test_the_standard_library_without_its_tests() -> None:
-    names = [name for name, _ in stdlib_files()]
+    names = [name for name, _ in source_files()]
     assert names == sorted(names) and "argparse.py" in names and "json/decoder.py" in names
     assert not {"test", "tests", "site-packages"} & {part for name in names for part in name.split("/")}
     documents = {document.name: document.text for _, document in Corpus(DataConfig()).sides()}

@@ -16,14 +16,16 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.conftest import text
-from train_loop import config
-from train_loop.data import store, tokenizer
-from train_loop.data.corpus import VALIDATION, Corpus
+from train_loop.config.load import config_from_arguments
+from train_loop.config.schema import Config
+from train_loop.data import preparation, tokenizer
+from train_loop.data.corpus import Corpus
+from train_loop.data.token_store import VALIDATION, Ledger, Prepared, target_counts
 from train_loop.errors import InputError
 
 
-def configured(folder: Path, tokenizer_folder: Path, *more: str) -> config.Config:
-    return config.load(
+def configured(folder: Path, tokenizer_folder: Path, *more: str) -> Config:
+    return config_from_arguments(
         [
             *("--model.architecture", "{model_type: gpt2}", "--tokenizer.name_or_path", str(tokenizer_folder)),
             *("--data.source", "files", "--data.files", f"{folder}/t.jsonl", "--data.cache_dir", f"{folder}/cache"),
@@ -53,7 +55,7 @@ def test_the_ledger_adds_up(
 ) -> None:
     folder = tmp_path_factory.mktemp("ledger")
     write(folder, ["some text", *documents], ["held out"])
-    prepared = store.prepare(configured(folder, tokenizer_folder), shown=False)
+    prepared = preparation.prepare(configured(folder, tokenizer_folder), shown=False)
     texts = ["some text", *filter(None, documents)]
     loaded = tokenizer.load(str(tokenizer_folder))
     core = tokenizer.encoder(loaded)
@@ -66,7 +68,7 @@ def test_the_ledger_adds_up(
     assert books.bytes == sum(len(each.encode()) for each in texts)
     assert books.text_tokens == sum(map(len, ids))
     assert prepared.train.tokens.tolist() == stream
-    assert books.trained_targets == store.target_counts(len(stream), block_size).sum() == len(stream) - 1
+    assert books.trained_targets == target_counts(len(stream), block_size).sum() == len(stream) - 1
     assert (books.first_tokens, books.dropped_tokens) == (1, 0)
     assert books.text_tokens + books.eos_tokens == books.trained_targets + books.first_tokens + books.dropped_tokens
     assert prepared.train.document_ends.tolist() == np.cumsum([len(each) + 1 for each in ids]).tolist()
@@ -75,21 +77,21 @@ def test_the_ledger_adds_up(
 
 def test_a_ledger_that_does_not_add_up_is_refused() -> None:
     with pytest.raises(ArithmeticError, match="does not add up"):
-        store.Ledger(documents=1, text_tokens=5, eos_tokens=1, trained_targets=4, first_tokens=1).check()
+        Ledger(documents=1, text_tokens=5, eos_tokens=1, trained_targets=4, first_tokens=1).check()
 
 
 def test_gzip_bytes_are_those_of_gzip(tmp_path: Path, tokenizer_folder: Path) -> None:
     import gzip
 
     write(tmp_path, ["a b c"], [text(300, 1), text(200, 2)])
-    prepared = store.prepare(configured(tmp_path, tokenizer_folder), shown=False)
+    prepared = preparation.prepare(configured(tmp_path, tokenizer_folder), shown=False)
     expected = len(gzip.compress((text(300, 1) + text(200, 2)).encode(), compresslevel=9))
     assert prepared.validation.ledger.gzip_bytes == expected
 
 
 def test_names_and_places_of_tokens(tmp_path: Path, tokenizer_folder: Path) -> None:
     write(tmp_path, ["first words", "second words and more"], ["held out"])
-    prepared = store.prepare(configured(tmp_path, tokenizer_folder), shown=False)
+    prepared = preparation.prepare(configured(tmp_path, tokenizer_folder), shown=False)
     end = int(prepared.train.document_ends[0])
     assert prepared.train.document_at(0) == (f"{tmp_path}/t.jsonl:line 1", 0)
     assert prepared.train.document_at(end - 1) == (f"{tmp_path}/t.jsonl:line 1", end - 1)
@@ -101,9 +103,9 @@ def test_long_documents_are_one_document(
 ) -> None:
     long = "\n".join(text(20, number) for number in range(100))
     write(tmp_path, ["short", long, "short"], ["held out"])
-    monkeypatch.setattr(store, "_BATCH_CHARACTERS", 3000)
+    monkeypatch.setattr(preparation, "_BATCH_CHARACTERS", 3000)
     monkeypatch.setattr(tokenizer, "_PIECE", 1000)
-    prepared = store.prepare(configured(tmp_path, tokenizer_folder), shown=False)
+    prepared = preparation.prepare(configured(tmp_path, tokenizer_folder), shown=False)
     loaded = tokenizer.load(str(tokenizer_folder))
     ids = tokenizer.encoder(loaded).encode(long, add_special_tokens=False).ids
     first, second = (int(end) for end in prepared.train.document_ends[:2])
@@ -114,7 +116,7 @@ def test_memory_does_not_grow_with_a_document(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What Python holds at most is the same for 1 MB and 4 MB in a single file."""
-    monkeypatch.setattr(store, "_BATCH_CHARACTERS", 20_000)
+    monkeypatch.setattr(preparation, "_BATCH_CHARACTERS", 20_000)
 
     def peak(copies: int) -> int:
         write(tmp_path / str(copies), [], ["held out"])
@@ -124,7 +126,7 @@ def test_memory_does_not_grow_with_a_document(
         loaded = tokenizer.load(str(tokenizer_folder))
         tracemalloc.start()
         try:
-            prepared = store.prepare(settings, loaded, shown=False)
+            prepared = preparation.prepare(settings, loaded, shown=False)
             assert prepared.train.ledger.documents == 1 and prepared.train.ledger.bytes == path.stat().st_size
             return tracemalloc.get_traced_memory()[1]
         finally:
@@ -136,13 +138,13 @@ def test_memory_does_not_grow_with_a_document(
 
 def test_a_second_run_reuses_the_store(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, ["some text"], ["held out"])
-    first = store.prepare(configured(tmp_path, tokenizer_folder), shown=False)
+    first = preparation.prepare(configured(tmp_path, tokenizer_folder), shown=False)
     monkeypatch.setattr(Corpus, "sides", lambda self: pytest.fail("read again"))
-    again = store.prepare(configured(tmp_path, tokenizer_folder), shown=False)
+    again = preparation.prepare(configured(tmp_path, tokenizer_folder), shown=False)
     assert again.folder == first.folder and again.fingerprint == first.fingerprint
     monkeypatch.undo()
     write(tmp_path, ["other text"], ["held out"])
-    changed = store.prepare(configured(tmp_path, tokenizer_folder), shown=False)
+    changed = preparation.prepare(configured(tmp_path, tokenizer_folder), shown=False)
     assert changed.folder != first.folder and changed.fingerprint != first.fingerprint
 
 
@@ -150,7 +152,7 @@ def test_the_same_text_elsewhere_has_the_same_fingerprint(tmp_path: Path, tokeni
     prints = set()
     for name in ("here", "there"):
         write(tmp_path / name, ["some text"], ["held out"])
-        prints.add(store.prepare(configured(tmp_path / name, tokenizer_folder), shown=False).fingerprint)
+        prints.add(preparation.prepare(configured(tmp_path / name, tokenizer_folder), shown=False).fingerprint)
     assert len(prints) == 1
 
 
@@ -159,17 +161,17 @@ def test_two_at_the_same_time_build_one(
 ) -> None:
     write(tmp_path, [text(50, n) for n in range(20)], ["held out"])
     builds: list[Path] = []
-    build: Callable[..., None] = store._build
+    build: Callable[..., None] = preparation._build
 
     def counted(folder: Path, *rest: Any) -> None:
         builds.append(folder)
         build(folder, *rest)
 
-    monkeypatch.setattr(store, "_build", counted)
-    results: list[store.Prepared] = []
+    monkeypatch.setattr(preparation, "_build", counted)
+    results: list[Prepared] = []
 
     def ask() -> None:
-        results.append(store.prepare(configured(tmp_path, tokenizer_folder), shown=False))
+        results.append(preparation.prepare(configured(tmp_path, tokenizer_folder), shown=False))
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
@@ -184,7 +186,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, tokenizer_folder: Path)
     with open(tmp_path / "t.jsonl", "ab") as file:
         file.write(b'{"text": "\xff"}\n')
     with pytest.raises(InputError, match="not UTF-8"):
-        store.prepare(configured(tmp_path, tokenizer_folder), shown=False)
+        preparation.prepare(configured(tmp_path, tokenizer_folder), shown=False)
     assert [path for path in (tmp_path / "cache" / "stores").iterdir() if path.is_dir()] == []
 
 
@@ -193,37 +195,37 @@ def test_another_host_may_be_faster_on_a_shared_disk(
 ) -> None:
     """A lock need not hold across hosts: then both build, and the later one takes what is there."""
     write(tmp_path, ["good"], ["held out"])
-    rename = store.os.rename
+    rename = preparation.os.rename
 
     def late(source: Path, target: Path) -> None:
         shutil.copytree(source, target)
         rename(source, target)
 
-    monkeypatch.setattr(store.os, "rename", late)
-    prepared = store.prepare(configured(tmp_path, tokenizer_folder), shown=False)
+    monkeypatch.setattr(preparation.os, "rename", late)
+    prepared = preparation.prepare(configured(tmp_path, tokenizer_folder), shown=False)
     assert prepared.train.ledger.documents == 1
     assert [path.name for path in prepared.folder.parent.iterdir() if "tmp" in path.name] == []
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path: Path, tokenizer_folder: Path) -> None:
     write(tmp_path, ["good"], ["held out"])
-    prepared = store.prepare(configured(tmp_path, tokenizer_folder), shown=False)
+    prepared = preparation.prepare(configured(tmp_path, tokenizer_folder), shown=False)
     stale = prepared.folder.with_name(f"{prepared.folder.name}.tmp-{socket.gethostname()}-1")
     prepared.folder.rename(stale)
-    again = store.prepare(configured(tmp_path, tokenizer_folder), shown=False)
+    again = preparation.prepare(configured(tmp_path, tokenizer_folder), shown=False)
     assert again.fingerprint == prepared.fingerprint and not stale.exists()
 
 
 def test_damage_is_named(tmp_path: Path, tokenizer_folder: Path) -> None:
     write(tmp_path, ["good text"], ["held out"])
     settings = configured(tmp_path, tokenizer_folder)
-    folder = store.prepare(settings, shown=False).folder
+    folder = preparation.prepare(settings, shown=False).folder
     (folder / VALIDATION / "tokens.bin").write_bytes(b"12")
     with pytest.raises(InputError, match=r"tokens.bin: damaged, 2 bytes where \d+ belong"):
-        store.prepare(settings, shown=False)
+        preparation.prepare(settings, shown=False)
     (folder / "ledger.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
-        store.prepare(settings, shown=False)
+        preparation.prepare(settings, shown=False)
 
 
 @pytest.mark.parametrize(
@@ -239,24 +241,24 @@ def test_sides_without_a_target(
 ) -> None:
     write(tmp_path, train, validation)
     with pytest.raises(InputError) as error:
-        store.prepare(configured(tmp_path, tokenizer_folder), shown=False)
+        preparation.prepare(configured(tmp_path, tokenizer_folder), shown=False)
     assert expected in str(error.value)
 
 
 def test_a_trained_tokenizer_sees_the_training_documents_only(tmp_path: Path) -> None:
     write(tmp_path, [text(500, 1)], ["zqzqzqzq" * 500])
-    settings = config.load(
+    settings = config_from_arguments(
         [
             *("--model.architecture", "{model_type: gpt2}", "--tokenizer.train_vocab_size", "280"),
             *("--data.source", "files", "--data.files", f"{tmp_path}/t.jsonl", "--data.cache_dir", f"{tmp_path}/cache"),
             *("--data.validation_files", f"{tmp_path}/v.jsonl"),
         ]
     )
-    prepared = store.prepare(settings, shown=False)
+    prepared = preparation.prepare(settings, shown=False)
     assert len(prepared.tokenizer) == 280 and not any("zq" in token for token in prepared.tokenizer.get_vocab())
     # A model that was trained with it finds the same store.
     assert (
-        store.prepare(settings, tokenizer.load(str(prepared.folder / "tokenizer")), shown=False).folder
+        preparation.prepare(settings, tokenizer.load(str(prepared.folder / "tokenizer")), shown=False).folder
         == prepared.folder
     )
 
@@ -265,6 +267,6 @@ def test_wide_ids_for_a_large_vocabulary(tmp_path: Path, tokenizer_folder: Path)
     write(tmp_path, ["some text"], ["held out"])
     large = tokenizer.load(str(tokenizer_folder))
     large.add_tokens([f"<extra {number}>" for number in range(2**16)])
-    prepared = store.prepare(configured(tmp_path, tokenizer_folder), large, shown=False)
+    prepared = preparation.prepare(configured(tmp_path, tokenizer_folder), large, shown=False)
     assert prepared.train.tokens.dtype == np.uint32
-    assert store.prepare(configured(tmp_path, tokenizer_folder), shown=False).train.tokens.dtype == np.uint16
+    assert preparation.prepare(configured(tmp_path, tokenizer_folder), shown=False).train.tokens.dtype == np.uint16

@@ -14,8 +14,8 @@ import yaml
 
 from tests.conftest import Command, events
 from tests.distributed.launch import CONFIGS, ON_CPU, ROOT, command, environment, free_port, processes, run
-from train_loop import config
-from train_loop import processes as ours
+from train_loop.config.load import config_from_arguments
+from train_loop.distributed import launch
 
 Settings = Callable[..., list[str]]
 CURE = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 -m train_loop"
@@ -193,7 +193,7 @@ def test_a_configuration_says_how_it_is_used(path: Path) -> None:
     assert parts[parts.index("--config_file") + 1] == f"configs/accelerate/{path.name}"
     arguments = parts[parts.index("train") + 1 :]
     assert (ROOT / arguments[1]).is_file()
-    config.load(["--config", str(ROOT / arguments[1]), *arguments[2:]])
+    config_from_arguments(["--config", str(ROOT / arguments[1]), *arguments[2:]])
 
 
 def test_waiting_for_the_slowest_does_not_time_out() -> None:
@@ -228,13 +228,13 @@ def test_what_the_launcher_was_asked_is_read_from_its_command_line(
     monkeypatch: pytest.MonkeyPatch, line: str, expected: int | None
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(ours.psutil.Process, "cmdline", lambda self: line.split())
-    assert ours.asked_for() == expected
+    monkeypatch.setattr(launch.psutil.Process, "cmdline", lambda self: line.split())
+    assert launch.asked_for() == expected
 
 
 def test_without_a_launcher_nothing_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert ours.asked_for() is None
+    assert launch.asked_for() is None
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert ours.asked_for() == 3
+    assert launch.asked_for() == 3
     assert "ACCELERATE_USE_CPU" in os.environ

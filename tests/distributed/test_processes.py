@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 
 from tests.conftest import NO_DROPOUT, TINY_MODELS, arguments_for, events
 from tests.distributed.launch import ON_CPU, Outcome, processes, run, several
-from train_loop import checkpoint, config, loop
+from train_loop.checkpoint import storage
+from train_loop.config.load import config_from_arguments
 from train_loop.data.loader import IGNORED, loader
+from train_loop.training import loop
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": TINY_MODELS["gpt2"],  # its dropout is 0.1
@@ -135,11 +137,11 @@ def test_losses_and_evaluations_do_not_depend_on_the_processes(runs: Runs, world
 @pytest.mark.parametrize("name", SHAPES)
 def test_sharded_weights_are_exported_and_kept_whole(runs: Runs, name: str) -> None:
     folders = [runs.folder(world, name) for world in ("1", "2-fsdp2")]
-    kept = [checkpoint.newest(folder / "checkpoints")[0] for folder in folders]
+    kept = [storage.newest(folder / "checkpoints")[0] for folder in folders]
     assert kept[0] and kept[1] and (kept[0].state["parts"], kept[1].state["parts"]) == (1, 2)
     for one, sharded in (
         [load_file(folder / "model" / "model.safetensors") for folder in folders],
-        [checkpoint.tensors(each, "optimizer") for each in kept if each],
+        [storage.tensors(each, "optimizer") for each in kept if each],
     ):
         assert one.keys() == sharded.keys()
         for key in one:
@@ -226,11 +228,11 @@ def test_bf16_stays_within_two_percent_and_keeps_fp32_where_it_belongs(runs: Run
 def test_the_gradient_is_that_of_a_plain_float64_reference(runs: Runs, world: str, name: str) -> None:
     """Read off AdamW's first moment after one step: (1 - beta1) times the gradient."""
     folder = runs.folder(world, f"{name}-once")
-    found, _ = checkpoint.newest(folder / "checkpoints")
+    found, _ = storage.newest(folder / "checkpoints")
     assert found is not None
-    moments = checkpoint.tensors(found, "optimizer")
+    moments = storage.tensors(found, "optimizer")
     settings = ["--config", str(folder / "config.yaml"), "--run.output_dir", str(folder.with_name("reference"))]
-    mine = loop.set_up(config.load(settings))
+    mine = loop.set_up(config_from_arguments(settings))
     double = type(mine.model)(mine.model.config).double()
     double.load_state_dict(mine.model.state_dict())
     (batch,) = loader(mine.train, type(mine.plan)(mine.plan.blocks_per_epoch, 6, 6, 0).share(0, 0, 1))

@@ -15,8 +15,8 @@ import pytest
 
 from tests.conftest import TINY_MODELS, arguments_for, events
 from tests.distributed.launch import ON_CPU, ROOT, Outcome, command, environment, processes, several
-from train_loop import checkpoint
-from train_loop.study.speed import MEASURED
+from train_loop.checkpoint import storage
+from train_loop.metrics.throughput import MEASURED
 
 pytestmark = pytest.mark.slow
 
@@ -108,7 +108,7 @@ def test_what_is_not_a_number_on_one_process_reaches_no_weights(world: str, requ
 
 
 def test_each_process_writes_what_it_holds_and_no_more(ddp: World, fsdp2: World) -> None:
-    kept = [checkpoint.newest(world.root / "whole" / "checkpoints")[0] for world in (ddp, fsdp2)]
+    kept = [storage.newest(world.root / "whole" / "checkpoints")[0] for world in (ddp, fsdp2)]
     assert all(ddp.outcomes["whole"].codes[place] == fsdp2.outcomes["whole"].codes[place] == 0 for place in (0, 1))
     assert kept[0] and kept[1]
     sizes = [{path.name: path.stat().st_size for path in found.folder.glob("*.safetensors")} for found in kept if found]
@@ -119,7 +119,7 @@ def test_each_process_writes_what_it_holds_and_no_more(ddp: World, fsdp2: World)
     for kind in ("model", "optimizer"):
         whole = sizes[0][f"{kind}-00001-of-00001.safetensors"]
         assert max(size for name, size in sizes[1].items() if name.startswith(kind)) < 0.65 * whole
-        one, sharded = (checkpoint.tensors(found, kind) for found in kept if found)
+        one, sharded = (storage.tensors(found, kind) for found in kept if found)
         assert one.keys() == sharded.keys()
         assert all(one[name].shape == sharded[name].shape for name in one)
 
@@ -159,7 +159,7 @@ def test_other_processes_in_the_middle_of_a_run(tmp_path: Path, make: Make) -> N
         assert [event["loss"] for event in steps] == pytest.approx([event["loss"] for event in expected], rel=1e-5)
     assert metrics(tmp_path / "bits") == metrics(tmp_path / "whole-bits") and len(exact) == 62
     assert exported(tmp_path / "bits") == exported(tmp_path / "whole-bits")
-    kept = checkpoint.newest(tmp_path / "sharded" / "checkpoints")[0]
+    kept = storage.newest(tmp_path / "sharded" / "checkpoints")[0]
     assert kept and kept.state["processes"] == 2 and kept.state["parts"] == 1
 
 
@@ -190,6 +190,6 @@ def test_sigterm_to_one_real_process(make: Make, tmp_path: Path, victim: int) ->
     assert steps <= status["step"] < 3000
     assert "the same command resumes" in out
     assert "exitcode  : 3" in err and "exitcode  : -" not in err  # what the launcher makes of it
-    found, damaged = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    found, damaged = storage.newest(tmp_path / "run" / "checkpoints")
     assert found is not None and found.step == status["step"] and not damaged
     assert [event["step"] for event in events(tmp_path / "run", "step")] == list(range(1, found.step + 1))

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from train_loop import compat
+from train_loop.distributed.collectives import run_on_all_ranks
 from train_loop.errors import InputError
-from train_loop.processes import together
 
 
 def work() -> str:
@@ -32,7 +32,7 @@ if what == "barrier":
     accelerator.wait_for_everyone()
 for _ in range(2):
     try:
-        print(together(accelerator, "test", work), flush=True)
+        print(run_on_all_ranks(accelerator, "test", work), flush=True)
     except InputError as error:
         print(f"process {accelerator.process_index}: {error}", flush=True)
 accelerator.end_training()

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from train_loop.study import metrics
-from train_loop.study.metrics import MetricsLog
+from train_loop.metrics.log import MetricsLog, last_steps, read_events, read_past
 
 STEPS = [1, 2, 3, 4, 5, 6]
 
@@ -41,14 +40,14 @@ def test_a_run_goes_on_with_what_was_up_to_its_step(file: Path, step: int, torn:
         end.write(torn)
     log = MetricsLog(Accelerator(), file, step)
     kept = [line for each in STEPS if each <= step for line in lines(each)]
-    assert metrics.read(file) == kept and (not kept or file.read_text().endswith("\n"))
+    assert read_events(file) == kept and (not kept or file.read_text().endswith("\n"))
     assert log.evaluations == [line for line in kept if line["event"] == "evaluation"]
     assert log.skipped == [0, 0, 1, 0, 1, 2, 3][min(step, 6)]
     assert log.samples == (2 if step in (2, 4, 6) else 0)
     log.write("step", step + 1, loss=1.0)
     log.close()
-    assert metrics.read(file) == [*kept, {"event": "step", "step": step + 1, "loss": 1.0}]
-    assert [each["step"] for each in metrics.last_steps(file, 3)] == [*range(1, min(step, 6) + 1), step + 1][-3:]
+    assert read_events(file) == [*kept, {"event": "step", "step": step + 1, "loss": 1.0}]
+    assert [each["step"] for each in last_steps(file, 3)] == [*range(1, min(step, 6) + 1), step + 1][-3:]
 
 
 def test_lines_that_something_else_has_written_are_read_as_well(file: Path) -> None:
@@ -56,8 +55,8 @@ def test_lines_that_something_else_has_written_are_read_as_well(file: Path) -> N
     file.write_text("\n".join(spaced) + "\n")
     log = MetricsLog(Accelerator(), file, 4)
     log.close()
-    assert [line["step"] for line in metrics.read(file)] == [1, 2, 2, 2, 2, 3, 4, 4, 4, 4]
-    assert [line["step"] for line in metrics.last_steps(file, 3)] == [2, 3, 4]
+    assert [line["step"] for line in read_events(file)] == [1, 2, 2, 2, 2, 3, 4, 4, 4, 4]
+    assert [line["step"] for line in last_steps(file, 3)] == [2, 3, 4]
     assert log.best is not None and log.best["step"] == 4 and log.skipped == 1
 
 
@@ -71,7 +70,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 def test_only_the_last_steps_are_parsed(file: Path, parsed: list[bytes]) -> None:
-    assert metrics.past(file, 6, {"evaluation"}).skipped == 3
+    assert read_past(file, 6, {"evaluation"}).skipped == 3
     assert len(parsed) == 3 + 6 + 1 + 3  # back to the third step, and each evaluation
 
 
@@ -81,7 +80,7 @@ def test_of_what_was_watched_only_the_end_and_the_probes_are_parsed(tmp_path: Pa
     events = [{"event": name, "step": step} for step, name in enumerate(names, 1)]
     written = [json.dumps(event) + "\n" for event in events]
     path.write_text("".join(written))
-    assert metrics.past(path, 3, {"probe"}) == ([events[1]], 0, len("".join(written[:3])))
+    assert read_past(path, 3, {"probe"}) == ([events[1]], 0, len("".join(written[:3])))
     assert len(parsed) == 3 + 1  # the last one, the last two that are kept, the probe
 
 

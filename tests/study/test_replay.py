@@ -13,10 +13,10 @@ import pytest
 
 from tests.conftest import Command, arguments_for, events
 from tests.distributed.launch import several
-from train_loop import config
-from train_loop.data import store
-from train_loop.study import inspection
-from train_loop.study.replay import Replay
+from train_loop.analysis import inspection
+from train_loop.analysis.replay import Replay
+from train_loop.config.load import config_from_arguments
+from train_loop.data import preparation
 
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)> & \x1b[31mred\x1b]0;title\x07 \u202eabc"
 
@@ -89,7 +89,7 @@ def test_ten_random_steps_have_the_logged_losses_to_the_bit(run: Path) -> None:
 def test_a_step_is_told_where_its_text_comes_from(command: Command, run: Path, texts: Path) -> None:
     """Names and offsets lead back to the tokens of the documents themselves."""
     (found,) = inspected(command, "--run", run, "--step", 7)
-    prepared = store.prepare(config.load(["--config", str(run / "config.yaml")]), shown=False)
+    prepared = preparation.prepare(config_from_arguments(["--config", str(run / "config.yaml")]), shown=False)
     tokenizer = prepared.tokenizer
     assert len(found["sequences"]) == 4
     seen = set()

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from tests.conftest import Command
 from tests.study.made_run import HOSTILE, MAX_GRAD_NORM, append, make_run, metrics, set_state
 from train_loop.errors import InputError
-from train_loop.study.report import server, thin
-from train_loop.study.report.files import RunFiles
-from train_loop.study.report.gather import MOST_PROBES, gather, names
-from train_loop.study.report.page import page
+from train_loop.report import downsample, server
+from train_loop.report.html_page import page
+from train_loop.report.page_data import MOST_PROBES, gather, names
+from train_loop.report.run_reader import RunFiles
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def lines(path: Path, kind: str) -> list[dict]:
 @given(st.lists(st.floats(-1e6, 1e6) | st.just(math.nan), min_size=1, max_size=400), st.integers(8, 60))
 def test_thinning_keeps_ends_extremes_and_order(values: list[float], most: int) -> None:
     array = np.array(values)
-    kept = thin.kept(array, most)
+    kept = downsample.kept(array, most)
     assert (np.diff(kept) > 0).all() and kept[0] == 0 and kept[-1] == len(values) - 1
     assert len(kept) <= most or len(values) <= most
     if len(values) <= most:
@@ -215,8 +215,8 @@ def test_the_command_writes_one_page_and_needs_no_torch(run: Path, tmp_path: Pat
 def test_a_wheel_takes_the_pages_parts_along() -> None:
     root = Path(__file__).parents[2]
     settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
-    patterns = settings["tool"]["setuptools"]["package-data"]["train_loop.study.report"]
-    parts = [path for path in (root / "train_loop/study/report").iterdir() if path.is_file() and path.suffix != ".py"]
+    patterns = settings["tool"]["setuptools"]["package-data"]["train_loop.report"]
+    parts = [path for path in (root / "train_loop/report").iterdir() if path.is_file() and path.suffix != ".py"]
     assert {path.name for path in parts} >= {"page.html", "page.css", "page.js", "charts.js"}
     assert all(any(path.match(pattern) for pattern in patterns) for path in parts)
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from tests.study.made_run import HEADS, HOSTILE, LAYERS, append, make_run, metrics, set_state, statistics
-from train_loop.study.report import server
-from train_loop.study.report.files import RunFiles
-from train_loop.study.report.gather import gather
-from train_loop.study.report.page import write
+from train_loop.report import server
+from train_loop.report.html_page import write
+from train_loop.report.page_data import gather
+from train_loop.report.run_reader import RunFiles
 
 CHROMIUM = Path("/usr/bin/chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is missing: apt-get install chromium")

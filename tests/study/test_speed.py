@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import TINY_MODELS, Command, events
 from train_loop import devices
-from train_loop.study import speed
-from train_loop.study.speed import MEASURED, PARTS, Stopwatch
+from train_loop.metrics import throughput
+from train_loop.metrics.throughput import MEASURED, STEP_PARTS, Stopwatch
 
 
 def test_each_part_gets_its_own_time() -> None:
@@ -57,11 +57,11 @@ def test_on_a_gpu_what_has_not_ended_is_told_later(monkeypatch: pytest.MonkeyPat
     watch.lap("optimizer")
     end = watch._ends[-1][1]
     end.ended = False
-    assert watch.read() == dict.fromkeys(PARTS, 0.0) | {"forward": 0.01}
+    assert watch.read() == dict.fromkeys(STEP_PARTS, 0.0) | {"forward": 0.01}
     watch.begin()
     watch.lap("forward")
     end.ended = True
-    assert watch.read() == dict.fromkeys(PARTS, 0.0) | {"forward": 0.01, "optimizer": 0.01}
+    assert watch.read() == dict.fromkeys(STEP_PARTS, 0.0) | {"forward": 0.01, "optimizer": 0.01}
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -76,18 +76,18 @@ def test_operations_are_those_that_torch_counts(kind: str, tied: bool) -> None:
     tokens = torch.zeros(2, 32, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(tokens, use_cache=False).logits.sum().backward()
-    found = speed.operations_per_token(model, 32)
+    found = throughput.operations_per_token(model, 32)
     assert found is not None and found == pytest.approx(counter.get_total_flops() / tokens.numel(), rel=0.02)
 
 
 def test_experts_are_not_counted() -> None:
     settings = AutoConfig.for_model("mixtral", hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=99)
     settings.update({"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8})
-    assert speed.operations_per_token(AutoModelForCausalLM.from_config(settings), 32) is None
+    assert throughput.operations_per_token(AutoModelForCausalLM.from_config(settings), 32) is None
 
 
 def test_the_rate_is_that_of_a_matrix_product() -> None:
-    found = speed.matrix_rate(torch.device("cpu"), torch.float32)
+    found = throughput.matrix_rate(torch.device("cpu"), torch.float32)
     x = torch.randn(512, 512)
     began = time.perf_counter()
     for _ in range(5):
@@ -100,7 +100,7 @@ def test_parts_add_up_to_the_step(command: Command, settings: Callable[..., list
     steps = events(tmp_path / "run", "step")
     assert steps and all(MEASURED <= step.keys() for step in steps)
     for step in steps:
-        assert 0.3 * step["seconds"] < sum(step[f"{part}_seconds"] for part in PARTS) <= step["seconds"] * 1.001
+        assert 0.3 * step["seconds"] < sum(step[f"{part}_seconds"] for part in STEP_PARTS) <= step["seconds"] * 1.001
         assert step["communication_seconds"] == step["waiting_seconds"] == 0
         assert min(step["forward_seconds"], step["backward_seconds"], step["optimizer_seconds"]) > 0
         assert step["mfu"] > 0 and step["peak_memory_bytes"] > 10**8

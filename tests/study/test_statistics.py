@@ -13,15 +13,18 @@ import torch
 from torch import nn
 
 from tests.conftest import NO_DROPOUT, TINY_MODELS, Command, events
-from train_loop import checkpoint, config, loop
-from train_loop.data import store
+from train_loop.analysis import step_statistics
+from train_loop.checkpoint import storage
+from train_loop.config.load import config_from_arguments
+from train_loop.data import preparation
 from train_loop.data.loader import IGNORED, loader
 from train_loop.data.tokenizer import strings
 from train_loop.data.tokenizer import train as train_tokenizer
-from train_loop.optimizer import learning_rate
-from train_loop.step import train_step
-from train_loop.study import statistics
-from train_loop.study.speed import MEASURED
+from train_loop.metrics.throughput import MEASURED
+from train_loop.models.parameters import tensors_once
+from train_loop.training import loop
+from train_loop.training.schedule import learning_rate
+from train_loop.training.step import train_step
 
 Settings = Callable[..., list[str]]
 
@@ -38,14 +41,14 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    found, _ = checkpoint.newest(folder / "checkpoints")
+    found, _ = storage.newest(folder / "checkpoints")
     assert found is not None
-    return checkpoint.tensors(found) | checkpoint.tensors(found, "optimizer")
+    return storage.tensors(found) | storage.tensors(found, "optimizer")
 
 
 def watched(arguments: list[str], steps: int) -> tuple[loop.Run, list[nn.Module], list[dict[str, Any]]]:
     """A run's first steps, each watched; a float64 copy of the model before each, and after the last."""
-    run = loop.set_up(config.load([*arguments, "--study.every", "1"]))
+    run = loop.set_up(config_from_arguments([*arguments, "--study.every", "1"]))
     run.objective.train()
     settings, copies, found = run.config, [], []
     for step in range(steps):
@@ -98,7 +101,7 @@ def test_statistics_are_those_of_a_plain_recomputation(settings: Settings, name:
     run, copies, found = watched(arguments, 3)
     betas, eps, decay = run.config.optimizer.betas, run.config.optimizer.eps, run.config.optimizer.weight_decay
     decayed = {id(each) for each in run.optimizer.param_groups[0]["params"]}
-    tensors = checkpoint.tensors_once(run.model)
+    tensors = tensors_once(run.model)
     decays = {key: decay if id(tensors[key]) in decayed else 0.0 for key in found[0]["parameters"]}
     first = {key: torch.zeros_like(copies[0].get_parameter(key)) for key in decays}
     second = {key: torch.zeros_like(copies[0].get_parameter(key)) for key in decays}
@@ -231,7 +234,9 @@ def test_the_noise_scale_is_found_where_it_is_known() -> None:
         parts = [true + deviation / math.sqrt(size) * draw.normal(size=50) for size in sizes]
         whole = sum(size * part for size, part in zip(sizes, parts, strict=True)) / sum(sizes)
         small = float(np.mean([part @ part for part in parts]))
-        found.append(statistics.noise_of(float(whole @ whole), 20, small, float(np.mean([1 / each for each in sizes]))))
+        found.append(
+            step_statistics.noise_of(float(whole @ whole), 20, small, float(np.mean([1 / each for each in sizes])))
+        )
     signal, noise = np.mean(found, axis=0)
     assert signal == pytest.approx(true @ true, rel=0.05) and noise == pytest.approx(50 * deviation**2, rel=0.05)
 
@@ -239,19 +244,19 @@ def test_the_noise_scale_is_found_where_it_is_known() -> None:
 def test_squares_are_added_up_exactly() -> None:
     for shape in ((), (3,), (4096,), (300, 500), (1 << 22,)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 100
-        assert float(statistics.square_sum(x)) == pytest.approx(float(x.double().square().sum()), rel=1e-6)
+        assert float(step_statistics.square_sum(x)) == pytest.approx(float(x.double().square().sum()), rel=1e-6)
     x = torch.randn(70, 80).t()
-    assert float(statistics.square_sum(x)) == pytest.approx(float(x.double().square().sum()), rel=1e-6)
+    assert float(step_statistics.square_sum(x)) == pytest.approx(float(x.double().square().sum()), rel=1e-6)
 
 
 def test_frequencies(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
     counts = np.array([0, 1, 9, 10, 99, 100, 999, 1000, 10**6])
-    assert statistics.frequency_bins(counts).tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 7]
-    train = store.prepare(config.load(settings()), shown=False).train
+    assert step_statistics.frequency_bins(counts).tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 7]
+    train = preparation.prepare(config_from_arguments(settings()), shown=False).train
     exact = np.bincount(train.tokens, minlength=320)
-    assert (statistics.token_counts(train, 320) == exact).all()
-    monkeypatch.setattr(statistics, "_SAMPLED_TOKENS", len(train) // 2)
-    estimated = statistics.token_counts(train, 320)
+    assert (step_statistics.token_counts(train, 320) == exact).all()
+    monkeypatch.setattr(step_statistics, "_SAMPLED_TOKENS", len(train) // 2)
+    estimated = step_statistics.token_counts(train, 320)
     assert estimated.sum() == pytest.approx(len(train)) and 0 < np.abs(estimated - exact).max()
     common = exact > 200
     assert (np.abs(estimated[common] / exact[common] - 1) < 0.3).all()

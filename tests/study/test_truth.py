@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from tests.conftest import TINY_MODELS, Command, events
-from train_loop import config, loop, model, objective, optimizer
+from train_loop.analysis import truth_sheet
+from train_loop.config.load import config_from_arguments
 from train_loop.errors import InputError
-from train_loop.study import truth
+from train_loop.models import building
+from train_loop.training import loop, objective, optimizer
 
 SHAPES = TINY_MODELS | {"llama-tied": TINY_MODELS["llama"] | {"tie_word_embeddings": True}}
 Settings = Callable[..., list[str]]
@@ -34,7 +36,7 @@ def test_a_sheet_says_what_is(command: Command, settings: Settings, tmp_path: Pa
     assert sheet["processes"]["asked"] == sheet["processes"]["present"] == len(sheet["processes"]["each"]) == 1
     assert sheet["processes"]["each"][0]["device"] == "cpu"
     precision = sheet["precision"]
-    built = loop.set_up(config.load([*arguments, "--run.output_dir", str(tmp_path / "other")])).model
+    built = loop.set_up(config_from_arguments([*arguments, "--run.output_dir", str(tmp_path / "other")])).model
     tensors = len(list(built.parameters()))
     assert precision["compute"] == "float32" and precision["moments"] == {"float32": 2 * tensors}
     assert precision["parameters"] == precision["gradients"] == {"float32": tensors}
@@ -64,7 +66,7 @@ def test_a_sheet_says_what_is(command: Command, settings: Settings, tmp_path: Pa
 
 
 def test_measuring_changes_nothing(settings: Settings, tmp_path: Path) -> None:
-    run = loop.set_up(config.load(settings()))
+    run = loop.set_up(config_from_arguments(settings()))
 
     def state() -> list[Any]:
         weights = [hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in run.model.state_dict().values()]
@@ -73,7 +75,7 @@ def test_measuring_changes_nothing(settings: Settings, tmp_path: Path) -> None:
         return [weights, rates, gradients, dict(run.optimizer.optimizer.state), run.objective.training]
 
     before = state()
-    truth.measure(run)
+    truth_sheet.measure(run)
     assert state() == before
 
 
@@ -109,12 +111,12 @@ def change(*path: str | int, to: object) -> Callable[[dict[str, Any]], None]:
     ],
 )
 def test_a_contradiction_stops(settings: Settings, contradiction: Callable[[Any], None], expected: str) -> None:
-    sheet = truth.measure(loop.set_up(config.load(settings())))
-    truth.check(sheet)
+    sheet = truth_sheet.measure(loop.set_up(config_from_arguments(settings())))
+    truth_sheet.check(sheet)
     changed = copy.deepcopy(sheet)
     contradiction(changed)
     with pytest.raises(InputError) as error:
-        truth.check(changed)
+        truth_sheet.check(changed)
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
@@ -126,8 +128,8 @@ def refused(command: Command, arguments: list[str], tmp_path: Path, expected: st
 def test_weights_in_half_precision_stop_the_run(
     command: Command, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = model.build
-    monkeypatch.setattr(model, "build", lambda *arguments: build(*arguments).bfloat16())
+    build = building.build
+    monkeypatch.setattr(building, "build", lambda *arguments: build(*arguments).bfloat16())
     refused(command, settings(), tmp_path, "parameters are bfloat16 where float32 belongs")
 
 

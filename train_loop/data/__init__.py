@@ -1,8 +1,8 @@
 """Text in, batches out; knows nothing of models.
 
-corpus.py     documents, and their split into train and validation
-tokenizer.py  load a tokenizer, or train one on the training documents
-store.py      documents -> token store on disk + ledger, prepared once and then memory-mapped
-order.py      (seed, step) -> block ids -> micro-batches -> this process's share
-loader.py     block ids -> tensors
+sources/         where documents come from      formats.py      what a row holds
+corpus.py        which documents are held out   tokenizer.py    load a tokenizer, or train one
+preparation.py   documents -> token store       token_store.py  reading it, and its ledger
+order.py         (seed, step) -> block ids -> micro-batches -> a process's share
+loader.py        block ids -> tensors
 """

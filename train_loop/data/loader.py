@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from train_loop.data.order import Ids, MicroBatch
-from train_loop.data.store import TokenStore, window_count
+from train_loop.data.token_store import TokenStore, window_count
 from train_loop.signals import STOP_SIGNALS
 
 IGNORED = -100

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from train_loop.randomness import key
+from train_loop.rng import key
 
 Ids = npt.NDArray[np.int64]
 

@@ -1,0 +1,316 @@
+"""The truth sheet: what a run *is*, measured before its first step, beside what was asked for.
+
+    measure(run) -> sheet (plain values, truth.json) -> check(sheet) stops where the two contradict each other
+                                                     -> table(sheet) to read
+
+Dtypes are those of tensors that a real forward, backward and optimizer step have left behind; whether one document can
+influence another is found out by changing one; the loss is compared with the one the model computes by itself. The
+model and the optimizer are afterwards as they were before.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from train_loop import compat, versions
+from train_loop.config.schema import Config
+from train_loop.data.loader import IGNORED
+from train_loop.distributed import launch
+from train_loop.distributed.collectives import describe_ranks, unsharded
+from train_loop.errors import InputError, one_line
+from train_loop.models import building
+from train_loop.training import optimizer
+from train_loop.training.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from train_loop.training.loop import Run
+
+_COMPUTE = {"no": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
+# Relative differences that rounding explains, between two ways to compute one loss.
+SAME_LOSS = {"no": 1e-5, "bf16": 2e-2, "fp16": 2e-3, "fp8": 5e-2}
+
+
+def measure(run: "Run") -> dict[str, Any]:
+    """The truth sheet of a run that has been set up. All processes must call this.
+
+    Raises:
+        InputError: where bitwise reproducibility was asked for and a kernel can't give it.
+    """
+    config, accelerator = run.config, run.accelerator
+    try:
+        with building.without_compile(config):
+            loss = _loss_difference(run)
+            cross = documents_cross(accelerator, run.objective, config)
+            dtypes = _dtypes(run)
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise InputError(f"run.reproducible bitwise: not with this model on this device ({one_line(error)})") from None
+    return {
+        "processes": {
+            "asked": launch.asked_for() or 1,
+            "present": accelerator.num_processes,
+            "parallelism": _parallelism(accelerator),
+            "each": describe_ranks(accelerator),
+        },
+        "precision": {"asked": config.run.mixed_precision, **dtypes, "loss_scaling": accelerator.scaler is not None},
+        "reproducible": config.run.reproducible,
+        "parameters": _parameters(run),
+        "loss": {"path": accelerator.unwrap_model(run.objective).loss_path, **loss},
+        "documents": {"isolated": config.data.isolate_documents, "cross": cross},
+        "batch": _batch(run),
+        "learning_rate": _learning_rates(run),
+        "model": {
+            "class": type(run.model).__name__,
+            "attention": str(run.model.config._attn_implementation),
+            "compiled": config.model.compile,
+            "activation_checkpointing": compat.checkpoints_activations(run.model),
+        },
+        "operations_per_token": run.speed.operations,
+        "data": run.data.fingerprint,
+        "seed": config.run.seed,
+        "versions": versions.installed(),
+    }
+
+
+def check(sheet: dict[str, Any]) -> None:
+    """Stop where a sheet says that something is not what was asked for.
+
+    Raises:
+        InputError: with both, and what would do.
+    """
+    found, precision, loss = sheet["processes"], sheet["precision"], sheet["loss"]
+    if found["asked"] > found["present"]:
+        raise InputError(f"truth sheet: asked for {found['asked']} processes, {found['present']} are present")
+    for what in ("parameters", "gradients", "moments"):
+        if set(precision[what]) != {"float32"}:
+            raise InputError(
+                f"truth sheet: {what} are {', '.join(precision[what])} where float32 belongs; "
+                "weights and moments must not be rounded: leave precision to run.mixed_precision"
+            )
+    if precision["compute"] != _COMPUTE[precision["asked"]]:
+        raise InputError(
+            f"truth sheet: run.mixed_precision {precision['asked']} should compute in {_COMPUTE[precision['asked']]}, "
+            f"but the model does in {precision['compute']}; this model or device can't; use run.mixed_precision no"
+        )
+    parameters = sheet["parameters"]
+    if parameters["in_no_group"] or parameters["in_several_groups"]:
+        raise InputError(
+            f"truth sheet: the optimizer does not hold {parameters['in_no_group']}, and more than once "
+            f"{parameters['in_several_groups']}; this is a mistake in train_loop, please report it"
+        )
+    if not loss["difference"] <= loss["tolerance"]:
+        raise InputError(
+            f"truth sheet: the training loss is {loss['value']:.6f} ({loss['path']}), the model's own "
+            f"{loss['own']:.6f}; the model adds something to its loss (of its experts, say) that train_loop does not "
+            "know; turn that off in its configuration"
+        )
+    if sheet["documents"]["isolated"] and sheet["documents"]["cross"]:
+        raise InputError(cannot_isolate(sheet["model"]["class"], sheet["model"]["attention"]))
+
+
+def cannot_isolate(name: str, attention: str) -> str:
+    """What to say where documents were found to influence each other although they should not."""
+    return (
+        f"data.isolate_documents: {name} with attention {attention} lets one document influence another; "
+        "say --model.attention sdpa (or eager), choose another model, or --data.isolate_documents false"
+    )
+
+
+def table(sheet: dict[str, Any]) -> str:
+    """A sheet as lines to read."""
+    found, precision, parameters, batch = (sheet[name] for name in ("processes", "precision", "parameters", "batch"))
+    hosts = Counter(each["host"] for each in found["each"])
+    devices = Counter(each["name"] for each in found["each"])
+    rates = sheet["learning_rate"]
+    idle = max(0, found["present"] - batch["micro_batches_per_step"])
+    started = f"{found['present']} of {found['asked']} asked, {found['parallelism']}, on "
+    computing = f"{precision['asked']} asked; computes in {precision['compute']}, weights "
+    computing += f"{_kinds(precision['parameters'])}, gradients {_kinds(precision['gradients'])}, moments "
+    built = f"{sheet['model']['class']}, attention {sheet['model']['attention']}"
+    micro_batches = f"{batch['micro_batches_per_step']} micro-batches of {batch['micro_batch_size']}"
+    rows = {
+        "processes": started + ", ".join(f"{host} ({count})" for host, count in hosts.items()),
+        "devices": ", ".join(f"{count} x {name}" for name, count in devices.items())
+        + f", {found['each'][0]['threads']} CPU threads each",
+        "precision": computing + _kinds(precision["moments"]) + (", loss scaled" if precision["loss_scaling"] else ""),
+        "reproducible": "to the bit, on any number of processes"
+        if sheet["reproducible"] == "bitwise"
+        else "to rounding",
+        "model": built
+        + (", compiled" if sheet["model"]["compiled"] else "")
+        + (", activations recomputed" if sheet["model"]["activation_checkpointing"] else ""),
+        "parameters": f"{parameters['total']:,}"
+        + "".join(f"; tied: {' = '.join(names)}" for names in parameters["tied"])
+        + (f"; frozen: {len(parameters['frozen'])}" if parameters["frozen"] else ""),
+        "weight decay": "; ".join(
+            f"{group['weight_decay']} for {group['numbers']:,} in {len(group['names'])} tensors"
+            for group in parameters["groups"]
+        ),
+        "loss": f"{sheet['loss']['path']}, {sheet['loss']['difference']:.1e} from the model's own",
+        "documents": ("isolated" if sheet["documents"]["isolated"] else "packed")
+        + (": one crosses into the next" if sheet["documents"]["cross"] else ": none reaches another"),
+        "a step": f"{batch['sequences_per_step']} sequences of {batch['block_size']} in {micro_batches}, at most "
+        f"{batch['micro_batches_per_process']} a process"
+        + (f"; {idle} processes have nothing to do: lower batch.micro_batch_size" if idle else ""),
+        "the run": f"{batch['steps']:,} steps, {batch['steps_per_epoch']:,} an epoch; {batch['targets']:,} targets, "
+        f"{batch['targets_per_epoch']:,} an epoch",
+        "learning rate": f"{rates['first_step']:.3g} at first, {rates['after_warmup']:.3g} after "
+        f"{rates['warmup_steps']} steps of warm-up, {rates['last_step']:.3g} at the end ({rates['schedule']})",
+    }
+    return "\n".join(f"{name:13}  {text}" for name, text in rows.items())
+
+
+def documents_cross(accelerator: Accelerator, objective: nn.Module, config: Config) -> bool:
+    """Whether a document's tokens change the losses of another one's in the same block, or of another row.
+
+    Found by changing every token of one document; all processes must call this.
+    """
+    length = config.data.block_size
+    if length < 3:
+        return False
+    border = length // 2
+    inputs = _tokens(accelerator, objective, 2, length)
+    targets = inputs.roll(-1, 1)
+    targets[:, -1] = IGNORED
+    targets[0, :border] = IGNORED  # only the second document of row 0, and row 1, are looked at
+    positions = None
+    if config.data.isolate_documents:
+        positions = torch.arange(length, device=inputs.device).repeat(2, 1)
+        positions[:, border:] -= border
+    changed = inputs.clone()
+    vocabulary = len(accelerator.unwrap_model(objective).model.get_input_embeddings().weight)
+    changed[0, :border] = (changed[0, :border] + 1) % vocabulary
+    first, other, again = (_nll(objective, each, targets, positions) for each in (inputs, changed, inputs))
+    return abs(first - other) > 2 * abs(first - again)  # a GPU may not give the same bits twice
+
+
+def _tokens(accelerator: Accelerator, objective: nn.Module, rows: int, length: int) -> torch.Tensor:
+    """Made-up token ids [rows, length], the same on every process."""
+    vocabulary = len(accelerator.unwrap_model(objective).model.get_input_embeddings().weight)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocabulary, (rows, length), generator=generator).to(accelerator.device)
+
+
+@torch.no_grad()
+def _nll(objective: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None) -> float:
+    training = objective.training
+    objective.eval()
+    statistics = objective(inputs, targets, positions, statistics=True)
+    objective.train(training)
+    return float(statistics.nll)
+
+
+@torch.no_grad()
+def _loss_difference(run: "Run") -> dict[str, Any]:
+    """The training loss of a made-up batch, and the one that the model computes by itself from labels."""
+    accelerator, asked = run.accelerator, run.config.run.mixed_precision
+    if run.config.data.block_size < 2:  # the model's own loss leaves out a row's first token, and there is no other
+        return {"value": 0.0, "own": 0.0, "difference": 0.0, "tolerance": 0.0}
+    inputs = _tokens(accelerator, run.objective, 2, run.config.data.block_size)
+    targets = inputs.roll(-1, 1)
+    targets[:, -1] = IGNORED
+    training = run.objective.training
+    run.objective.eval()
+    value = float(run.objective(inputs, targets)) / int((targets != IGNORED).sum())
+    with unsharded(accelerator, run.objective), accelerator.autocast():
+        own = float(run.model(input_ids=inputs, labels=inputs, use_cache=False).loss)
+    run.objective.train(training)
+    return {"value": value, "own": own, "difference": abs(value / own - 1), "tolerance": SAME_LOSS[asked]}
+
+
+def _dtypes(run: "Run") -> dict[str, Any]:
+    """The dtypes of forward, backward and optimizer, as found after one step that changes nothing."""
+    computed: list[str] = []
+    layer = next(each for each in run.model.modules() if isinstance(each, nn.Linear) or type(each).__name__ == "Conv1D")
+    handle = layer.register_forward_hook(lambda module, inputs, output: computed.append(_name(output.dtype)))
+    inputs = _tokens(run.accelerator, run.objective, 1, run.config.data.block_size)
+    inner = run.optimizer.optimizer
+    trained = [parameter for group in inner.param_groups for parameter in group["params"]]
+    with optimizer.without_effect(inner) as step:
+        run.objective(inputs, inputs).backward()
+        gradients = Counter(_name(parameter.grad.dtype) for parameter in trained if parameter.grad is not None)
+        step()
+        states = inner.state.values()
+        moments = Counter(_name(state[name].dtype) for state in states for name in ("exp_avg", "exp_avg_sq"))
+    handle.remove()
+    return {
+        "compute": computed[0],
+        "parameters": Counter(_name(parameter.dtype) for parameter in run.objective.parameters()),
+        "gradients": gradients,
+        "moments": moments,
+    }
+
+
+def _parameters(run: "Run") -> dict[str, Any]:
+    """Every parameter by the optimizer's group that holds it, found by identity."""
+    every: dict[int, list[str]] = {}
+    for name, parameter in run.model.named_parameters(remove_duplicate=False):
+        every.setdefault(id(parameter), []).append(name)
+    sizes = {id(parameter): parameter.numel() for parameter in run.model.parameters()}
+    frozen = {id(parameter) for parameter in run.model.parameters() if not parameter.requires_grad}
+    groups = [
+        {
+            "weight_decay": group["weight_decay"],
+            "numbers": sum(parameter.numel() for parameter in group["params"]),
+            "names": [every.get(id(parameter), ["?"])[0] for parameter in group["params"]],
+        }
+        for group in run.optimizer.optimizer.param_groups
+    ]
+    held = Counter(id(parameter) for group in run.optimizer.optimizer.param_groups for parameter in group["params"])
+    return {
+        "total": sum(sizes.values()),
+        "tied": [names for names in every.values() if len(names) > 1],
+        "groups": groups,
+        "frozen": _names(every, frozen),
+        "in_no_group": _names(every, every.keys() - held.keys() - frozen),
+        "in_several_groups": _names(every, (each for each, count in held.items() if count > 1)),
+    }
+
+
+def _batch(run: "Run") -> dict[str, Any]:
+    plan, trained = run.plan, run.data.train.ledger.trained_targets
+    micro_batches = -(-plan.sequences_per_step // plan.micro_batch_size)
+    epochs, rest = divmod(run.total_steps, plan.steps_per_epoch)
+    last = sum(run.train.targets(plan.blocks(epochs * plan.steps_per_epoch + step)) for step in range(rest))
+    return {
+        "sequences_per_step": plan.sequences_per_step,
+        "micro_batch_size": plan.micro_batch_size,
+        "micro_batches_per_step": micro_batches,
+        "micro_batches_per_process": -(-micro_batches // run.accelerator.num_processes),
+        "block_size": run.config.data.block_size,
+        "targets_per_full_step": run.train.targets(plan.blocks(0)),
+        "steps_per_epoch": plan.steps_per_epoch,
+        "steps": run.total_steps,
+        "targets_per_epoch": trained,
+        "targets": epochs * trained + last,
+    }
+
+
+def _learning_rates(run: "Run") -> dict[str, Any]:
+    schedule, peak, total = run.config.schedule, run.config.optimizer.learning_rate, run.total_steps
+    steps = {"first_step": 0, "after_warmup": min(schedule.warmup_steps, total - 1), "last_step": total - 1}
+    rates = {name: learning_rate(step, total, peak, schedule) for name, step in steps.items()}
+    return {"schedule": schedule.name, "warmup_steps": schedule.warmup_steps, **rates}
+
+
+def _parallelism(accelerator: Accelerator) -> str:
+    if accelerator.is_fsdp2:
+        return "FSDP2"
+    return "DDP" if accelerator.num_processes > 1 else "one process"
+
+
+def _names(every: dict[int, list[str]], chosen: Iterable[int]) -> list[str]:
+    return sorted(every[each][0] for each in chosen if each in every)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _kinds(dtypes: dict[str, int]) -> str:
+    return " and ".join(dtypes)

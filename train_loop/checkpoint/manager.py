@@ -1,0 +1,179 @@
+"""When a checkpoint is written: beside training, at most one at a time, and tried again where it fails.
+
+    begin (all processes)   copy the state to memory of the CPU      training goes on
+      threads               each writes its part and tells the main process's thread, through the launcher's store
+      main's thread         waits for all parts, completes the checkpoint, removes older ones
+    wait (all processes)    until that is done; what went wrong, if anything did
+
+No thread takes part in a collective: those are the training's. The copies stay allocated, because to fetch fresh memory
+from the kernel takes longer than to copy.
+"""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from train_loop import devices
+from train_loop.checkpoint import storage
+from train_loop.checkpoint.storage import Shards, Sums
+from train_loop.console import say
+from train_loop.distributed.collectives import KeyValueMailbox, broadcast_from_main, run_on_all_ranks
+from train_loop.errors import one_line
+
+_SECONDS_BETWEEN_LOOKS = 0.05
+
+
+class CheckpointManager:
+    """Writes a run's checkpoints.
+
+    Args:
+        accelerator: the processes.
+        folder: the run's `checkpoints`.
+        keep: how many of the newest to keep.
+        background: whether training goes on meanwhile. It costs each process as much memory of the CPU as what it
+            writes: 12 bytes a parameter.
+        damaged: steps whose checkpoints were found damaged.
+
+    Attributes:
+        step: of the last checkpoint that was begun (or resumed from); None before.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, folder: Path, keep: int, background: bool, damaged: Collection[int] = ()
+    ) -> None:
+        self.accelerator, self.folder, self.keep, self.background = accelerator, folder, keep, background
+        self.damaged = set(damaged)
+        self.step: int | None = None
+        self._number = 0  # of the checkpoints begun, the same on all processes
+        self._thread: threading.Thread | None = None
+        self._problem: str | None = None
+        self._given_up = threading.Event()
+        self._buffers: dict[str, torch.Tensor] = {}
+        if accelerator.is_main_process:
+            storage.clear(folder)
+        accelerator.wait_for_everyone()
+
+    def begin(
+        self,
+        model: torch.nn.Module,
+        optimizer: storage.Optimizer,
+        state: dict[str, Any],
+        spared: Collection[int] = (),
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Save the state as it is now. All processes must call this, after the same step.
+
+        Args:
+            model, optimizer: unwrapped, and over its parameters.
+            state: plain values for state.json.
+            spared: steps whose checkpoints must not be removed.
+            before: what else the disk has to hold before the checkpoint does; called on the main process's thread.
+        """
+        self._join()
+        main = self.accelerator.is_main_process
+        held = storage.shards(model, optimizer, main)
+        parts = self.accelerator.num_processes if self.accelerator.is_fsdp2 else 1
+        self.step = int(state["step"])
+        self._problem = None
+        self._number += 1
+        state = state | {"parts": parts}
+        if parts == 1 and not main:
+            return
+        if self.background:
+            held = self._copied(held)
+            # No daemon: the interpreter waits for it at the end.
+            self._thread = threading.Thread(target=self._write, args=(held, state, spared, before), name="checkpoint")
+            self._thread.start()
+        else:
+            self._write(held, state, spared, before)
+
+    def wait(self) -> str | None:
+        """Wait until the checkpoint that was begun last is whole. All processes must call this.
+
+        Returns:
+            What went wrong, the same on all processes, or None.
+        """
+        run_on_all_ranks(self.accelerator, "checkpoint", self._join)
+        problem = broadcast_from_main(self.accelerator, self._problem)
+        if problem is not None:
+            self.step = None
+        return problem
+
+    def give_up(self) -> None:
+        """Wait for nobody any more: another process may be gone."""
+        self._given_up.set()
+        self._join()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _copied(self, held: Shards) -> Shards:
+        """The same in memory of the CPU that training does not touch."""
+        pinned = devices.pins_memory(self.accelerator.device)
+        copies: Shards = {}
+        for kind, tensors in held.items():
+            copies[kind] = {}
+            for name, piece in tensors.items():
+                values, key = piece.values, f"{kind}/{name}"
+                if key not in self._buffers:
+                    self._buffers[key] = torch.empty_like(values, device="cpu", pin_memory=pinned).contiguous()
+                self._buffers[key].copy_(values, non_blocking=True)
+                copies[kind][name] = piece._replace(values=self._buffers[key])
+        if pinned:
+            devices.synchronize(self.accelerator.device)
+        return copies
+
+    def _write(self, held: Shards, state: dict[str, Any], spared: Collection[int], before: Callable[[], None]) -> None:
+        """What a process does for a checkpoint; nothing that goes wrong here ends a run, whatever it is."""
+        step, parts, main = int(state["step"]), int(state["parts"]), self.accelerator.is_main_process
+        temporary = storage.temporary_folder(self.folder, step)
+        part = self.accelerator.process_index if parts > 1 else 0
+        try:
+            sums = self._exchange(part, parts, lambda: storage.write_part(temporary, part, parts, held))
+            if main:
+                before()
+                storage.commit(self.folder, state, sums)
+                self.damaged.discard(step)
+        except Exception as error:
+            self._problem = one_line(error)
+            if main and not self._given_up.is_set():
+                shutil.rmtree(temporary, ignore_errors=True)  # room for others
+                say(f"step {step}: the checkpoint could not be written ({self._problem}); training goes on")
+            return
+        if main:
+            try:
+                storage.prune(self.folder, self.keep, step, spared, self.damaged)
+            except OSError as error:
+                say(f"step {step}: old checkpoints could not be removed ({one_line(error)})")
+
+    def _exchange(self, part: int, parts: int, write: Callable[[], Sums]) -> Sums:
+        """Write a part; the main process gets the sums of all of them.
+
+        Raises:
+            OSError: where one could not be written.
+        """
+        if parts == 1:
+            return write()
+        try:
+            answer: dict[str, Any] = {"sums": write()}
+        except Exception as error:
+            answer = {"problem": f"process {part}: {one_line(error)}"}
+        board = KeyValueMailbox(self.accelerator, f"checkpoint {self._number}")
+        board.write(part, json.dumps(answer))
+        if part:
+            return {}
+        sums: Sums = {}
+        for text in board.read_all(self._given_up.wait, _SECONDS_BETWEEN_LOOKS):
+            answer = json.loads(text)
+            if "problem" in answer:
+                raise OSError(answer["problem"])
+            sums |= answer["sums"]
+        return sums

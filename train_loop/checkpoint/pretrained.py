@@ -1,0 +1,61 @@
+"""Models to use, with their tokenizers: a model folder, a name on the Hub, a run, or one of its checkpoints."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from train_loop.checkpoint import storage
+from train_loop.checkpoint.run_folder import RunFolder
+from train_loop.data import tokenizer
+from train_loop.errors import InputError
+from train_loop.models import building
+
+
+def load(name: str, attention: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A model in fp32 on the CPU, and its tokenizer.
+
+    Args:
+        name: a folder with a model, a name on the Hub, the folder of a run (its exported model, or while it runs its
+            newest checkpoint), or the folder of a checkpoint.
+        attention: implementation of attention; Transformers chooses when null.
+
+    Raises:
+        InputError: when there is none.
+    """
+    path = Path(name)
+    if re.fullmatch(r"step-\d{8,}", path.name) and path.absolute().parent.name == "checkpoints":
+        return _from_run(RunFolder(path.absolute().parent.parent), int(path.name.removeprefix("step-")), attention)
+    run = RunFolder(path)
+    if (path / "config.yaml").is_file() and not (path / "config.json").exists():
+        if not run.model.exists():
+            return _from_run(run, None, attention)
+        name = str(run.model)
+    return building.load(name, attention), tokenizer.load(name)
+
+
+def _from_run(
+    run: RunFolder, step: int | None, attention: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The weights of a step, or of the newest whole checkpoint."""
+    for _ in range(3):  # a run that goes on may remove what was just found
+        if step is None:
+            found, damaged = storage.newest(run.checkpoints)
+            problem = "; ".join(damaged.values()) or f"run {run.path}: has no checkpoint yet; wait for the first one"
+        else:
+            found, problem = storage.of_step(run.checkpoints, step)
+        if found is None:
+            raise InputError(problem)
+        if not run.architecture.is_dir():
+            raise InputError(f"run {run.path}: has no {run.architecture.name}; its next start writes it")
+        config: Any = AutoConfig.from_pretrained(run.architecture)
+        built = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        try:
+            storage.load_weights(found, built)
+        except (OSError, SafetensorError):
+            continue
+        return built.eval(), tokenizer.load(str(run.architecture))
+    raise InputError(f"run {run.path}: its checkpoints are replaced faster than they can be read; try again")

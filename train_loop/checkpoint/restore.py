@@ -1,0 +1,101 @@
+"""A checkpoint into a run's model, whether or not all hosts see it.
+
+On a disk that they share, each process reads what it holds. Without one, checkpoints lie on the main process's host
+alone. With DDP each process holds everything, so the main process reads, and sends it to the others. With FSDP2 no
+process holds, or could hold, the whole: that needs a shared disk, and a run without one is stopped before it trains.
+"""
+
+import socket
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from train_loop.checkpoint import storage
+from train_loop.distributed.collectives import broadcast_from_main
+from train_loop.errors import InputError
+
+_SECONDS_TO_APPEAR = 30  # a network's file system may show a new file late
+
+
+def restore(
+    accelerator: Accelerator,
+    found: storage.CheckpointRef,
+    model: nn.Module,
+    optimizer: storage.Optimizer | None = None,
+) -> None:
+    """Put a checkpoint's weights, and moments, into a model, and its optimizer. All processes must call this.
+
+    Raises:
+        ValueError: when it belongs to another model; nothing was changed then.
+        InputError: where FSDP2 shards the model and a host does not see the checkpoint.
+    """
+
+    def read() -> None:
+        if optimizer is None:
+            storage.load_weights(found, model)
+        else:
+            storage.load(found, model, optimizer)
+
+    blind = _hosts_without(accelerator, found.folder / "manifest.json")
+    if not blind:
+        return read()
+    if accelerator.is_fsdp2:
+        raise InputError(
+            f"checkpoint {found.folder} is not to be seen on {', '.join(blind)}; with FSDP2 every host reads all of "
+            "its files: put run.output_dir on a disk that all hosts share, or copy the whole folder to that path there"
+        )
+    problem = None
+    if accelerator.is_main_process:
+        try:
+            read()
+        except ValueError as error:
+            problem = str(error)
+    if problem := broadcast_from_main(accelerator, problem):
+        raise ValueError(problem)
+    for tensor in storage.in_memory(model, optimizer, broadcast_from_main(accelerator, _with_moments(optimizer))):
+        torch.distributed.broadcast(tensor, src=0)
+
+
+def _with_moments(optimizer: storage.Optimizer | None) -> bool:
+    return optimizer is not None and bool(optimizer.state)
+
+
+def check_disk(accelerator: Accelerator, path: Path) -> None:
+    """Refuse FSDP2 without a disk that all hosts share. All processes must call this.
+
+    Args:
+        accelerator: the processes.
+        path: a file that the main process has just written.
+
+    Raises:
+        InputError: naming the hosts that don't see it.
+    """
+    if not accelerator.is_fsdp2:
+        return
+    content = broadcast_from_main(accelerator, path.read_bytes() if accelerator.is_main_process else b"")
+    began = time.monotonic()
+    while not (seen := path.is_file() and path.read_bytes() == content):
+        if time.monotonic() - began > _SECONDS_TO_APPEAR or not path.parent.is_dir():
+            break
+        time.sleep(0.5)
+    blind = _hosts(accelerator, seen)
+    if blind:
+        raise InputError(
+            f"run.output_dir {path.parent} is not one folder for all hosts ({', '.join(blind)} is without what process "
+            "0 wrote): with FSDP2 every host writes its part of a checkpoint there; put it on a disk that all share"
+        )
+
+
+def _hosts_without(accelerator: Accelerator, path: Path) -> list[str]:
+    return _hosts(accelerator, path.is_file())
+
+
+def _hosts(accelerator: Accelerator, seen: bool) -> list[str]:
+    """The hosts of those processes that have not seen something."""
+    if accelerator.num_processes == 1:
+        return [] if seen else [socket.gethostname()]
+    return sorted({host for host, saw in gather_object([(socket.gethostname(), seen)]) if not saw})

@@ -1,0 +1,129 @@
+"""A run's folder: whose it is, and what state it is in.
+
+config.yaml     the resolved configuration
+ledger.json     the data it trains on: books and fingerprint
+truth.json      what is, measured before the first step: processes, precision, decay groups, loss, documents
+status.json     state (running | stopped | failed | complete), step and reason; launchers hide exit codes
+architecture/   the model's configuration and its tokenizer: what a checkpoint's weights belong to
+metrics.jsonl   study.jsonl (where steps are watched)   checkpoints/   model/
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from train_loop.config.load import differences, to_dict, to_yaml
+from train_loop.config.parsing import parse_yaml
+from train_loop.config.schema import Config
+from train_loop.console import say
+from train_loop.errors import InputError, one_line
+from train_loop.files import write_atomically
+
+
+class Savable(Protocol):
+    """A configuration or a tokenizer of Transformers."""
+
+    def save_pretrained(self, save_directory: Any) -> Any:
+        """Write it into a folder."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """The log of steps and evaluations."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def architecture(self) -> Path:
+        """Configuration and tokenizer of the model, without weights."""
+        return self.path / "architecture"
+
+    @property
+    def model(self) -> Path:
+        """The exported model."""
+        return self.path / "model"
+
+    def check(self, config: Config) -> None:
+        """Refuse a folder that this run must not write to; changes nothing.
+
+        Raises:
+            InputError: naming what differs, or what is in the way.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"run.output_dir {self.path}: is a file; name a folder")
+        stored = self.path / "config.yaml"
+        if not stored.exists():
+            for name in (self.model, self.checkpoints, self.metrics):
+                if name.exists():
+                    raise InputError(f"run.output_dir {self.path}: holds {name.name} of something else; name another")
+            return
+        if config.run.resume == "never":
+            raise InputError(
+                f"run.output_dir {self.path}: holds a run already, and run.resume is never; "
+                "name another folder, or continue it with --run.resume auto"
+            )
+        old = parse_yaml(stored.read_text(encoding="utf-8"), f"{stored}: ")
+        changed = differences(old, to_dict(config)) if isinstance(old, dict) else ["config.yaml is damaged"]
+        if changed:
+            raise InputError(
+                f"run.output_dir {self.path}: belongs to a different run ({'; '.join(changed)}); name another folder"
+            )
+
+    def claim(
+        self, config: Config, ledger: dict[str, Any], truth: dict[str, Any], architecture: Sequence[Savable]
+    ) -> None:
+        """Write down whose folder this is, with its ledger, its truth sheet, and its model's architecture.
+
+        Raises:
+            InputError: when the run in it was on other data, or the folder can't be written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._claim(config, ledger, truth)
+            if not self.architecture.exists():
+                temporary = self.path / "architecture.tmp"
+                shutil.rmtree(temporary, ignore_errors=True)
+                for part in architecture:
+                    part.save_pretrained(temporary)
+                os.rename(temporary, self.architecture)
+        except OSError as error:
+            raise InputError(
+                f"run.output_dir {self.path}: cannot be written to ({one_line(error)}); "
+                "name another folder, or make room"
+            ) from None
+
+    def _claim(self, config: Config, ledger: dict[str, Any], truth: dict[str, Any]) -> None:
+        books = self.path / "ledger.json"
+        if (self.path / "config.yaml").exists() and books.exists():
+            before = json.loads(books.read_text(encoding="utf-8"))["fingerprint"]
+            if before != ledger["fingerprint"]:
+                raise InputError(
+                    f"run.output_dir {self.path}: belongs to a run on other data (fingerprint {before[:12]}, now "
+                    f"{ledger['fingerprint'][:12]}): documents or tokenizer have changed since; name another folder"
+                )
+        write_atomically(books, json.dumps(ledger, indent=2) + "\n")
+        write_atomically(self.path / "truth.json", json.dumps(truth, indent=2) + "\n")
+        write_atomically(self.path / "config.yaml", to_yaml(config))
+
+    def set_status(self, state: str, step: int, reason: str = "") -> None:
+        """Write status.json; on a full disk, only say so."""
+        try:
+            write_atomically(
+                self.path / "status.json", json.dumps({"state": state, "step": step, "reason": reason}) + "\n"
+            )
+        except OSError as error:
+            say(f"status.json: {one_line(error)}; the run's state is {state}, step {step}")

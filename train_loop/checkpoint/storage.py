@@ -1,0 +1,411 @@
+"""Durable checkpoints of the one state there is: weights, optimizer moments, step.
+
+    checkpoints/step-00000100/
+        model-00001-of-00002.safetensors       weights, each once (a tied one under its first name)
+        optimizer-00001-of-00002.safetensors   per parameter: exp_avg, exp_avg_sq, and the number of its updates
+        state.json                             step, data, configuration, processes, versions
+        manifest.json                          size and SHA-256 of every file above, and of itself; written last
+
+One process, or several with DDP, write one part. Where FSDP2 shards the state, each process writes the rows that it
+holds, so nobody ever gathers the whole; "rows" in a file's header says where they belong. Whoever reads takes the rows
+that it needs out of the parts, so a checkpoint fits any number of processes, sharded or not.
+
+Written into a temporary folder, synced, completed by the manifest, renamed; only then are older ones removed. What is
+damaged is named and passed over. Nothing is pickled: to read a checkpoint can run no code.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from train_loop.files import sync
+from train_loop.models.parameters import tensors_once
+
+Optimizer: TypeAlias = torch.optim.Optimizer | AcceleratedOptimizer
+Sums = dict[str, dict[str, Any]]
+"""Size and checksum of files: {name: {"bytes", "sha256"}}."""
+
+KINDS = ("model", "optimizer")
+_PREFIX, _TEMPORARY = "step-", "tmp-"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Shard(NamedTuple):
+    """What a process holds of a tensor: some of its rows (all, unless it is sharded).
+
+    values [rows, ...]; first: number of the first of them; of: rows of the whole tensor, None where these are all.
+    """
+
+    values: torch.Tensor
+    first: int = 0
+    of: int | None = None
+
+
+Shards = dict[str, dict[str, Shard]]
+"""What a process writes: {"model": {name: piece}, "optimizer": {name: piece}}."""
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """A whole checkpoint on disk: its folder and its state.json."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that it holds."""
+        return int(self.state["step"])
+
+
+def shards(model: nn.Module, optimizer: Optimizer, main: bool = True) -> Shards:
+    """What this process has to write of the state: nothing is copied or sent.
+
+    Args:
+        model: unwrapped, so that its names are those of an exported model.
+        optimizer: AdamW over the same parameters.
+        main: whether this is the main process, which writes what all of them hold.
+    """
+    state = _inner(optimizer).state
+    weights = tensors_once(model)
+    moments: dict[str, torch.Tensor] = {}
+    for name, parameter in weights.items():
+        if parameter in state:
+            moments |= {f"{name}.{moment}": state[parameter][moment] for moment in _MOMENTS}
+            moments[f"{name}.step"] = state[parameter]["step"].reshape(1)  # a number of updates
+    found: Shards = {"model": {}, "optimizer": {}}
+    for kind, tensors in (("model", weights), ("optimizer", moments)):
+        for name, tensor in tensors.items():
+            piece = _shard(tensor.detach())
+            writes = main if piece.of is None else _first_copy(tensor) and len(piece.values)
+            if writes:
+                found[kind][name] = piece
+    return found
+
+
+def write_part(folder: Path, part: int, parts: int, held: Shards) -> Sums:
+    """Write what one process holds, so that the disk has it.
+
+    Args:
+        folder: the checkpoint's temporary folder.
+        part: number of this part, from 0.
+        parts: how many there are.
+        held: from `pieces`.
+
+    Returns:
+        Size and checksum of the files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sums: Sums = {}
+    for kind in KINDS:
+        rows = {name: [piece.first, piece.of] for name, piece in held[kind].items() if piece.of is not None}
+        path = folder / _part_name(kind, part, parts)
+        tensors = {name: piece.values.contiguous() for name, piece in held[kind].items()}
+        save_file(tensors, path, {"rows": json.dumps(rows)})
+        sync(path)
+        sums[path.name] = _sums(path)
+    return sums
+
+
+def commit(folder: Path, state: dict[str, Any], sums: Sums) -> Path:
+    """Turn the temporary folder with all parts in it into the checkpoint.
+
+    Args:
+        folder: the run's `checkpoints`.
+        state: plain values; "step" names the checkpoint, "parts" says how many there are.
+        sums: of all parts.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        OSError: where a part is missing.
+    """
+    temporary, final = temporary_folder(folder, state["step"]), _folder(folder, state["step"])
+    for name, expected in sums.items():
+        if not (temporary / name).is_file() or (temporary / name).stat().st_size != expected["bytes"]:
+            raise OSError(f"{name} is not here; run.output_dir has to be on a disk that all hosts share")
+    _write_json(temporary / "state.json", state)
+    files = sums | {"state.json": _sums(temporary / "state.json")}
+    _write_json(temporary / "manifest.json", {"files": files, "sha256": _digest(files)})
+    sync(temporary)
+    if final.exists():  # a damaged one that was passed over
+        _remove(final)
+    os.rename(temporary, final)
+    sync(folder)
+    return final
+
+
+def temporary_folder(folder: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is whole."""
+    return folder / f"{_TEMPORARY}{_folder(folder, step).name}"
+
+
+def clear(folder: Path) -> None:
+    """Remove what a killed process left half written or half removed."""
+    for stale in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def prune(folder: Path, keep: int, step: int, spared: Collection[int] = (), damaged: Collection[int] = ()) -> None:
+    """Remove all but the newest `keep` checkpoints.
+
+    Args:
+        folder: the run's `checkpoints`.
+        keep: how many of the newest stay.
+        step: of the newest; later ones are not this run's past, and are replaced when their step comes.
+        spared: steps whose checkpoints stay, too; so do those that were made for study.
+        damaged: steps whose checkpoints were passed over: they go, and don't count.
+    """
+    past = []
+    for each in _newest_first(folder):
+        if _step_of(each) in damaged:
+            _remove(each)
+        elif _step_of(each) <= step:
+            past.append(each)
+    for old in past[keep:]:
+        if _step_of(old) not in spared and not _for_study(old):
+            _remove(old)
+
+
+def newest(folder: Path) -> tuple[CheckpointRef | None, dict[int, str]]:
+    """The newest whole checkpoint, and of each later one, by its step, how it is damaged."""
+    passed: dict[int, str] = {}
+    for candidate in _newest_first(folder):
+        if (damage := find_damage(candidate)) is None:
+            return _found(candidate), passed
+        passed[_step_of(candidate)] = f"checkpoint {candidate}: {damage}"
+    return None, passed
+
+
+def of_step(folder: Path, step: int) -> tuple[CheckpointRef | None, str]:
+    """The checkpoint of a step if it is whole, else what is wrong with it."""
+    candidate = _folder(folder, step)
+    damage = find_damage(candidate) if candidate.is_dir() else "is not there"
+    return (_found(candidate), "") if damage is None else (None, f"checkpoint {candidate}: {damage}")
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, file by file; None when it is whole."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        files = manifest["files"]
+        if manifest["sha256"] != _digest(files):
+            return "manifest.json has another checksum than when it was written"
+        for name, expected in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
+            if _sums(path) != expected:
+                return f"{name} has another checksum than when it was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json is missing or damaged"
+    # What a manifest vouches for may still be something else than what its name says.
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        parts, _ = int(state["parts"]), int(state["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "state.json is no state of a run"
+    for name in (_part_name(kind, part, parts) for kind in KINDS for part in range(parts)):
+        if name not in files:
+            return f"manifest.json does not list {name}"
+        try:
+            with safe_open(folder / name, "pt") as file:
+                json.loads((file.metadata() or {})["rows"])
+        except (SafetensorError, ValueError, KeyError):
+            return f"{name} is no file of safetensors"
+    return None
+
+
+def load(found: CheckpointRef, model: nn.Module, optimizer: Optimizer) -> None:
+    """Put a checkpoint's weights and moments into a model and its optimizer.
+
+    Each process reads the rows that it holds, whatever processes wrote them.
+
+    Raises:
+        ValueError: when it belongs to another model; nothing was changed then.
+    """
+    load_weights(found, model)
+    state = _inner(optimizer).state
+    with _open(found, "optimizer") as moments:
+        for name, parameter in tensors_once(model).items():
+            if f"{name}.step" not in moments.shapes:
+                continue
+            # Fused AdamW counts its updates in a tensor beside the parameter.
+            state[parameter] = {"step": moments.read(f"{name}.step").reshape(()).to(parameter.device)}
+            for moment in _MOMENTS:
+                state[parameter][moment] = torch.zeros_like(parameter.detach())
+                moments.read_into(state[parameter][moment], f"{name}.{moment}")
+
+
+def load_weights(found: CheckpointRef, model: nn.Module) -> None:
+    """Put a checkpoint's weights into a model; see `load`."""
+    with _open(found, "model") as parts, torch.no_grad():
+        if {name: tuple(tensor.shape) for name, tensor in tensors_once(model).items()} != parts.shapes:
+            raise ValueError(f"{found.folder} holds another model's weights")
+        for name, tensor in tensors_once(model).items():
+            parts.read_into(tensor.detach(), name)
+
+
+def in_memory(model: nn.Module, optimizer: Optimizer | None, with_moments: bool) -> Iterator[torch.Tensor]:
+    """A model's weights and, if wanted, AdamW's state, each once, in an order that depends on the model alone.
+
+    Args:
+        model: unwrapped; not sharded.
+        optimizer: over its parameters; what it doesn't hold yet of its state is made, of zeros.
+        with_moments: whether its state is wanted.
+    """
+    weights = tensors_once(model)
+    for weight in weights.values():
+        yield weight.detach()
+    if optimizer is None or not with_moments:
+        return
+    state = _inner(optimizer).state
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for parameter in weights.values():
+        if id(parameter) not in trained:
+            continue
+        if parameter not in state:
+            state[parameter] = {moment: torch.zeros_like(parameter.detach()) for moment in _MOMENTS}
+            state[parameter]["step"] = torch.zeros((), device=parameter.device)
+        for name in ("step", *_MOMENTS):
+            yield state[parameter][name]
+
+
+def tensors(found: CheckpointRef, kind: str = "model") -> dict[str, torch.Tensor]:
+    """All weights (or, of kind "optimizer", moments) by name, whole, on the CPU; tied ones once."""
+    with _open(found, kind) as parts:
+        return {name: parts.read(name) for name in parts.shapes}
+
+
+class _Parts:
+    """The tensors of one kind, put together from the files of all parts."""
+
+    def __init__(self, files: list[Any]) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._where: dict[str, list[tuple[int, int | None, Any]]] = {}  # first row, end, file
+        for file in files:
+            rows = json.loads((file.metadata() or {}).get("rows", "{}"))
+            for name in file.keys():
+                shape = tuple(file.get_slice(name).get_shape())
+                first, of = rows.get(name, (0, None))
+                self.shapes[name] = shape if of is None else (of, *shape[1:])
+                self._where.setdefault(name, []).append((first, None if of is None else first + shape[0], file))
+
+    def read(self, name: str, first: int = 0, end: int | None = None) -> torch.Tensor:
+        """Rows `first` to `end` of a tensor; all of them without an end."""
+        where = self._where[name]
+        if where[0][1] is None:  # in one piece
+            whole = where[0][2].get_tensor(name)
+            return whole if end is None else whole[first:end]
+        end = self.shapes[name][0] if end is None else end
+        return torch.cat(
+            [
+                file.get_slice(name)[max(first, begins) - begins : min(end, ends) - begins]
+                for begins, ends, file in sorted(where, key=lambda each: each[0])
+                if begins < end and ends is not None and first < ends
+            ]
+        )
+
+    def read_into(self, tensor: torch.Tensor, name: str) -> None:
+        """Fill a tensor, or the rows that this process holds of it."""
+        piece = _shard(tensor)
+        if piece.of is None:
+            piece.values.copy_(self.read(name))
+        elif len(piece.values):
+            piece.values.copy_(self.read(name, piece.first, piece.first + len(piece.values)))
+
+
+@contextmanager
+def _open(found: CheckpointRef, kind: str) -> Iterator[_Parts]:
+    parts = found.state["parts"]
+    yield _Parts([safe_open(found.folder / _part_name(kind, part, parts), "pt") for part in range(parts)])
+
+
+def _shard(tensor: torch.Tensor) -> Shard:
+    """What this process holds of a tensor; FSDP2 shards along rows."""
+    if not isinstance(tensor, DTensor):
+        return Shard(tensor)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    assert tuple(shape[1:]) == tuple(tensor.shape[1:]), "sharded along something else than rows"
+    return Shard(tensor.to_local(), offset[0], len(tensor))
+
+
+def _first_copy(tensor: torch.Tensor) -> bool:
+    """Whether this process is the first of those that hold the same rows (hybrid sharding has several)."""
+    assert isinstance(tensor, DTensor)
+    coordinates: Sequence[int] = tensor.device_mesh.get_coordinate() or []
+    return not any(
+        place for place, kind in zip(coordinates, tensor.placements, strict=True) if isinstance(kind, Replicate)
+    )
+
+
+def _inner(optimizer: Optimizer) -> torch.optim.Optimizer:
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def _found(folder: Path) -> CheckpointRef:
+    return CheckpointRef(folder, json.loads((folder / "state.json").read_text(encoding="utf-8")))
+
+
+def _folder(folder: Path, step: int) -> Path:
+    return folder / f"{_PREFIX}{step:08d}"
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(_PREFIX))
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _for_study(folder: Path) -> bool:
+    try:
+        return bool(_found(folder).state.get("for_study"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint in such a way that no moment shows half of one."""
+    hidden = folder.with_name(f"{_TEMPORARY}removed-{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(folder, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _part_name(kind: str, part: int, parts: int) -> str:
+    return f"{kind}-{part + 1:05d}-of-{parts:05d}.safetensors"
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    sync(path)
+
+
+def _digest(files: Sums) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _sums(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -1,0 +1,1 @@
+"""Every setting of a run: the schema, reading it from YAML and the command line, checking it."""

@@ -1,0 +1,161 @@
+"""From a YAML file and a command line to a checked `Config`, and back; which settings a resumed run may change.
+
+config_from_arguments(["--config", "file.yaml", "--optimizer.learning_rate", "3e-4"])  ->  Config
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train_loop.config.parsing import fill, key_of, override, read_yaml, split_arguments
+from train_loop.config.schema import Config
+from train_loop.errors import InputError
+
+# Settings that do not change what a run computes. A run may be continued with other values of these; any other
+# difference means that the folder belongs to a different run.
+KEYS_FREE_ON_RESUME = (
+    "run.output_dir",
+    "run.resume",
+    "run.log_with",
+    "run.keep_memory",
+    "run.preflight_timeout_seconds",
+    "run.timeout_seconds",
+    "batch.micro_batch_size",
+    "data.cache_dir",
+    "data.num_workers",
+    "train.max_bad_steps",
+    "evaluation",
+    "sample",
+    "checkpoint",
+    "export",
+    "study",
+    "model.activation_checkpointing",
+    "model.compile",
+)
+
+
+def config_from_arguments(arguments: Sequence[str]) -> Config:
+    """Read `--config FILE --section.key value ...` into a checked `Config`.
+
+    Raises:
+        InputError: for a missing file, an unknown key, a wrong type, or settings that contradict each other.
+    """
+    path, overrides = split_arguments(arguments)
+    config = Config()
+    if path:
+        fill(config, read_yaml(path), f"{path}: ")
+    for key, text in overrides:
+        override(config, key, text)
+    if config.run.output_dir is None:
+        config.run.output_dir = str(Path("runs") / (Path(path).stem if path else "train"))
+    check_config(config)
+    return config
+
+
+def check_config(config: Config) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises:
+        InputError: naming the keys and what would do.
+    """
+    model, tokenizer, data, batch = config.model, config.tokenizer, config.data, config.batch
+    if (model.name_or_path is None) == (model.architecture is None):
+        raise InputError("model: give exactly one of model.name_or_path and model.architecture")
+    if model.architecture is not None and "model_type" not in model.architecture:
+        raise InputError("model.architecture: model_type is missing, e.g. {model_type: gpt2, n_layer: 4}")
+    if tokenizer.name_or_path is not None and tokenizer.train_vocab_size is not None:
+        raise InputError("tokenizer: give only one of tokenizer.name_or_path and tokenizer.train_vocab_size")
+    if model.architecture is not None and tokenizer.name_or_path is None and tokenizer.train_vocab_size is None:
+        raise InputError("tokenizer: a model from scratch needs tokenizer.train_vocab_size or tokenizer.name_or_path")
+    if tokenizer.train_vocab_size is not None and tokenizer.train_vocab_size < 257:
+        raise InputError("tokenizer.train_vocab_size: at least 257 (256 bytes and the end of text)")
+    if data.source == "files" and not data.files:
+        raise InputError("data.files: data.source is files, but no file is named")
+    if data.source == "hub" and not data.name:
+        raise InputError("data.name: data.source is hub, but no data set is named")
+    for key, source, value in (
+        ("data.files", "files", data.files),
+        ("data.validation_files", "files", data.validation_files),
+        ("data.name", "hub", data.name),
+        ("data.validation_split", "hub", data.validation_split),
+        ("data.streaming", "hub", data.streaming),
+    ):
+        if value and data.source != source:
+            raise InputError(f"{key} goes with data.source {source}, but data.source is {data.source}")
+    if data.streaming and "[" in data.split + (data.validation_split or ""):
+        raise InputError("data.split: a stream has no slices; use data.max_documents, or data.streaming false")
+    if isinstance(batch.micro_batch_size, int) and batch.micro_batch_size > batch.sequences_per_step:
+        raise InputError(
+            f"batch.micro_batch_size {batch.micro_batch_size} is larger than "
+            f"batch.sequences_per_step {batch.sequences_per_step}"
+        )
+    if "flash" in (config.model.attention or "") and config.run.mixed_precision not in ("bf16", "fp16"):
+        raise InputError(
+            f"model.attention {config.model.attention}: has half precision only; say --run.mixed_precision bf16, or "
+            "--model.attention sdpa"
+        )
+    if config.run.reproducible == "bitwise":
+        for key, chosen in (
+            ("run.mixed_precision fp16", config.run.mixed_precision == "fp16"),
+            ("run.mixed_precision fp8", config.run.mixed_precision == "fp8"),
+            ("model.compile", model.compile),
+        ):
+            if chosen:
+                raise InputError(f"run.reproducible bitwise does not go with {key}; drop one of the two")
+    if config.export.hub_model_id and not config.export.push_to_hub:
+        raise InputError("export.hub_model_id goes with export.push_to_hub true")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The settings as plain nested dictionaries."""
+    return dataclasses.asdict(config, dict_factory=lambda pairs: {key_of(name): value for name, value in pairs})
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved settings as YAML that `load` reads back to the same."""
+    values = to_dict(config)
+    values["optimizer"]["betas"] = list(config.optimizer.betas)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two configurations beyond `FREE_KEYS`, as lines `key: old -> new`."""
+    flat_old, flat_new = dict(flatten(old)), dict(flatten(new))
+    free = set(KEYS_FREE_ON_RESUME)
+    if flat_new.get("train.patience"):  # then evaluations decide how long the run goes
+        free = free - {"evaluation"} | {"evaluation.batch_size"}
+    return [
+        f"{key}: {flat_old.get(key)} -> {flat_new.get(key)}"
+        for key in sorted(flat_old.keys() | flat_new.keys())
+        if not any(key == each or key.startswith(f"{each}.") for each in free)
+        and flat_old.get(key) != flat_new.get(key)
+    ]
+
+
+def shared_settings(config: Config) -> dict[str, Any]:
+    """The settings that all processes of a run must share, by key; where files lie may differ between hosts."""
+    values = to_dict(config)
+    for section, key in (
+        *(("run", "output_dir"), ("model", "name_or_path"), ("tokenizer", "name_or_path"), ("data", "name")),
+        *(("data", "files"), ("data", "validation_files"), ("data", "cache_dir"), ("data", "num_workers")),
+    ):
+        del values[section][key]
+    return dict(flatten(values))
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def cache_dir(config: Config) -> Path:
+    """Where prepared token stores live."""
+    chosen = config.data.cache_dir or os.environ.get("TRAIN_LOOP_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "train_loop"

@@ -1,0 +1,310 @@
+"""Documents -> token store on disk + ledger: prepared once, then memory-mapped.
+
+    documents -> pieces -> token ids -> tokens.bin, one stream a side:  d0 d0 d0 EOS d1 d1 EOS d2 ... EOS
+
+Documents are read, cut into pieces and encoded as a stream: memory is that of a few batches of pieces, however many or
+long the documents are.
+
+A store is a folder named after a hash of what it was made from (corpus, split, tokenizer), so a second run finds it
+at once and any change makes another one. It is written beside its final name and renamed when whole; a lock file
+makes the processes that ask for it at the same time build it once.
+
+    <cache>/stores/<hash>/
+        ledger.json               what went in and what came out, per side; it adds up
+        tokenizer/                where one was trained
+        train/ validation/
+            tokens.bin            uint16, or uint32 for a vocabulary above 65,536; little-endian
+            documents.bin         per document: where its tokens end in tokens.bin, where its name ends in names.bin
+            names.bin             UTF-8
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import socket
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from train_loop.config.load import cache_dir
+from train_loop.config.schema import Config, DataConfig
+from train_loop.console import Progress, say
+from train_loop.data import tokenizer as tokenizers
+from train_loop.data.corpus import Corpus, key_hash
+from train_loop.data.formats import Document
+from train_loop.data.token_store import _DOCUMENT, TRAIN, VALIDATION, Ledger, Prepared, TokenStore, target_counts
+from train_loop.errors import InputError
+from train_loop.files import sync
+
+_FORMAT = 2
+# Characters that a core encodes at once: a few hundredths of a second, and some megabytes while it does.
+_BATCH_CHARACTERS = 125_000
+
+
+def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, shown: bool = True) -> Prepared:
+    """The token store of a configuration, built where it is not there yet.
+
+    The store is the same whether documents are isolated or not; the books are kept accordingly.
+
+    Args:
+        config: its sections data and tokenizer count (and model.name_or_path, whose tokenizer is the default).
+        tokenizer: used instead of the configured one, as when another model is evaluated on this data.
+        shown: whether progress is printed.
+
+    Raises:
+        InputError: for data that cannot be read, or a side without one target.
+    """
+    corpus = Corpus(config.data)
+    vocab_size = config.tokenizer.train_vocab_size
+    key: dict[str, Any] = {"format": _FORMAT, "corpus": corpus.key()}
+    stores = cache_dir(config) / "stores"
+    folder = stores / key_hash(key | {"tokenizer": {"train_vocab_size": vocab_size}})
+    if tokenizer is None and vocab_size is None:
+        tokenizer = tokenizers.load(config.tokenizer.name_or_path or config.model.name_or_path or "")
+    if tokenizer is not None:
+        made_with = tokenizers.fingerprint(tokenizer)
+        if _made_with(folder) != made_with:
+            folder = stores / key_hash(key | {"tokenizer": made_with})
+    if not folder.exists():
+        stores.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                _build(folder, corpus, tokenizer, vocab_size, shown)
+    elif shown:
+        say(f"data: already prepared in {folder}")
+    prepared = _open(folder, tokenizer)
+    if config.data.isolate_documents:
+        for store in (prepared.train, prepared.validation):
+            store.ledger = store.ledger.isolated()
+        _refuse_unusable(prepared.train.ledger, prepared.validation.ledger, config.data)
+    return prepared
+
+
+def _made_with(folder: Path) -> str | None:
+    """Fingerprint of the tokenizer that was trained for a store; a run's own model, evaluated later, comes with it."""
+    trained = folder / "tokenizer"
+    return tokenizers.fingerprint(tokenizers.load(str(trained))) if trained.is_dir() else None
+
+
+def _open(folder: Path, tokenizer: PreTrainedTokenizerFast | None) -> Prepared:
+    try:
+        books = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
+        dtype, fingerprint = np.dtype(books["dtype"]), books["fingerprint"]
+        train, validation = (TokenStore(folder / side, dtype, Ledger(**books[side])) for side in (TRAIN, VALIDATION))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: damaged ({error}); remove the folder to prepare it again") from None
+    if tokenizer is None:
+        tokenizer = tokenizers.load(str(folder / "tokenizer"))
+    return Prepared(folder, tokenizer, train, validation, fingerprint)
+
+
+def _build(
+    folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFast | None, vocab_size: int | None, shown: bool
+) -> None:
+    """Write a store under a temporary name and rename it when it is whole; leave nothing behind otherwise."""
+    # Named after the host: on a disk that several share, a lock may hold within each of them only.
+    prefix = f"{folder.name}.tmp-{socket.gethostname()}-"
+    for stale in folder.parent.glob(f"{prefix}*"):  # of a process that was killed: we hold the lock
+        shutil.rmtree(stale)
+    temporary = folder.with_name(f"{prefix}{os.getpid()}")
+    temporary.mkdir()
+    try:
+        if tokenizer is None:
+            assert vocab_size is not None
+            tokenizer = _train_tokenizer(corpus, vocab_size, shown)
+            tokenizer.save_pretrained(temporary / "tokenizer")
+        dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
+        ledgers = _write_sides(temporary, corpus, tokenizer, dtype, shown)
+        _refuse_unusable(ledgers[TRAIN], ledgers[VALIDATION], corpus.data)
+        identity = [tokenizers.fingerprint(tokenizer), *(ledgers[side].sha256 for side in (TRAIN, VALIDATION))]
+        books = {
+            "format": _FORMAT,
+            "dtype": dtype.str,
+            "fingerprint": hashlib.sha256("\n".join(identity).encode()).hexdigest(),
+        } | {side: asdict(ledger) for side, ledger in ledgers.items()}
+        (temporary / "ledger.json").write_text(json.dumps(books, indent=2) + "\n", encoding="utf-8")
+        for path in temporary.rglob("*"):
+            sync(path)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not folder.exists():  # else another host was faster: the same documents give the same store
+                raise
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _train_tokenizer(corpus: Corpus, vocab_size: int, shown: bool) -> PreTrainedTokenizerFast:
+    with Progress("training the tokenizer, reading", "B", None, shown=shown) as progress:
+
+        def texts() -> Iterator[str]:
+            words = tokenizers.untrained()
+            for document in corpus.documents(TRAIN):
+                for text in tokenizers.pieces(words, document.blocks):  # no word is cut, so the same words are counted
+                    progress.update(len(text.encode()))
+                    yield text
+
+        return tokenizers.train(texts(), vocab_size)
+
+
+def _refuse_unusable(train: Ledger, validation: Ledger, data: DataConfig) -> None:
+    total = train.documents + validation.documents
+    if total == 0:
+        empty = train.empty_documents + validation.empty_documents
+        raise InputError(f"data: no document with text ({empty} empty ones were left out); check data.text_field")
+    named = bool(data.validation_files or data.validation_split)
+    for side, ledger in ((TRAIN, train), (VALIDATION, validation)):
+        if ledger.trained_targets == 0:
+            cure = (
+                "name data with more text"
+                if named
+                else f"data.test_size is {data.test_size} of {total} documents; name validation data of its own "
+                "(data.validation_files or data.validation_split), change data.test_size or add documents"
+            )
+            raise InputError(f"data: the {side} split has {ledger.documents} documents and not one target; {cure}")
+
+
+class _SideWriter:
+    """Appends the documents of one side to its three files, and keeps its books."""
+
+    def __init__(self, folder: Path, core: Tokenizer, eos: int, dtype: np.dtype[Any], compress: bool) -> None:
+        folder.mkdir()
+        self.core, self.eos, self.dtype = core, eos, dtype
+        self.tokens, self.documents, self.names = (
+            open(folder / name, "wb", buffering=1 << 20) for name in ("tokens.bin", "documents.bin", "names.bin")
+        )
+        self.ledger = Ledger()
+        self.digest = hashlib.sha256()
+        self.gzip = zlib.compressobj(9, wbits=31) if compress else None
+        self.name_end = 0
+        self.begins = True  # whether the next token is a document's first
+
+    def __enter__(self) -> "_SideWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in (self.tokens, self.documents, self.names):
+            file.close()
+
+    def add_text(self, text: str, ids: npt.NDArray[np.uint32]) -> int:
+        """Add a piece of a document's text and its token ids [tokens]; return how many bytes of UTF-8 it has."""
+        content = text.encode()
+        books = self.ledger
+        if self.begins and len(ids):
+            size = tokenizers.first_token_bytes(self.core, text, int(ids[0]))
+            books.first_token_bytes += size
+            self.begins = False
+            # The stream's first token is nobody's target, so its bytes don't count for bits per byte.
+            if books.text_tokens + books.eos_tokens == 0:
+                books.first_tokens, books.predicted_bytes = 1, -size
+        books.bytes += len(content)
+        books.predicted_bytes += len(content)
+        books.text_tokens += len(ids)
+        if self.gzip is not None:
+            books.gzip_bytes += len(self.gzip.compress(content))
+        self._write(ids)
+        return len(content)
+
+    def end_document(self, name: str) -> None:
+        """Put the end-of-text token after the document whose text was added, and file its name."""
+        self._write(np.array([self.eos], dtype=np.uint32))
+        self.begins = True
+        books = self.ledger
+        books.documents += 1
+        books.eos_tokens += 1
+        self.name_end += self.names.write(name.encode("utf-8", "replace"))
+        ends = np.array([(books.text_tokens + books.eos_tokens, self.name_end)], dtype=_DOCUMENT)
+        self.documents.write(ends.tobytes())
+
+    def _write(self, ids: npt.NDArray[np.uint32]) -> None:
+        content = ids.astype(self.dtype).tobytes()
+        self.digest.update(content)
+        self.tokens.write(content)
+
+    def finish(self) -> Ledger:
+        """The books, closed and checked."""
+        books = self.ledger
+        if self.gzip is not None:
+            books.gzip_bytes += len(self.gzip.flush())
+        tokens = books.text_tokens + books.eos_tokens
+        if tokens and not books.first_tokens:  # documents whose text has no tokens: the first token is an EOS
+            books.first_tokens = 1
+        books.trained_targets = int(target_counts(tokens, max(tokens, 1)).sum())
+        books.dropped_tokens = tokens - books.first_tokens - books.trained_targets
+        books.sha256 = self.digest.hexdigest()
+        books.check()
+        return books
+
+
+def _write_sides(
+    folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any], shown: bool
+) -> dict[str, Ledger]:
+    core, eos = tokenizers.encoder(tokenizer), tokenizer.eos_token_id
+    assert isinstance(eos, int)
+    with (
+        _SideWriter(folder / TRAIN, core, eos, dtype, compress=False) as train,
+        _SideWriter(folder / VALIDATION, core, eos, dtype, compress=True) as validation,
+        Progress("preparing data", "B", corpus.size(), shown=shown) as progress,
+    ):
+        writers = {TRAIN: train, VALIDATION: validation}
+        batches = _batches(core, corpus.sides(), writers)
+        for batch, encoded in _encode(core, batches):
+            read = 0
+            for (side, name, text, last), ids in zip(batch, encoded, strict=True):
+                read += writers[side].add_text(text, ids)
+                if last:
+                    writers[side].end_document(name)
+            progress.update(read)
+        return {side: writer.finish() for side, writer in writers.items()}
+
+
+_Piece = tuple[str, str, str, bool]  # side, name, text, whether the document ends with it
+
+
+def _batches(
+    core: Tokenizer, documents: Iterable[tuple[str, Document]], writers: dict[str, _SideWriter]
+) -> Iterator[list[_Piece]]:
+    """Pieces of documents in batches of about `_BATCH_CHARACTERS`; documents without text are counted, not kept."""
+    batch: list[_Piece] = []
+    size = 0
+    for side, (name, blocks) in documents:
+        text = ""
+        for text, following in itertools.pairwise(itertools.chain(tokenizers.pieces(core, blocks), [""])):
+            batch.append((side, name, text, not following))
+            size += len(text)
+            if size >= _BATCH_CHARACTERS:
+                yield batch
+                batch, size = [], 0
+        if not text:
+            writers[side].ledger.empty_documents += 1
+    if batch:
+        yield batch
+
+
+def _encode(
+    core: Tokenizer, batches: Iterator[list[_Piece]]
+) -> Iterator[tuple[list[_Piece], list[npt.NDArray[np.uint32]]]]:
+    """Each batch of pieces with the token ids of its texts."""
+    pending: list[list[_Piece]] = []
+
+    def texts() -> Iterator[list[str]]:
+        for batch in batches:
+            pending.append(batch)
+            yield [text for _, _, text, _ in batch]
+
+    for encoded in tokenizers.encode_batches(core, texts()):
+        yield pending.pop(0), encoded

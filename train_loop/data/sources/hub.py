@@ -1,0 +1,70 @@
+"""Documents from Hugging Face Datasets: the Hub's, or those of a local folder."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from train_loop.config.schema import DataConfig
+from train_loop.data.formats import ROWS_AT_ONCE, Document, refuse_field, text_of
+from train_loop.data.sources.files import stamp
+from train_loop.data.token_store import TRAIN
+from train_loop.errors import InputError, one_line
+
+
+def documents(data: DataConfig, split: str) -> Iterator[Document]:
+    """The documents of data.split ("train") or data.validation_split ("validation"), a row each.
+
+    Raises:
+        InputError: for a data set, a split or a field that is not there.
+    """
+    name = data.split if split == TRAIN else data.validation_split or ""
+    dataset = _load(data, name)
+    column, _, _ = data.text_field.partition(".")
+    place = f"data set {data.name}, split {name}"
+    if dataset.column_names is not None:
+        if column not in dataset.column_names:
+            refuse_field(dict.fromkeys(dataset.column_names, ""), data.text_field, place)
+        dataset = dataset.select_columns([column])
+    number = 0
+    for batch in dataset.iter(batch_size=ROWS_AT_ONCE):
+        if column not in batch:
+            refuse_field(dict.fromkeys(batch, ""), data.text_field, place)
+        for value in batch[column]:
+            where = f"row {number}"
+            number += 1
+            text = text_of({column: value}, data.text_field, data.join, f"{place}, {where}")
+            yield Document(f"{name}:{where}", (text,))
+
+
+def key(data: DataConfig) -> dict[str, Any]:
+    """A data set that was downloaded has a fingerprint; a stream is known by its name (and its files, if local)."""
+    splits = [_split_key(data, name) for name in (data.split, data.validation_split) if name]
+    return {"splits": splits, "text_field": data.text_field, "join": data.join}
+
+
+def size(data: DataConfig) -> int | None:
+    """Unknown before it is read."""
+    return None
+
+
+def _load(data: DataConfig, split: str) -> Any:
+    import datasets
+
+    assert data.name is not None
+    if os.path.isdir(data.name) and not any(path.is_file() for path in Path(data.name).rglob("*")):
+        raise InputError(f"data.name: {data.name}: the folder holds no file")
+    try:
+        return datasets.load_dataset(data.name, data.subset, split=split, streaming=data.streaming)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise InputError(f"data.name: {one_line(error)}; name a data set on the Hub or a local folder") from None
+    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"data.name {data.name}, subset {data.subset}, split {split}: {one_line(error)}") from None
+
+
+def _split_key(data: DataConfig, split: str) -> list[Any]:
+    key = [data.name, data.subset, split]
+    if data.streaming:
+        files = sorted(str(path) for path in Path(data.name or "").rglob("*") if path.is_file())
+        return [*key, [stamp(path) for path in files] if os.path.isdir(data.name or "") else None]
+    return [*key, _load(data, split)._fingerprint]

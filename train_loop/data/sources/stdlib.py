@@ -1,0 +1,46 @@
+"""Documents that every machine has: the source files of this Python's own standard library."""
+
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from train_loop.config.schema import DataConfig
+from train_loop.data.formats import Document
+from train_loop.data.sources.files import TextFile
+from train_loop.errors import InputError
+
+_NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+
+
+def source_files() -> list[tuple[str, str]]:
+    """(name, path) of the sources of the running Python's standard library, sorted by name.
+
+    Without its tests, what was installed into it, and `encodings`: generated tables of characters, no text to learn.
+    """
+    root = sysconfig.get_path("stdlib")
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(set(folders) - _NOT_STDLIB)
+        prefix = "" if folder == root else Path(folder).relative_to(root).as_posix() + "/"
+        found += [(prefix + file, os.path.join(folder, file)) for file in files if file.endswith(".py")]
+    if not found:
+        raise InputError(f"data.source stdlib: no Python source below {root}; use data.source files")
+    return sorted(found)
+
+
+def documents(data: DataConfig, split: str) -> Iterator[Document]:
+    """Every source file as a document; validation documents are always split off."""
+    return (Document(name, TextFile(path)) for name, path in source_files())
+
+
+def key(data: DataConfig) -> dict[str, Any]:
+    """What tells one Python's standard library from another one's."""
+    return {"python": sys.version, "files": [(name, os.path.getsize(path)) for name, path in source_files()]}
+
+
+def size(data: DataConfig) -> int | None:
+    """Bytes of text to come."""
+    return sum(os.path.getsize(path) for _, path in source_files())

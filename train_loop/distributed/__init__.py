@@ -1,0 +1,1 @@
+"""Processes: launching them, agreeing among them, noticing when one is lost."""

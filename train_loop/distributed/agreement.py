@@ -1,0 +1,53 @@
+"""Whether to stop, decided by all processes together: a signal reaches one, and all stop after the same step."""
+
+import time
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather
+
+from train_loop.signals import StopRequest
+
+_SECONDS_BETWEEN_POLLS = 1.0
+
+
+class StopPoll:
+    """Asks all processes about once a second whether one of them was asked to stop.
+
+    All have to ask equally often. How many times go by without an exchange follows from the time that the slowest
+    process took, so all agree on it.
+
+    Args:
+        accelerator: the processes.
+        stop: what this process was asked.
+        alone: whether only this process asks, and only itself.
+    """
+
+    def __init__(self, accelerator: Accelerator, stop: StopRequest, alone: bool = False) -> None:
+        self.accelerator, self.stop = accelerator, stop
+        self.alone = alone or accelerator.num_processes == 1
+        self.answer = False
+        self._every = self._left = 1
+        self._last = time.monotonic()
+
+    def __call__(self) -> bool:
+        """Whether to stop, as far as is known; once True, always True."""
+        if self.answer:
+            return True
+        if self.alone:
+            self.answer = self.stop.asked
+            return self.answer
+        self._left -= 1
+        if self._left == 0:
+            mine = [float(self.stop.asked), time.monotonic() - self._last]
+            every = gather(torch.tensor(mine, device=self.accelerator.device)[None]).max(dim=0).values.tolist()
+            self.answer = self.stop.hear(every[0] > 0)
+            wanted = self._every * _SECONDS_BETWEEN_POLLS / max(every[1], 1e-6)
+            self._every = self._left = max(1, min(int(wanted), 8 * self._every))
+            self._last = time.monotonic()
+        return self.answer
+
+
+def any_rank_stopping(accelerator: Accelerator, stop: StopRequest) -> bool:
+    """Whether any process was asked to stop; all must call this."""
+    return StopPoll(accelerator, stop)()

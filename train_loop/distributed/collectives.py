@@ -1,0 +1,170 @@
+"""What all processes do together: agree on a value, wait for work of unknown length, gather a sharded model."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    broadcast_object_list,
+    gather_object,
+)
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from train_loop import devices
+from train_loop.errors import InputError, TrainingError
+
+Result = TypeVar("Result")
+
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.01, 0.5
+
+
+def run_on_all_ranks(accelerator: Accelerator, purpose: str, work: Callable[[], Result]) -> Result:
+    """Do some work of unknown length on every process, and go on when all have done it.
+
+    Nobody waits in a collective, which would time out after minutes: processes look into the launcher's key-value
+    store now and then. A mistake on any of them is raised on all.
+
+    Args:
+        accelerator: the processes.
+        purpose: a name for the work, the same on all processes.
+        work: what to do; its result is returned.
+
+    Raises:
+        InputError, TrainingError: where `work` raised one on any process.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    store = torch.distributed.distributed_c10d._get_default_store()
+    processes = accelerator.num_processes
+    mistake, kind, result = "", "", None
+    try:
+        result = work()
+    except (InputError, TrainingError) as error:
+        mistake, kind = str(error), type(error).__name__
+        if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):  # which of the hosts?
+            mistake += f" (on {socket.gethostname()})"
+    arrived = store.add(f"{purpose}/done", 0)
+    round_ = arrived // processes  # the same work may be done again later
+    if mistake:
+        store.set(f"{purpose}/{round_}/mistake", json.dumps([kind, mistake]))
+    store.add(f"{purpose}/done", 1)
+    pause = _FIRST_PAUSE_SECONDS
+    while store.add(f"{purpose}/done", 0) < (round_ + 1) * processes:
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+    if store.check([f"{purpose}/{round_}/mistake"]):
+        kind, mistake = json.loads(store.get(f"{purpose}/{round_}/mistake"))
+        raise InputError(mistake) if kind == InputError.__name__ else TrainingError(mistake)
+    return result  # type: ignore[return-value]
+
+
+class KeyValueMailbox:
+    """A board in the launcher's key-value store, for threads that must not take part in the training's collectives.
+
+    Args:
+        accelerator: the processes.
+        topic: a name that is used once.
+    """
+
+    def __init__(self, accelerator: Accelerator, topic: str) -> None:
+        self.store = torch.distributed.distributed_c10d._get_default_store()
+        self.keys = [f"{topic}/{process}" for process in range(accelerator.num_processes)]
+
+    def write(self, process: int, text: str) -> None:
+        """Put up a process's text."""
+        self.store.set(self.keys[process], text)
+
+    def read_all(self, pause: Callable[[float], bool], seconds: float) -> list[str]:
+        """Wait for the texts of all processes and take them off.
+
+        Args:
+            pause: waits for that many seconds; True ends the waiting.
+            seconds: between two looks.
+
+        Raises:
+            OSError: when the waiting ended before they were there.
+        """
+        while not self.store.check(self.keys):
+            if pause(seconds):
+                raise OSError("another process did not answer")
+        texts = [self.store.get(key).decode() for key in self.keys]
+        for key in self.keys:
+            self.store.delete_key(key)
+        return texts
+
+
+def broadcast_from_main(accelerator: Accelerator, value: Result) -> Result:
+    """The main process's value, on all of them."""
+    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
+
+
+def reduce_exactly(accelerator: Accelerator, tensor: torch.Tensor, operation: Literal["sum", "max"]) -> torch.Tensor:
+    """The sum or maximum of a float64 tensor over all processes, also where their devices have no float64.
+
+    It lies on the CPU there, and is sent as Python's numbers, which are 64-bit ones.
+    """
+    if accelerator.num_processes == 1:
+        return tensor
+    if tensor.device.type == accelerator.device.type:  # processes on a CPU count theirs: cpu:0, cpu:1
+        operations = {"sum": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}
+        torch.distributed.all_reduce(tensor, operations[operation])
+        return tensor
+    everyones = torch.tensor(gather_object([tensor.tolist()]), dtype=torch.float64)
+    return everyones.sum(0) if operation == "sum" else everyones.amax(0)
+
+
+def check_same(accelerator: Accelerator, what: str, value: object, cure: str) -> None:
+    """Refuse processes that don't agree on something they must share.
+
+    Raises:
+        InputError: on all of them, naming two that differ.
+    """
+    if accelerator.num_processes == 1:
+        return
+    values = gather_object([(str(value), socket.gethostname(), accelerator.process_index)])
+    first, first_host, _ = values[0]
+    for other, host, process in values:
+        if other != first:
+            raise InputError(
+                f"{what} differs: {first} on process 0 ({first_host}), {other} on process {process} ({host}); {cure}"
+            )
+
+
+def describe_ranks(accelerator: Accelerator) -> list[dict[str, Any]]:
+    """Host, device and CPU threads of every process, in their order; all must call this."""
+    mine = {
+        "process": accelerator.process_index,
+        "host": socket.gethostname(),
+        "device": str(accelerator.device),
+        "name": devices.name(accelerator.device),
+        "threads": torch.get_num_threads(),
+    }
+    return gather_object([mine]) if accelerator.num_processes > 1 else [mine]
+
+
+@contextmanager
+def unsharded(accelerator: Accelerator, objective: nn.Module) -> Iterator[None]:
+    """Within this context the parts of a model may be called by themselves, also where FSDP2 sharded them.
+
+    Outside of the objective there is no mixed precision, without which FlashAttention cannot run.
+
+    Its layers gather their weights when they are called; what belongs to no layer (embeddings, head) does so only when
+    the whole is called, so it is gathered here. All processes must do the same within.
+    """
+    flash = "flash" in str(accelerator.unwrap_model(objective).model.config._attn_implementation)
+    with accelerator.autocast() if flash else nullcontext():
+        if not isinstance(objective, FSDPModule):
+            yield
+            return
+        objective.unshard()
+        try:
+            yield
+        finally:
+            objective.reshard()

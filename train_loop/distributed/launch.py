@@ -1,0 +1,191 @@
+"""Devices and processes: what `accelerate launch` started, checked against what it was asked for.
+
+Some ways of launching quietly give something else than they say: one process instead of two, two that each believe to
+be alone, plain data parallelism where FSDP was meant. All of them stop here, with the command that does it.
+"""
+
+import atexit
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from train_loop import compat, devices
+from train_loop.config.schema import RunConfig
+from train_loop.distributed.heartbeat import Peers
+from train_loop.errors import InputError, one_line
+
+
+def start(run: RunConfig, peers: Peers, project_dir: Path | None = None) -> Accelerator:
+    """The processes and devices of a run.
+
+    Raises:
+        InputError: where the launcher or the hardware gives something else than was asked for.
+        LostError: where the processes don't reach each other in time.
+    """
+    _check_launcher(run)
+    if run.reproducible == "bitwise":
+        _compute_reproducibly()
+    # Each process builds the whole model from the same numbers; nobody has to wait for the first one's weights.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    with peers.reaching(), compat.stdout_kept_clean():
+        try:
+            accelerator = Accelerator(
+                mixed_precision=run.mixed_precision,
+                log_with=run.log_with or None,
+                project_dir=None if project_dir is None else str(project_dir),
+                # `train_step` accumulates by itself; a number from the launcher would divide its gradients once more.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=run.timeout_seconds))],
+            )
+        except (ValueError, ImportError, NotImplementedError) as error:
+            raise InputError(f"accelerate: {one_line(error)}") from None
+        _check_processes(accelerator, run)
+        if accelerator.num_processes > 1:
+            reached = accelerator.reduce(torch.ones(1, device=accelerator.device)).item()
+            assert reached == accelerator.num_processes
+    if accelerator.num_processes > 1:
+        # The process group has to outlive the model. Freed together with DDP's reducer, as its last owner, gloo's group
+        # joins its threads while holding the interpreter's lock, for which one of them may be waiting: a run would
+        # hang after its last line (github.com/pytorch/pytorch/issues/56297). Freed by Python, it lets go of the lock.
+        atexit.register(lambda group: None, torch.distributed.group.WORLD)
+    if accelerator.is_fsdp2:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.mixed_precision_policy is not None:
+            # Accelerate would round gradients to half precision before adding them up over the processes, and the
+            # loss, which is an output, with them.
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32
+            )
+    return accelerator
+
+
+def asked_for() -> int | None:
+    """How many processes the launcher was asked to start; None where there is no launcher."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    try:
+        arguments = _after_launch(psutil.Process(os.getppid()).cmdline())
+    except psutil.Error:
+        return None
+    if arguments is None:
+        return None
+    # Late, since it takes a while to load: how `accelerate launch` itself reads its command line and files.
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    try:
+        given = launch_command_parser().parse_args(arguments)
+        if given.num_processes is None and (given.config_file or os.path.isfile(default_config_file)):
+            return int(load_config_from_file(given.config_file).num_processes)
+        return given.num_processes
+    except (OSError, ValueError, TypeError, SystemExit):
+        return None
+
+
+def _after_launch(command: list[str]) -> list[str] | None:
+    """The arguments of a command line that is `accelerate launch` in one of its spellings."""
+    for number, part in enumerate(command[:4]):
+        name = Path(part).name
+        if name in ("accelerate-launch", "accelerate.commands.launch"):
+            return command[number + 1 :]
+        if name == "launch" and number and Path(command[number - 1]).name == "accelerate":
+            return command[number + 1 :]
+    return None
+
+
+def _check_launcher(run: RunConfig) -> None:
+    """Refuse what the launcher asks for through its variables and a run cannot or must not have."""
+
+    def asked(name: str) -> str:
+        return os.environ.get(name, "").lower()
+
+    precision = asked("ACCELERATE_MIXED_PRECISION")
+    if precision not in ("", "no", run.mixed_precision):
+        raise InputError(
+            f"the launcher asks for mixed precision {precision}, but run.mixed_precision is {run.mixed_precision}; "
+            f"say --run.mixed_precision {precision}, or launch with --mixed_precision no"
+        )
+    if asked("ACCELERATE_DYNAMO_BACKEND") not in ("", "no"):
+        raise InputError(
+            "the launcher asks for torch.compile, which would rename the weights; "
+            "launch with --dynamo_backend no and say --model.compile true"
+        )
+    for name, what in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
+        if asked(name) == "true":
+            raise InputError(
+                f"the launcher asks for {what}; train_loop shards with FSDP2 (configs/accelerate/fsdp2.yaml)"
+            )
+    for name in ("TP_SIZE", "CP_SIZE", "SP_SIZE"):
+        if int(asked(f"PARALLELISM_CONFIG_{name}") or 1) > 1:
+            raise InputError(
+                f"the launcher asks for {name.lower()} > 1; train_loop has data parallelism only (DDP, FSDP2)"
+            )
+    if asked("ACCELERATE_USE_FSDP") == "true":
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise InputError(
+                "the launcher asks for FSDP version 1; set fsdp_version: 2 (configs/accelerate/fsdp2.yaml)"
+            )
+        if run.reproducible == "bitwise":
+            raise InputError(
+                "run.reproducible bitwise does not go with FSDP2, which adds gradients up in an order of its own; "
+                "launch with --multi_gpu, or say --run.reproducible no"
+            )
+
+
+def _check_processes(accelerator: Accelerator, run: RunConfig) -> None:
+    """Refuse devices and processes that are not what was asked for."""
+    wanted, found = asked_for() or 1, accelerator.num_processes
+    on_cpu = accelerator.device.type == "cpu"
+    if wanted > found:
+        start_them = f"accelerate launch --multi_gpu --num_processes {wanted} -m train_loop ..."
+        raise InputError(
+            f"asked for {wanted} processes, but each works alone ({found} present); on a CPU start them with: "
+            f"ACCELERATE_USE_CPU=true {start_them}"
+            if on_cpu
+            else f"asked for {wanted} processes, but only {found} present; start them with: {start_them}"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not accelerator.is_fsdp2:
+        raise InputError(
+            "FSDP2 was asked for, but Accelerate does not shard "
+            + ("on a CPU" if on_cpu else f"one process ({accelerator.distributed_type.value})")
+            + f"; use plain data parallelism: {'ACCELERATE_USE_CPU=true ' if on_cpu else ''}accelerate launch "
+            f"--multi_gpu --num_processes {found} -m train_loop ..."
+        )
+    if accelerator.distributed_type == DistributedType.XLA:
+        raise InputError("train_loop does not run on TPUs; use GPUs or CPUs")
+    device, name = accelerator.device, devices.name(accelerator.device)
+    if run.reproducible == "bitwise" and not devices.has_float64(device):
+        raise InputError(
+            f"run.reproducible bitwise needs 64-bit numbers, which this device ({name}) does not have; use the CPU "
+            "(ACCELERATE_USE_CPU=true)"
+        )
+    if run.mixed_precision not in (present := devices.precisions(device)):
+        raise InputError(
+            f"run.mixed_precision {run.mixed_precision}: this device ({name}) does not have it; "
+            f"it has {' | '.join(present)}"
+        )
+
+
+def _compute_reproducibly() -> None:
+    """Have every kernel give the same bits for the same input, wherever it runs."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)  # kernels on a CPU split their sums by thread
+
+
+def prepare_to_evaluate(accelerator: Accelerator, objective: nn.Module) -> nn.Module:
+    """A module that is not trained, prepared: sharded where FSDP2 is used, else as it is, with mixed precision."""
+    if accelerator.is_fsdp2:  # Accelerate shards a module together with its optimizer only
+        prepared, _ = accelerator.prepare(objective, torch.optim.SGD(objective.parameters(), lr=0.0))
+        return prepared
+    return accelerator.prepare_model(objective, evaluation_mode=True)

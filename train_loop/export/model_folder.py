@@ -1,0 +1,159 @@
+"""The finished model as a plain Transformers folder: safetensors, configuration, tokenizer, generation settings, card.
+
+`AutoModelForCausalLM.from_pretrained` and `pipeline("text-generation", model=...)` take it as it is.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from train_loop import compat
+from train_loop.config.load import to_yaml
+from train_loop.config.schema import Config
+from train_loop.errors import InputError, one_line
+from train_loop.files import sync
+from train_loop.models.building import context_length
+
+
+def write(
+    folder: Path,
+    model: PreTrainedModel,
+    weights: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerFast,
+    config: Config,
+    ledger: dict[str, Any],
+    evaluations: list[dict[str, Any]],
+    step: int,
+) -> None:
+    """Write a model folder.
+
+    Args:
+        folder: where; what is there is removed.
+        model: for its configuration.
+        weights: its weights by name, tied ones once (`checkpoint.tensors`).
+        tokenizer, config, ledger, evaluations: what else belongs into the folder and its card.
+        step: that the weights are of.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    if config.model.activation_checkpointing:
+        compat.checkpoint_activations(model, False)
+    model.generation_config = generation_config(config, tokenizer)
+    model.save_pretrained(folder, state_dict=dict(weights))  # it empties the one that it is given
+    context = context_length(model)
+    if context is not None:
+        tokenizer.model_max_length = context
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(model_card(config, ledger, evaluations, step), encoding="utf-8")
+    for path in folder.iterdir():
+        sync(path)
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Put a model folder that is whole in its place."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(temporary, folder)
+    sync(folder.parent)
+
+
+def generation_config(config: Config, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+    """The configured sampling as defaults of Transformers' `generate`."""
+    sample = config.sample
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
+    begins = {} if tokenizer.bos_token_id is None else {"bos_token_id": tokenizer.bos_token_id}
+    if sample.temperature == 0:
+        return GenerationConfig(do_sample=False, max_new_tokens=sample.max_new_tokens, **ends, **begins)
+    return GenerationConfig(
+        do_sample=True,
+        temperature=sample.temperature,
+        top_k=sample.top_k,
+        top_p=sample.top_p,
+        max_new_tokens=sample.max_new_tokens,
+        **ends,
+        **begins,
+    )
+
+
+def model_card(config: Config, ledger: dict[str, Any], evaluations: list[dict[str, Any]], step: int) -> str:
+    """README.md of the model folder: what it was trained on, how, and with what result."""
+    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["train_loop"]}
+    base = config.model.name_or_path
+    # The Hub reads these two as names of its own repositories; a local path is none.
+    if base and not os.path.exists(base):
+        header["base_model"] = base
+    if config.data.source == "hub" and config.data.name and not os.path.exists(config.data.name):
+        header["datasets"] = [config.data.name]
+    origin = f"fine-tuned from `{base}`" if base else f"trained from scratch ({config.model.architecture})"
+    data = {"stdlib": "the Python standard library's sources", "files": f"files {config.data.files}"}
+    sides = ("train", "validation")
+    books = [
+        f"| {name.replace('_', ' ')} | " + " | ".join(f"{ledger[side][name]:,}" for side in sides) + " |"
+        for name in ledger["train"]
+        if name != "sha256"
+    ]
+    results = [
+        f"| {each['step']:,} | {each['epoch']:.2f} | {each['loss']:.4f} | {each['perplexity']:.3f} | "
+        f"{each['bits_per_byte']:.4f} | {each['accuracy']:.4f} |"
+        for each in evaluations
+        if each["perplexity"] is not None
+    ]
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(header, sort_keys=False).strip(),
+            "---",
+            "",
+            f"# {config.output_dir.name}",
+            "",
+            f"A causal language model, {origin}, with train_loop.",
+            "",
+            "## Results on held-out documents",
+            "",
+            f"Every target token of the validation data counts once. Perplexity is exp(loss). The weights here are "
+            f"those of step {step:,}.",
+            "",
+            "| step | epoch | loss (nats per token) | perplexity | bits per byte | accuracy |",
+            "|---:|---:|---:|---:|---:|---:|",
+            *results,
+            "",
+            "## Data",
+            "",
+            f"Source: {data.get(config.data.source, f'data set `{config.data.name}`')}. "
+            f"Fingerprint: `{ledger['fingerprint']}`.",
+            "",
+            "| | train | validation |",
+            "|---|---:|---:|",
+            *books,
+            "",
+            "## Settings",
+            "",
+            "```yaml",
+            to_yaml(config).strip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def push(folder: Path, config: Config) -> str:
+    """Upload the model folder to the Hub; returns its address.
+
+    Raises:
+        InputError: when the Hub refuses (no login, no such user), with its reason.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi()
+    try:
+        repository = api.create_repo(config.export.hub_model_id or config.output_dir.name, exist_ok=True)
+        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Upload model")
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(
+            f"export.push_to_hub: {one_line(error)}; the model is in {folder}, log in with hf auth login"
+        ) from None
+    return str(repository)

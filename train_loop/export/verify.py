@@ -1,0 +1,164 @@
+"""The verified finish: an exported model has to be the trained one to somebody who has only the folder.
+
+It is loaded by Transformers alone, in a clean process, offline (`verify_subprocess.py`), which must find there
+every weight to the bit, the same loss on validation data, and the same greedy continuation. Only then is a run
+complete.
+"""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from train_loop.data.loader import Windows, loader
+from train_loop.data.order import Ids, cut
+from train_loop.errors import TrainingError
+
+MOST_TOKENS = 65_536
+"""Validation tokens that are evaluated again at most: those of as many whole windows, spread evenly."""
+NEW_TOKENS = 20
+
+_PROGRAM = str(Path(__file__).with_name("verify_subprocess.py"))
+_PROMPT = 8  # tokens, the first ones of the validation data
+# Differences that rounding explains: of losses, relative; of two logits.
+_SAME = {"no": (1e-5, 1e-3), "bf16": (2e-2, 0.5), "fp16": (2e-3, 0.1), "fp8": (5e-2, 1.0)}
+_POLL_SECONDS = 0.1
+# What launchers tell their processes; a process of its own has nothing to do with it.
+_LAUNCHERS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PARALLELISM_CONFIG_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the clean process has to find: loss in nats per target on `blocks`, token ids of a greedy continuation."""
+
+    blocks: Ids
+    loss: float
+    prompt: list[int]
+    continuation: list[int]
+
+
+def probed(windows: Windows) -> Ids:
+    """Numbers of the windows to evaluate: all, or MOST_TOKENS' worth of them, spread evenly."""
+    most = max(1, MOST_TOKENS // windows.block_size)
+    return np.unique(np.linspace(0, len(windows) - 1, min(most, len(windows)), dtype=np.int64))
+
+
+def prompt(windows: Windows) -> list[int]:
+    """Token ids to continue: the first ones of the validation data, with room for more in one block."""
+    return windows.store.tokens[: max(1, min(_PROMPT, windows.block_size - 1, len(windows.store)))].tolist()
+
+
+def verify(
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    windows: Windows,
+    expected: Expected,
+    batch_size: int,
+    precision: str,
+    device: str,
+    stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Check an exported model in a clean process.
+
+    Args:
+        folder: of the model.
+        weights: that were trained, by name, on the CPU.
+        windows: the validation data.
+        expected: what the trained model gives.
+        batch_size: windows of one forward pass.
+        precision: run.mixed_precision that `expected` was computed in; the clean process computes in fp32.
+        device: where.
+        stop: asked now and then; True ends the check.
+
+    Returns:
+        Whether the check was done: False if it was ended early.
+
+    Raises:
+        TrainingError: when the exported model is not the trained one.
+    """
+    with tempfile.TemporaryDirectory(prefix="train_loop-") as name:
+        probe = Path(name)
+        _write_probe(probe, weights, windows, expected, batch_size)
+        out = probe / "out"
+        with open(out, "w+", encoding="utf-8") as stdout, open(probe / "err", "w+", encoding="utf-8") as stderr:
+            # -P: the folder of the script, which is this package's, is not where modules are looked for. In a session
+            # of its own, a signal to this process's group does not reach it.
+            process = subprocess.Popen(
+                [sys.executable, "-P", _PROGRAM, str(folder.resolve()), str(probe), device],
+                stdout=stdout,
+                stderr=stderr,
+                cwd=probe,
+                env=_environment(),
+                start_new_session=True,
+            )
+            try:
+                while process.poll() is None:
+                    if stop():
+                        return False
+                    try:
+                        process.wait(_POLL_SECONDS)
+                    except subprocess.TimeoutExpired:
+                        continue
+            finally:
+                process.kill()
+                process.wait()
+        if process.returncode:
+            lines = (probe / "err").read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
+            raise TrainingError(f"exported model {folder}: cannot be loaded and run by itself ({lines[-1][:300]})")
+        found = json.loads(out.read_text(encoding="utf-8").splitlines()[-1])
+    if problem := _differences(found, expected, precision):
+        raise TrainingError(f"exported model {folder}: is not the model that was trained: {problem}")
+    return True
+
+
+def _differences(found: dict[str, Any], expected: Expected, precision: str) -> str:
+    """What a clean process found otherwise than expected, in words; empty where nothing."""
+    same_loss, same_logit = _SAME[precision]
+    if names := found["other_weights"]:
+        return f"{len(names)} weights differ, {names[0]} first"
+    if not math.isclose(found["loss"], expected.loss, rel_tol=same_loss, abs_tol=1e-6):
+        return f"its loss is {found['loss']:.6f}, that of the trained one {expected.loss:.6f}"
+    if found["greedy"] != expected.continuation and not max(found["gaps"], default=0.0) <= same_logit:
+        return f"it continues with tokens {found['greedy']}, the trained one with {expected.continuation}"
+    return ""
+
+
+def _write_probe(
+    probe: Path, weights: dict[str, torch.Tensor], windows: Windows, expected: Expected, batch_size: int
+) -> None:
+    batches = list(loader(windows, cut(expected.blocks, batch_size)))
+    names = ("inputs", "targets") if batches[0].positions is None else ("inputs", "targets", "positions")
+    tensors = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, probe / "probe.safetensors")
+    content = {
+        "batch_size": batch_size,
+        "prompt": expected.prompt,
+        "continuation": expected.continuation,
+        "max_new_tokens": new_tokens(windows),
+        "weights": {
+            name: hashlib.sha256(tensor.contiguous().numpy().data).hexdigest() for name, tensor in weights.items()
+        },
+    }
+    (probe / "probe.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def new_tokens(windows: Windows) -> int:
+    """How many tokens are added to the prompt: no more than fit into one block."""
+    return max(0, min(NEW_TOKENS, windows.block_size - len(prompt(windows))))
+
+
+def _environment() -> dict[str, str]:
+    own = {"RANK", "WORLD_SIZE"}
+    kept = {name: value for name, value in os.environ.items() if name not in own and not name.startswith(_LAUNCHERS)}
+    return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -1,0 +1,1 @@
+"""The sampler: prompts, the decoding loop, key-value caches, logits processors."""

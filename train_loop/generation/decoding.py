@@ -1,0 +1,214 @@
+"""Continuing prompts together, one token of each at a time.
+
+    prompts -> logits of the next tokens -> filters -> draw -> feed what was drawn -> logits ...
+
+Every draw has a random number of its own, keyed by (seed, prompt, sample, position): a prompt's continuation is the
+same alone, in any batch, and in any order, as far as rounding leaves the logits the same.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from train_loop.errors import InputError
+from train_loop.generation import logits_processors
+from train_loop.generation.kv_cache import Feed
+from train_loop.generation.params import Sampling
+from train_loop.models.building import context_length
+from train_loop.rng import key, uniform
+
+
+@dataclass
+class Generated:
+    """Tokens that continue a prompt.
+
+    Args:
+        tokens: ids, without the one that ended the text.
+        log_probabilities: theirs, natural, under the model's own distribution, before any filter (when asked for).
+        finish_reason: "stop" by a token or by who called, "length" after max_new_tokens.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    log_probabilities: list[float] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+@torch.no_grad()
+def generate(
+    feed: Feed,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    eos: int | None,
+    samples: Sequence[int] | None = None,
+    on_token: Callable[[int, int], bool] = lambda row, token: False,
+    notice: Callable[[str], None] = lambda line: None,
+) -> list[Generated]:
+    """Continue each prompt until it ends; the others go on.
+
+    Args:
+        feed: decoder of a model in the mode (train or eval) that it is to be used in.
+        prompts: token ids, at least one each, at most the model's context.
+        sampling: how tokens are chosen.
+        eos: id of the end-of-text token, which ends a text; None never does.
+        samples: which sample of its prompt each row is, from 0; None: each the first.
+        on_token: called with each row's number and new token; True ends the text there.
+        notice: called with a line of what the user should know.
+
+    Raises:
+        InputError: for a prompt beyond the model's context, and for tokens that are not in its vocabulary.
+    """
+    check_tokens(feed.model, sampling)
+    for prompt in prompts:
+        check_prompt(feed.model, prompt)
+    context = context_length(feed.model)
+    ends = {*sampling.stop_tokens} | ({eos} if eos is not None else set())
+    numbers = samples if samples is not None else [0] * len(prompts)
+    rows = [_Row(*each, sampling) for each in zip(range(len(prompts)), prompts, numbers, strict=True)]
+    active = rows
+    logits, room = _start(feed, active, context, sampling.max_new_tokens)
+    choice = _Choice(sampling, active, ends, logits)
+    told = False
+    while True:
+        tokens, log_p = choice.make(logits, active)
+        going = [
+            place
+            for place, (row, token, each) in enumerate(zip(active, tokens.tolist(), log_p, strict=True))
+            if row.take(token, each, ends, on_token)
+        ]
+        if not going:
+            return [row.result for row in rows]
+        if len(going) < len(active):
+            active, tokens = [active[place] for place in going], tokens[going]
+            feed.keep(going)
+            choice.keep(going)
+        choice.seen(tokens)
+        if not told and any(row.slid_out(context) for row in active):
+            notice(f"the model's context of {context} tokens is full: the oldest ones slide out")
+            told = True
+        if room > 0:
+            logits, room = feed.step(tokens), room - 1
+        else:  # the longest row slides, or did not live to
+            logits, room = _start(feed, active, context, sampling.max_new_tokens)
+
+
+def check_prompt(model: PreTrainedModel, prompt: Sequence[int]) -> None:
+    """Refuse a prompt (token ids) that is longer than the model's context.
+
+    Raises:
+        InputError: with both lengths.
+    """
+    context = context_length(model)
+    if context is not None and len(prompt) > context:
+        raise InputError(f"prompt: {len(prompt)} tokens are beyond the model's context of {context}; shorten it")
+
+
+def check_tokens(model: PreTrainedModel, sampling: Sampling) -> None:
+    """Refuse tokens to ban or to stop at that a model does not have, and bans that leave none.
+
+    Raises:
+        InputError: naming them.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    for name, ids in (("banned_tokens", sampling.banned_tokens), ("stop_tokens", sampling.stop_tokens)):
+        if outside := [token for token in ids if not 0 <= token < vocabulary]:
+            raise InputError(f"{name} {outside}: not in the vocabulary, whose ids are 0 to {vocabulary - 1}")
+    if len({*sampling.banned_tokens}) == vocabulary:
+        raise InputError("banned_tokens: leave no token to draw; ban fewer")
+
+
+def slid_out(length: int, context: int | None) -> int:
+    """How many of a text's oldest tokens the model does not see any more.
+
+    A quarter of the context slides out at a time, and the rest is fed again, at positions from 0. That goes with every
+    architecture, and costs about three tokens more for one. It depends on the text's length alone.
+    """
+    if context is None or length <= context:
+        return 0
+    hop = max(1, context // 4)
+    return -(-(length - context) // hop) * hop
+
+
+class _Row:
+    """A text that grows."""
+
+    def __init__(self, number: int, prompt: Sequence[int], sample: int, sampling: Sampling) -> None:
+        self.number, self.ids, self.sampling = number, list(prompt), sampling
+        self.result = Generated()
+        self._key = (sampling.seed, key("prompt", *prompt), sample)
+
+    def uniform(self) -> float:
+        """The random number of the next token."""
+        return uniform("sample", *self._key, len(self.ids))
+
+    def slid_out(self, context: int | None) -> int:
+        """Tokens that the model does not see any more."""
+        return slid_out(len(self.ids), context)
+
+    def take(self, token: int, log_p: float, ends: set[int], on_token: Callable[[int, int], bool]) -> bool:
+        """Add a token, unless it ends the text; whether the text goes on."""
+        result, sampling = self.result, self.sampling
+        if token in ends:
+            result.finish_reason = "stop"
+            return False
+        self.ids.append(token)
+        result.tokens.append(token)
+        if sampling.log_probabilities:
+            result.log_probabilities.append(log_p)
+        if on_token(self.number, token):
+            result.finish_reason = "stop"
+        elif len(result.tokens) == sampling.max_new_tokens:
+            result.finish_reason = "length"
+        return result.finish_reason is None
+
+
+def _start(feed: Feed, rows: list[_Row], context: int | None, max_new_tokens: int) -> tuple[torch.Tensor, int]:
+    """Feed what the model sees of each text; the logits after it, and how many more tokens may follow."""
+    windows = [row.ids[row.slid_out(context) :] for row in rows]
+    room = max_new_tokens - len(rows[0].result.tokens) - 1
+    if context is not None:
+        room = min(room, context - max(map(len, windows)))
+    return feed.start(windows, room), room
+
+
+class _Choice:
+    """The choice of the next tokens of a batch, and what it has to know of the texts so far."""
+
+    def __init__(self, sampling: Sampling, rows: list[_Row], ends: set[int], logits: torch.Tensor) -> None:
+        self._sampling = sampling
+        self._banned, self._early = (
+            torch.tensor(sorted(ids), dtype=torch.int64, device=logits.device)
+            for ids in ({*sampling.banned_tokens}, {*sampling.banned_tokens} | ends)
+        )
+        self._seen: torch.Tensor | None = None
+        if sampling.repetition_penalty != 1:
+            self._seen = torch.zeros_like(logits, dtype=torch.bool)
+            for place, row in enumerate(rows):
+                self._seen[place, row.ids] = True
+
+    def make(self, logits: torch.Tensor, rows: list[_Row]) -> tuple[torch.Tensor, list[float]]:
+        """Tokens int64 [batch], and their log-probabilities, of which only those that were asked for are computed."""
+        sampling = self._sampling
+        filtered = logits
+        if self._seen is not None:
+            filtered = logits_processors.penalize_repetition(filtered, self._seen, sampling.repetition_penalty)
+        banned = self._early if len(rows[0].result.tokens) < sampling.min_new_tokens else self._banned
+        if len(banned):
+            filtered = logits_processors.ban(filtered, banned)
+        uniforms = [row.uniform() if sampling.temperature else 0.0 for row in rows]
+        tokens = sampling.choose(filtered, torch.tensor(uniforms, dtype=torch.float64))
+        if not sampling.log_probabilities:
+            return tokens, [0.0] * len(rows)
+        return tokens, logits.log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0].tolist()
+
+    def seen(self, tokens: torch.Tensor) -> None:
+        """Remember the new tokens, int64 [batch], of the rows that go on."""
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens[:, None], True)
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with some of the rows alone."""
+        if self._seen is not None:
+            self._seen = self._seen[rows]

@@ -1,0 +1,84 @@
+"""Where the prompts of `train-loop sample` come from: options, a file, standard input, or someone who types."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from train_loop.console import say
+from train_loop.errors import InputError, one_line
+
+
+def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
+    """All prompts that were given; if none was, standard input is one.
+
+    Args:
+        prompts: from the command line.
+        file: a prompt a line, or where it ends in .jsonl, in each line's "prompt"; "-" is standard input.
+
+    Raises:
+        InputError: for a file that can't be read, and where there is no prompt.
+    """
+    found = list(prompts)
+    if file is not None:
+        found += _lines(file)
+    elif not found and not sys.stdin.isatty():
+        text = _text("-")
+        found = [text.removesuffix("\n")] if text else []
+    if not found:
+        raise InputError(
+            "no prompt to continue; give --prompt TEXT, --prompts FILE, text on standard input, or --interactive"
+        )
+    return found
+
+
+def _text(file: str) -> str:
+    try:
+        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        if file == "-" and isinstance(error, OSError):  # closed
+            return ""
+        name = "standard input" if file == "-" else file
+        raise InputError(f"--prompts {name}: cannot be read as text ({one_line(error)})") from None
+
+
+def _lines(file: str) -> Iterator[str]:
+    for number, line in enumerate(_text(file).splitlines(), 1):
+        if not line.strip():
+            continue
+        if not file.endswith(".jsonl"):
+            yield line
+            continue
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str):
+            raise InputError(f'--prompts {file}, line {number}: expected an object like {{"prompt": "text"}}')
+        yield prompt
+
+
+def converse(answer: Callable[[str], None]) -> None:
+    """Answer what is typed, line by line, until the end of the input.
+
+    Lines can be edited, and earlier ones brought back. Ctrl-C breaks off a text, Ctrl-D ends. What is wrong with one
+    prompt is said, and the next one asked for.
+    """
+    try:
+        import readline  # noqa: F401  (importing it is what gives `input` editing and history)
+    except ImportError:  # not on every platform
+        pass
+    terminal = sys.stdin.isatty()
+    if terminal:
+        say("type a prompt (\\n is a line break); Ctrl-C breaks off a text, Ctrl-D ends")
+    while True:
+        try:
+            prompt = input("> " if terminal else "").replace("\\n", "\n")
+            if prompt:
+                answer(prompt)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print()
+        except InputError as error:
+            say(f"train-loop: {error}")

@@ -1,0 +1,257 @@
+"""Sampling text from a causal language model:
+
+    from train_loop.sampler import Sampler
+    print(Sampler.load("runs/quickstart/model")("    def __init__(self", temperature=0.4))
+
+Prompts become tokens, `generation.py` continues them together, and tokens become text again as they come.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import accelerate
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from train_loop.checkpoint import pretrained
+from train_loop.console import say
+from train_loop.data.tokenizer import encoder
+from train_loop.errors import InputError
+from train_loop.generation.decoding import Generated, check_prompt, check_tokens, generate
+from train_loop.generation.kv_cache import Decoder, Feed, StaticDecoder, recorder, takes_positions
+from train_loop.generation.params import Sampling
+from train_loop.ops.packed_linear import pack
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What continues a prompt, without the prompt: its text, and the tokens that it was decoded from.
+
+    A string that ended the text is in the tokens (they are whole), but not in the text.
+    """
+
+    text: str
+    generated: Generated
+
+
+class Sampler:
+    """A language model with its tokenizer, to sample texts from."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        feed: Feed | None = None,
+        notice: Callable[[str], None] = say,
+    ) -> None:
+        """Sampler of a model that may go on to be trained.
+
+        Args:
+            model, tokenizer: what to sample from; the mode (train or eval) is put back after use.
+            feed: how the model is fed; a `Decoder` if null.
+            notice: told what the user should know, such as that the context is full.
+        """
+        self.model, self.tokenizer = model, tokenizer
+        self._feed = feed or Decoder(model)
+        self._notice = notice
+        self._encoder = encoder(tokenizer)
+
+    @classmethod
+    def load(cls, name: str) -> "Sampler":
+        """Sampler of a model on disk or on the Hub, as fast as the device allows.
+
+        Args:
+            name: see `pretrained.load`.
+
+        Raises:
+            InputError: when there is no such model.
+        """
+        model, tokenizer = pretrained.load(name)
+        model.eval().to(accelerate.PartialState().device)
+        record = recorder(model.device)
+        if record is not None and StaticDecoder.fits(model):
+            return cls(model, tokenizer, StaticDecoder(model, record))
+        pack(model)
+        return cls(model, tokenizer)
+
+    def __call__(self, prompt: str, **settings: Any) -> str:
+        """The text that continues a prompt; settings are those of `Sampling`."""
+        (continuations,) = self.sample([prompt], Sampling(**settings))
+        return continuations[0].text
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        batch_size: int = 8,
+        on_text: Callable[[str], None] = lambda text: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[list[Continuation]]:
+        """Continuations of each prompt, prompt by prompt.
+
+        Args:
+            prompts: beginnings of texts; all are checked before the first is continued.
+            sampling: how tokens are chosen.
+            batch_size: texts that grow together.
+            on_text: called with each new stretch of text as soon as its characters are whole; of use for one text.
+            stop: asked after each token; True ends all texts there.
+
+        Raises:
+            InputError: for an empty prompt where the tokenizer has no token to begin with, and for one beyond the
+                model's context.
+        """
+        check_tokens(self.model, sampling)
+        ids = []
+        for number, prompt in enumerate(prompts, 1):
+            try:
+                ids.append(prompt_ids(self.tokenizer, prompt, self._encoder))
+                check_prompt(self.model, ids[-1])
+            except InputError as error:
+                which = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "prompt"
+                raise InputError(f"{which}{str(error).removeprefix('prompt')}") from None
+        return self._sample(ids, sampling, batch_size, on_text, stop)
+
+    def _sample(
+        self,
+        ids: list[list[int]],
+        sampling: Sampling,
+        batch_size: int,
+        on_text: Callable[[str], None],
+        stop: Callable[[], bool],
+    ) -> Iterator[list[Continuation]]:
+        wanted = [(prompt, sample) for prompt in ids for sample in range(sampling.samples)]
+        # A model that cannot be told positions gets rows of one length at a time.
+        alike = (lambda each: 0) if takes_positions(self.model) else (lambda each: len(each[0]))
+        done: list[Continuation] = []
+        for _, group in itertools.groupby(wanted, alike):
+            while batch := list(itertools.islice(group, batch_size)):
+                done += self._together(batch, sampling, on_text, stop)
+                while len(done) >= sampling.samples:
+                    yield done[: sampling.samples]
+                    done = done[sampling.samples :]
+
+    def _together(
+        self,
+        batch: list[tuple[list[int], int]],
+        sampling: Sampling,
+        on_text: Callable[[str], None],
+        stop: Callable[[], bool],
+    ) -> list[Continuation]:
+        texts = [Text(self.tokenizer, prompt, sampling.stop, on_text) for prompt, _ in batch]
+        prompts, samples = [prompt for prompt, _ in batch], [sample for _, sample in batch]
+        eos = self.tokenizer.eos_token_id
+        training = self.model.training
+        self.model.eval()
+        try:
+            found = generate(
+                self._feed,
+                prompts,
+                sampling,
+                eos if isinstance(eos, int) else None,
+                samples,
+                on_token=lambda row, token: texts[row].add(token) or stop(),
+                notice=self._notice,
+            )
+        finally:
+            self.model.train(training)
+        return [Continuation(text.finish(), each) for text, each in zip(texts, found, strict=True)]
+
+
+class Text:
+    """Text that grows token by token, handed on as soon as no later token can change it."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+        on_text: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """A continuation that is empty so far.
+
+        Args:
+            tokenizer: decodes.
+            prompt: token ids before it; some tokenizers treat the first word of a text differently.
+            stop: strings that end it.
+            on_text: called with each new stretch.
+        """
+        self._tokenizer, self._stop, self._on_text = tokenizer, stop, on_text
+        self._ids = list(prompt)
+        self._from, self._read = 0, len(self._ids)  # decoded again for context, and already read
+        self._text, self._handed_on, self._ended = "", 0, False
+
+    def add(self, token: int) -> bool:
+        """Add a token; whether a string has ended the text."""
+        self._ids.append(token)
+        self._decode(last=False)
+        return self._ended
+
+    def finish(self) -> str:
+        """The whole text."""
+        self._decode(last=True)
+        self._hand_on(len(self._text))
+        return self._text
+
+    def _decode(self, last: bool) -> None:
+        if self._ended:
+            return
+        known, whole = (
+            str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+            for ids in (self._ids[self._from : self._read], self._ids[self._from :])
+        )
+        if whole.endswith("\ufffd") and not last:  # part of a character: wait for its other bytes
+            return
+        self._from, self._read = self._read, len(self._ids)
+        before = len(self._text)
+        self._text += whole[len(known) :]
+        longest = max(map(len, self._stop), default=0)
+        found = [at for string in self._stop if (at := self._text.find(string, max(0, before - longest))) >= 0]
+        if found:
+            self._text, self._ended = self._text[: min(found)], True
+        # What may be the beginning of such a string waits.
+        held = max(
+            (size for string in self._stop for size in range(1, len(string)) if self._text.endswith(string[:size])),
+            default=0,
+        )
+        self._hand_on(len(self._text) - (0 if self._ended else held))
+
+    def _hand_on(self, end: int) -> None:
+        if end > self._handed_on:
+            self._on_text(self._text[self._handed_on : end])
+            self._handed_on = end
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, core: Any = None) -> list[int]:
+    """A prompt's token ids, special tokens' spellings as ordinary text.
+
+    An empty prompt becomes the token that begins texts.
+
+    Args:
+        tokenizer: whose tokens.
+        prompt: text.
+        core: `encoder(tokenizer)`, if it is there already.
+
+    Raises:
+        InputError: when there is no such token.
+    """
+    ids: list[int] = (core or encoder(tokenizer)).encode(prompt, add_special_tokens=False).ids
+    start = tokenizer.bos_token_id
+    if not ids and not isinstance(start, int):
+        raise InputError("prompt: is empty, and the tokenizer has no token to begin a text with (bos_token)")
+    return ids or [start]
+
+
+def as_json(prompt: str, continuations: Sequence[Continuation], tokenizer: PreTrainedTokenizerFast) -> str:
+    """One line of `train-loop sample --json`: of several samples, a list."""
+    told: list[dict[str, Any]] = []
+    for each in continuations:
+        found = each.generated
+        told.append({"continuation": each.text, "text": prompt + each.text, "finish_reason": found.finish_reason})
+        if found.log_probabilities:
+            told[-1]["tokens"] = [
+                {"id": token, "token": tokenizer.decode([token]), "log_probability": log_p}
+                for token, log_p in zip(found.tokens, found.log_probabilities, strict=True)
+            ]
+    return json.dumps({"prompt": prompt} | (told[0] if len(told) == 1 else {"samples": told}))

@@ -1,0 +1,278 @@
+"""metrics.jsonl: one JSON object a line for each step, evaluation and sample; and Accelerate's trackers beside it.
+
+What is watched inside the model (`statistics.py`, `probe.py`) goes into study.jsonl, which is kept the same way.
+"""
+
+import itertools
+import json
+import math
+import mmap
+import os
+import re
+import threading
+from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+
+from train_loop.console import say
+from train_loop.distributed.collectives import broadcast_from_main
+from train_loop.errors import one_line
+from train_loop.files import sync
+
+STUDY = "study.jsonl"
+_BEGIN = re.compile(rb'{"event": "(\w+)", ')  # how a line begins, as json.dumps writes it
+
+
+class EventFile:
+    """Appends events to a file, one JSON object a line.
+
+    A full disk ends no run: lines wait in memory until there is room.
+
+    Args:
+        path: the file.
+        end: its bytes that are kept; what comes after them is removed.
+    """
+
+    def __init__(self, path: Path, end: int) -> None:
+        self._name = path.name
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        os.truncate(self._file, end)
+        os.fsync(self._file)
+        sync(path.parent)
+        self._waiting = b""
+        self._writing = threading.Lock()
+        self._full = False
+
+    def append(self, line: dict[str, Any]) -> None:
+        """One line, of values that JSON knows."""
+        with self._writing:
+            self._waiting += (json.dumps(line) + "\n").encode()
+            self._write()
+
+    def _write(self) -> None:
+        """Write what waits; who calls holds the lock."""
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                say(f"{self._name}: {one_line(error)}; its lines wait in memory")
+            self._full = True
+
+    def flush(self) -> None:
+        """Have the disk hold what was written; may be called in another thread.
+
+        Raises:
+            OSError: when it can't.
+        """
+        with self._writing:
+            self._write()
+        if self._waiting:
+            raise OSError(f"no room for the lines of {self._name}")
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Write what waits, and have the disk hold it.
+
+        Raises:
+            OSError: when it can't.
+        """
+        self.flush()
+        os.close(self._file)
+
+
+class MetricsLog:
+    """Appends events to metrics.jsonl on the main process, and hands their numbers to the trackers.
+
+    Args:
+        accelerator: its trackers get every step and evaluation.
+        path: the file; study.jsonl is beside it.
+        step: the run goes on after this step: later lines, of a run that was cut off, are removed, so that no step
+            stands twice.
+        study: whether there will be events for study.jsonl.
+
+    Attributes:
+        step: the last one that was logged.
+        evaluations: all evaluations so far, the same on all processes.
+        best: the one with the lowest loss, the first of equals; None before there is one with a finite loss.
+        since_best: how many came after it.
+        samples: how many texts were sampled after the last step.
+        skipped: how many steps in a row, up to the last one, were not taken.
+        probed: the last step after which a probe was recorded; 0 before there is one.
+    """
+
+    def __init__(self, accelerator: Accelerator, path: Path, step: int, study: bool = False) -> None:
+        self.accelerator = accelerator
+        self.step = step
+        self._events: EventFile | None = None
+        self._study: EventFile | None = None
+        kept, watched = Past(), Past()
+        if accelerator.is_main_process:
+            kept = read_past(path, step, {"evaluation", "sample"})
+            self._events = EventFile(path, kept.end)
+            beside = path.with_name(STUDY)
+            if study or beside.exists():
+                watched = read_past(beside, step, {"probe"})
+                self._study = EventFile(beside, watched.end)
+        evaluations = [event for event in kept.events if event["event"] == "evaluation"]
+        samples = sum(event["event"] == "sample" and event["step"] == step for event in kept.events)
+        probed = max((event["step"] for event in watched.events), default=0)
+        state = (evaluations, samples, kept.skipped, probed)
+        evaluations, self.samples, self.skipped, self.probed = broadcast_from_main(accelerator, state)
+        self.evaluations: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None
+        self.since_best = 0
+        for evaluation in evaluations:
+            self._remember(evaluation)
+
+    def _remember(self, evaluation: dict[str, Any]) -> None:
+        self.evaluations.append(evaluation)
+        self.since_best += 1
+        if evaluation["loss"] is not None and (self.best is None or evaluation["loss"] < self.best["loss"]):
+            self.best, self.since_best = evaluation, 0
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        """One line. Numbers that JSON doesn't know (NaN, infinity) become null."""
+        line = plain({"event": event, "step": step} | values)
+        self.step = step
+        if event == "step":
+            self.samples, self.skipped = 0, self.skipped + 1 if values.get("skipped") else 0
+        elif event == "evaluation":
+            self._remember(line)
+        else:
+            self.samples += 1
+        if self._events is not None:
+            self._events.append(line)
+        if self.accelerator.trackers:
+            prefix = "train" if event == "step" else event
+            numbers = {f"{prefix}/{name}": value for name, value in line.items() if isinstance(value, int | float)}
+            self.accelerator.log(numbers if event != "sample" else {}, step=step)
+
+    def write_study(self, event: str, step: int, values: dict[str, Any]) -> None:
+        """One line of study.jsonl."""
+        if event == "probe":
+            self.probed = step
+        if self._study is not None:
+            self._study.append(plain({"event": event, "step": step} | values))
+
+    def flush(self) -> None:
+        """Have the disk hold what was written; may be called in another thread.
+
+        Raises:
+            OSError: when it can't.
+        """
+        for file in (self._events, self._study):
+            if file is not None:
+                file.flush()
+
+    def close(self) -> None:
+        """Write what waits, and have the disk hold it.
+
+        Raises:
+            OSError: when it can't.
+        """
+        for file in (self._events, self._study):
+            if file is not None:
+                file.close()
+        self._events = self._study = None
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a metrics.jsonl or study.jsonl; a last line that a killed process left half written is left out."""
+    if not path.exists():
+        return []
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return events
+
+
+class Past(NamedTuple):
+    """What a file of events knows of the steps so far.
+
+    events: those that were asked for; skipped: how many steps in a row, up to the last one, were not taken; end: where
+    the lines of later steps begin [bytes].
+    """
+
+    events: Sequence[dict[str, Any]] = ()
+    skipped: int = 0
+    end: int = 0
+
+
+def read_past(path: Path, step: int, names: Container[str]) -> Past:
+    """Read a metrics.jsonl or study.jsonl up to the events of a step; those of later ones come after them in the file.
+
+    Only the last lines and the events with these names are parsed: a million steps would take half a minute.
+    """
+    skipped, end, last = 0, 0, 0
+    for line, line_end in _backwards(path):
+        event = _parsed(line)
+        if event is None or event["step"] > step:
+            continue
+        if not end:
+            end, last = line_end, event["step"]
+        if event["step"] < last - skipped:  # steps have no lines here
+            break
+        if event["event"] == "step":
+            if not event.get("skipped"):
+                break
+            skipped += 1
+    events = []
+    if end:
+        with open(path, "rb") as file:
+            for line in file:
+                event = _parsed(line) if _may_be(line, names) else None
+                if event is not None and event["step"] <= step and event["event"] in names:
+                    events.append(event)
+    return Past(events, skipped, end)
+
+
+def last_steps(path: Path, count: int) -> list[dict[str, Any]]:
+    """The last `count` steps of a metrics.jsonl."""
+    events = (_parsed(line) for line, _ in _backwards(path) if _may_be(line, {"step"}))
+    steps = (event for event in events if event is not None and event["event"] == "step")
+    return list(itertools.islice(steps, count))[::-1]
+
+
+def _may_be(line: bytes, names: Container[str]) -> bool:
+    """Whether a line holds one of these events, as far as its beginning tells."""
+    begin = _BEGIN.match(line)
+    return begin is None or begin[1].decode() in names
+
+
+def _backwards(path: Path) -> Iterator[tuple[bytes, int]]:
+    """The last line of a file and where it ends [bytes], then the one before it, ...
+
+    What a killed process has left half written, after the last line's end, is no line.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        end = content.rfind(b"\n") + 1
+        while end:
+            start = content.rfind(b"\n", 0, end - 1) + 1
+            yield content[start:end], end
+            end = start
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        event: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return event
+
+
+def plain(value: Any) -> Any:
+    """The same with null for numbers that JSON doesn't know."""
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

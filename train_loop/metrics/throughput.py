@@ -1,0 +1,175 @@
+"""How fast steps are, and where their time goes: tokens per second, share of the hardware's rate, memory.
+
+    step  |-- data --|-- forward --|-- backward --|-- communication --|-- waiting --|-- optimizer --|
+
+A stopwatch is told where each part ends. On a GPU an end is an event in its queue, read when the loop has waited for
+the GPU anyway, so that watching makes nobody wait; the update of the weights, which nobody waits for, is then found
+with the step after it. On a CPU it is a clock.
+
+Model FLOPs utilisation (Chowdhery et al., "PaLM", 2022, appendix B) is a step's share of what the hardware could do:
+
+    operations per token = 6 N + 12 L H Q T          N weights that are multiplied with, L layers, H heads of width Q,
+    mfu = operations per second / rate               T tokens of context (as if attention were not causal)
+
+The rate is not a data sheet's but that of a large matrix product, measured here before the first step.
+"""
+
+import math
+import time
+from collections import deque
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from train_loop import devices
+from train_loop.ops import cpu
+
+STEP_PARTS = ("data", "forward", "backward", "communication", "waiting", "optimizer")
+MEASURED = {"tokens_per_second", "seconds", "mfu", "peak_memory_bytes"} | {f"{part}_seconds" for part in STEP_PARTS}
+"""What a line of metrics.jsonl says of the machine; all else in it follows from (configuration, seed, step)."""
+
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+_SIDES = (1024, 2048, 4096, 8192)  # of the matrices whose product is timed: the first of which one takes long enough
+_LONG_ENOUGH = 1e-3  # seconds, beside which starting it takes no time
+_SECONDS = 0.1  # for timing products
+
+
+class Stopwatch:
+    """Adds up how long each part of a step takes.
+
+    data: fetching batches; forward; backward: with what of the exchange of gradients it hides; communication: the rest
+    of that exchange (under FSDP2 it is inside forward and backward); waiting: for the losses of the slowest process;
+    optimizer: clipping, the finite check and the update.
+
+    Args:
+        device: where the work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if devices.has_events(device) else None
+        self._ends: deque[tuple[str, Any]] = deque()
+        self._parts = dict.fromkeys(STEP_PARTS, 0)  # nanoseconds, so that what comes of them has few digits
+        self._last = self._now()
+
+    def _now(self) -> Any:
+        return time.perf_counter_ns() if self._device is None else devices.event(self._device)
+
+    def begin(self) -> None:
+        """What comes now, after other work, is a step's."""
+        self.lap("")
+
+    def lap(self, part: str) -> None:
+        """The part that ends here."""
+        now = self._now()
+        if self._device is not None:
+            self._ends.append((part, now))
+        else:
+            self._add(part, now - self._last)
+            self._last = now
+
+    def read(self) -> dict[str, float]:
+        """Seconds of each part since this was last asked, of all that has ended."""
+        while self._ends and self._ends[0][1].query():
+            part, end = self._ends.popleft()
+            self._add(part, round(self._last.elapsed_time(end) * 1e6))
+            self._last = end
+        parts, self._parts = self._parts, dict.fromkeys(STEP_PARTS, 0)
+        return {part: nanoseconds / 1e9 for part, nanoseconds in parts.items()}
+
+    def _add(self, part: str, nanoseconds: int) -> None:
+        if part:
+            self._parts[part] += nanoseconds
+
+
+class Throughput:
+    """The speed of a run's steps, for the log.
+
+    Args:
+        accelerator: the processes; all are taken to have the same hardware.
+        objective: the prepared `Objective`.
+        model: the language model in it.
+        block_size: tokens of context.
+
+    Attributes:
+        watch: to be told the parts of each step.
+        operations: of one token, forward and backward; None where they can't be counted so.
+        rate: operations a second of all processes' hardware in a large matrix product.
+    """
+
+    def __init__(self, accelerator: Accelerator, objective: nn.Module, model: PreTrainedModel, block_size: int) -> None:
+        self.watch = Stopwatch(accelerator.device)
+        self.operations = operations_per_token(model, block_size)
+        self.rate = matrix_rate(accelerator.device, _DTYPES[accelerator.mixed_precision]) * accelerator.num_processes
+        self._peak_memory = devices.peak_memory(accelerator.device)
+        self._parallel = objective if isinstance(objective, DistributedDataParallel) else None
+        if self._parallel is not None:
+            self._parallel._set_ddp_runtime_logging_sample_rate(1)
+
+    def of_step(self, tokens: int, seconds: float) -> dict[str, Any]:
+        """What the log says of a step with so many targets that took so many seconds; see `MEASURED`."""
+        parts = self.watch.read()
+        exposed = min(self._exposed(), parts["backward"])
+        parts["backward"] -= exposed
+        parts["communication"] += exposed
+        found: dict[str, Any] = {"tokens_per_second": tokens / seconds, "seconds": seconds}
+        if self.operations is not None:
+            found["mfu"] = self.operations * tokens / seconds / self.rate
+        found["peak_memory_bytes"] = self._peak_memory()
+        return found | {f"{part}_seconds": each for part, each in parts.items()}
+
+    def _exposed(self) -> float:
+        """Seconds by which the exchange of gradients outlasted the last backward pass."""
+        if self._parallel is None:
+            return 0.0
+        found = self._parallel._get_ddp_logging_data()
+        exposed = found.get("backward_comm_time", 0) - found.get("backward_compute_comm_overlap_time", 0)
+        return max(0.0, exposed / 1e9)
+
+
+def operations_per_token(model: PreTrainedModel, block_size: int) -> int | None:
+    """Operations (a multiplication or an addition each) of one token's forward and backward pass.
+
+    None for mixtures of experts, where a token meets only a part of the weights.
+    """
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return None
+    looked_up = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
+    head = model.get_output_embeddings()
+    if head is not None:
+        looked_up.discard(id(head.weight))
+    weights = sum(each.numel() for each in model.parameters() if each.ndim > 1 and id(each) not in looked_up)
+    heads = getattr(config, "num_attention_heads", 0) or 0
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    return 6 * weights + 12 * getattr(config, "num_hidden_layers", 0) * heads * width * block_size
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of the best of several large matrix products, of whichever library is used here."""
+    rate = 0.0
+    for side in _SIDES:
+        seconds = _fastest(*(torch.randn(side, side, dtype=dtype, device=device) for _ in range(2)))
+        rate = 2 * side**3 / seconds
+        if seconds >= _LONG_ENOUGH:
+            break
+    return rate
+
+
+def _fastest(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Seconds of the fastest of several products of two matrices."""
+    ways = [lambda: x @ y]
+    if cpu.has_products() and cpu.fits(x):
+        ways.append(lambda: cpu.product(x, y))
+    best, began = math.inf, time.perf_counter()
+    while best == math.inf or time.perf_counter() - began < _SECONDS:
+        for multiply in ways:
+            devices.synchronize(x.device)
+            start = time.perf_counter()
+            multiply()
+            devices.synchronize(x.device)
+            best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,44 @@
+"""Accelerate's trackers (TensorBoard, Weights & Biases, ...), resumed so that no step stands in them twice."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+from train_loop.config.parsing import nearest
+from train_loop.errors import InputError
+
+
+def start_trackers(accelerator: Accelerator, run: Path, step: int, settings: dict[str, Any]) -> None:
+    """Have Accelerate's trackers go on after a step, where they can, so that no step stands in them twice.
+
+    TensorBoard drops what it has of later steps. Weights & Biases goes on with the same run and keeps what it has.
+
+    Args:
+        accelerator: made with the trackers' names.
+        run: the run's folder.
+        step: after which the run goes on.
+        settings: flat and plain, for those that show them.
+    """
+    identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+    options = {
+        "tensorboard": {"purge_step": step + 1},
+        "wandb": {"id": identity, "name": run.name, "resume": "allow"},
+    }
+    accelerator.init_trackers("train_loop", config=settings, init_kwargs=options)
+
+
+def check_trackers(names: list[str]) -> None:
+    """Refuse trackers that Accelerate would leave out without a word.
+
+    Raises:
+        InputError: for one that is unknown or not installed.
+    """
+    available = {str(each) for each in get_available_trackers()}
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise InputError(f"run.log_with: no tracker {name}; {nearest(name, sorted(LOGGER_TYPE_TO_CLASS))}")
+        if name not in available:
+            raise InputError(f"run.log_with: {name} is not installed; pip install {name}")

@@ -1,0 +1,1 @@
+"""Make or load a model, and name its weights."""

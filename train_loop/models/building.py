@@ -1,0 +1,220 @@
+"""Load a causal language model, or initialise one from scratch: any that Transformers has.
+
+Weights are fp32 whatever `run.mixed_precision` says: autocast rounds copies of them, the optimizer changes the
+originals.
+"""
+
+import inspect
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.activations import NewGELUActivation
+
+from train_loop import compat
+from train_loop.config.parsing import nearest
+from train_loop.config.schema import Config
+from train_loop.errors import InputError, one_line
+from train_loop.rng import seed_torch
+
+
+def build(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """The model of a configuration, in fp32, checked against tokenizer and block size.
+
+    Raises:
+        InputError: for a model that cannot be had, a vocabulary or a context that is too small.
+    """
+    if config.model.name_or_path is not None:
+        model = load(config.model.name_or_path, config.model.attention)
+        source = f"model {config.model.name_or_path}"
+    else:
+        model = initialise(config, tokenizer)
+        source = "model.architecture"
+    check_fits(model, tokenizer, config.data.block_size, source)
+    if config.data.isolate_documents:
+        check_positions(model)
+    fuse_activations(model)
+    if config.model.activation_checkpointing:
+        compat.checkpoint_activations(model, True)
+    if config.model.compile:
+        compile_layers(model)
+    return model
+
+
+def fuse_activations(model: PreTrainedModel) -> None:
+    """Let GPT-2's activation, in place, be torch's one kernel for the same function instead of eight.
+
+    gelu(x) = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) (Hendrycks and Gimpel, 2016)
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
+
+
+def check_positions(model: PreTrainedModel) -> None:
+    """Refuse a model that cannot be told where documents begin.
+
+    Raises:
+        InputError: naming it.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise InputError(
+            f"data.isolate_documents: {type(model).__name__} takes no positions, so it cannot be told where documents "
+            "begin; choose another model, or --data.isolate_documents false"
+        )
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile a model's layers in place, so that no weight is renamed.
+
+    Layers are alike, so one is compiled for all of them, and FSDP2 can still shard them one by one. Dropout draws its
+    masks from torch's own generator, as without compiling. Which shapes are compiled is up to `Objective.compiled`.
+    """
+    names = set(model._no_split_modules or [])
+    for layer in [each for each in model.modules() if type(each).__name__ in names] or [model]:
+        layer.compile(dynamic=False, options={"fallback_random": True})
+
+
+def without_compile(config: Config) -> Any:
+    """A context in which compiled layers run as they are: for odd shapes that are not worth compiling."""
+    # Without compiled layers, the compiler need not even be loaded, which takes a second.
+    return torch.compiler.set_stance("force_eager") if config.model.compile else nullcontext()
+
+
+def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
+    """A model from the Hub or a local folder. Its code is never run, and pickles, which may be code, are not read.
+
+    Raises:
+        InputError: when there is none.
+    """
+
+    def build(attention: str | None) -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=torch.float32, attn_implementation=attention, use_safetensors=True
+        )
+        return model
+
+    try:
+        return build(attention)
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError, SafetensorError) as error:
+        _blame_attention(attention, build, error)
+        raise InputError(f"model {name_or_path}: cannot be loaded from safetensors ({one_line(error)})") from None
+
+
+def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A model with random weights, keyed by `run.seed`, from `model.architecture`.
+
+    Unless it says otherwise, the vocabulary is the tokenizer's and the context one block.
+    """
+    architecture, attention = config.model.architecture or {}, config.model.attention
+
+    def build(attention: str | None) -> PreTrainedModel:
+        model_config = _model_config(dict(architecture), tokenizer, config.data.block_size)
+        seed_torch(torch.device("cpu"), "weights", config.run.seed)
+        with compat.residual_weights_scaled():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                model_config, dtype=torch.float32, attn_implementation=attention
+            )
+        if "flash" not in (attention or ""):  # which is for GPUs only
+            model(torch.zeros(1, 1, dtype=torch.long))  # sizes that don't fit each other show themselves in use
+        return model
+
+    try:
+        model = build(attention)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a library makes of numbers that don't fit each other
+        _blame_attention(attention, build, error)
+        raise InputError(
+            f"model.architecture: {config.model.architecture}: no such model can be built ({one_line(error)})"
+        ) from None
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    model.generation_config = GenerationConfig(**ids)
+    return model
+
+
+def _blame_attention(attention: str | None, build: Callable[[str | None], PreTrainedModel], error: Exception) -> None:
+    """Say that an implementation of attention is what a model can't have here, where it can be built without.
+
+    Raises:
+        InputError: if so.
+    """
+    if attention is None:
+        return
+    try:
+        build(None)
+    except Exception:
+        return
+    raise InputError(
+        f"model.attention {attention}: not with this model, device or installation ({one_line(error)}); say sdpa or "
+        "eager, or leave it out"
+    ) from None
+
+
+def _is_causal(model_type: str) -> bool:
+    """Whether Transformers has a causal language model of this type."""
+    return model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _model_config(
+    architecture: dict[str, Any], tokenizer: PreTrainedTokenizerFast, block_size: int
+) -> PreTrainedConfig:
+    model_type = architecture.pop("model_type")
+    # Asked of one type alone: to go through all of them loads a module for each, which takes longer than all else here.
+    if not _is_causal(str(model_type)):
+        close = nearest(str(model_type), [name for name in CONFIG_MAPPING if _is_causal(name)])
+        hint = close if close.startswith("did") else "for example gpt2, llama, qwen3 or gpt_neox"
+        raise InputError(f"model.architecture.model_type: no causal language model {model_type}; {hint}")
+    default = CONFIG_MAPPING[model_type]()
+    fields = [*default.to_dict(), *default.attribute_map]
+    for name in architecture:
+        if name not in fields:
+            raise InputError(f"model.architecture: {model_type} has no {name}; {nearest(name, sorted(fields))}")
+    context = default.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    settings = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.eos_token_id,
+    }
+    if context in fields and not {context, "max_position_embeddings"} & architecture.keys():
+        settings[context] = block_size
+    return AutoConfig.for_model(model_type, **(settings | architecture))
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """How many tokens the model can see at once; None where its architecture sets no limit."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return context if context is None or context > 0 else None
+
+
+def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, block_size: int, source: str) -> None:
+    """Refuse a tokenizer or a block size that the model cannot take.
+
+    Raises:
+        InputError: with both numbers.
+    """
+    context, vocabulary = context_length(model), len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    if context is not None and block_size > context:
+        raise InputError(
+            f"data.block_size {block_size} is beyond the context of {source}, {context} tokens; use at most {context}"
+        )
+    if len(tokenizer) > vocabulary:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} entries, but {source} only {vocabulary} embeddings; "
+            "use the tokenizer that belongs to the model"
+        )

@@ -1,1 +1,0 @@
-"""What is watched: truth sheet and metrics log. The loop calls them; they never change what it computes."""

@@ -1,0 +1,203 @@
+"""The module that is trained: batch -> summed negative log-likelihood and number of targets.
+
+    nll = sum over targets t of -log softmax(W h_t)[t]
+
+The sum, not the mean: how many targets a step has is known only when all its micro-batches, on all processes, are
+counted, and `step.py` divides by that. The loss is part of the module that Accelerate wraps, so that wrappers see
+two numbers come out, not a tensor of logits [batch, block, vocabulary] that mixed precision would copy to fp32.
+
+Two ways to the same number. *fused*: the hidden states go through `linear_cross_entropy` (in fp32 on a CPU:
+`cpu.LinearCrossEntropy`), which makes logits for a chunk of positions at a time and never holds them all. *logits*: the
+model's own logits, for architectures that do more to them than one matrix product (scale, cap). Which one is right for
+a model is measured, not looked up.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from train_loop import compat
+from train_loop.data.loader import IGNORED
+from train_loop.devices import exact
+from train_loop.models.building import context_length
+from train_loop.ops import cpu
+
+_CHUNK = 1024  # positions whose logits are held at once
+_LOGIT_BYTES = {"cpu": 2**25}  # and what they take at most where nothing is trained, so that no vocabulary is too large
+_LOGIT_BYTES_ELSEWHERE = 2**28  # GPUs want larger products
+_CPU_CHUNK = 256
+
+
+Visit = Callable[[torch.Tensor, torch.Tensor], None]
+"""Is shown logits [chunk, vocabulary] float32 and targets [chunk] of some positions."""
+
+
+class Statistics(NamedTuple):
+    """Of one batch, for exact evaluation: summed nll in nats [] float64, correct and all targets [] int64."""
+
+    nll: torch.Tensor
+    correct: torch.Tensor
+    targets: torch.Tensor
+
+
+class Objective(nn.Module):
+    """A causal language model with its training loss.
+
+    Args:
+        model: any causal language model of Transformers.
+
+    Attributes:
+        loss_path: "fused" or "logits".
+        tied: see `cpu.TiedGradient`.
+        compiled: where layers are compiled, for which (training, rows, tokens) of inputs; others, such as a short last
+            micro-batch, run as they are, as compiling once more would take longer than they do.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_path = "fused" if head_is_plain(model) else "logits"
+        self.tied: cpu.TiedGradient | None = None
+        self.compiled: set[tuple[bool, int, int]] | None = None
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the classes of layers that FSDP shards one by one, where its settings name none."""
+        return list(self.model._no_split_modules or [])
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        statistics: bool = False,
+        visit: Visit | None = None,
+    ) -> Any:
+        """Summed nll of a batch.
+
+        Args:
+            inputs: token ids [batch, block] int64.
+            targets: the next token of each position [batch, block] int64, `IGNORED` where there is none.
+            positions: place of each input in its document [batch, block] int64. Where given, attention stays inside
+                the stretches in which it counts upwards; else each row is one stretch.
+            statistics: for evaluation, return `Statistics` instead.
+            visit: for study, is shown all logits, a chunk of positions at a time in their order; nothing is returned.
+
+        Returns:
+            The nll summed over all targets, in nats [] float32.
+        """
+        if self.compiled is None or (self.training, *inputs.shape) in self.compiled:
+            return self._forward(inputs, targets, positions, statistics, visit)
+        with torch.compiler.set_stance("force_eager"):
+            return self._forward(inputs, targets, positions, statistics, visit)
+
+    def _forward(
+        self,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        positions: torch.Tensor | None,
+        statistics: bool,
+        visit: Visit | None,
+    ) -> Any:
+        targets = targets.flatten()
+        if statistics:
+            return self._statistics(inputs, targets, positions)
+        if visit is not None:
+            for logits, target in self._chunks(inputs, targets, positions):
+                visit(logits, target)
+            return None
+        if self.loss_path == "logits":
+            logits = self._logits(inputs, positions).float()
+            return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        hidden, head = self._hidden(inputs, positions), self._head()
+        weight: torch.Tensor = head.weight
+        bias: torch.Tensor | None = head.bias
+        if cpu.has_products() and cpu.fits(hidden, weight, bias):
+            return cpu.LinearCrossEntropy.apply(hidden, weight, bias, targets, IGNORED, _CPU_CHUNK, self.tied)
+        return compat.linear_cross_entropy(hidden, weight, targets, bias, IGNORED, _CHUNK)
+
+    def _hidden(self, inputs: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        """Last hidden states [batch * block, width]."""
+        return self.model.base_model(**self._arguments(inputs, positions)).last_hidden_state.flatten(0, 1)
+
+    def _logits(self, inputs: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        """Logits of the model's own making [batch * block, vocabulary]."""
+        return self.model(**self._arguments(inputs, positions)).logits.flatten(0, 1)
+
+    def _arguments(self, inputs: torch.Tensor, positions: torch.Tensor | None) -> dict[str, Any]:
+        """What a model of Transformers is called with.
+
+        It keeps documents apart when positions restart and neither a mask nor a cache is there; FlashAttention does so
+        for one row only, and a row boundary is to it as good as a document's.
+        """
+        if positions is None:
+            return {"input_ids": inputs, "use_cache": False}
+        if "flash" in str(self.model.config._attn_implementation):
+            inputs, positions = inputs.reshape(1, -1), positions.reshape(1, -1)
+        return {"input_ids": inputs, "position_ids": positions, "use_cache": False}
+
+    def _head(self) -> nn.Linear:
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Linear)
+        return head
+
+    def _chunks(
+        self, inputs: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Logits [chunk, vocabulary] float32 and targets [chunk], chunk by chunk."""
+        plain = self.loss_path == "fused"
+        states = self._hidden(inputs, positions) if plain else self._logits(inputs, positions)
+        vocabulary = self._head().out_features if plain else states.shape[1]
+        size = min(_CHUNK, max(1, _LOGIT_BYTES.get(inputs.device.type, _LOGIT_BYTES_ELSEWHERE) // (4 * vocabulary)))
+        for state, target in zip(states.split(size), targets.split(size), strict=True):
+            yield (self._head()(state) if plain else state).float(), target
+
+    def _statistics(self, inputs: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None) -> Statistics:
+        nll, correct = [], []
+        for logits, target in self._chunks(inputs, targets, positions):
+            likeliest = logits.argmax(-1)
+            correct.append(likeliest == target)
+            # What cross_entropy does, in the place of the logits instead of in a copy.
+            logits -= logits.gather(1, likeliest[:, None])
+            picked = logits.gather(1, target.clamp(min=0)[:, None])[:, 0]
+            nll.append((logits.exp_().sum(-1).log() - picked).masked_fill(target == IGNORED, 0))
+            del logits  # before the next ones come: two chunks' need not be held
+        return Statistics(exact(torch.cat(nll)).sum(), torch.cat(correct).sum(), (targets != IGNORED).sum())
+
+
+@torch.no_grad()
+def head_is_plain(model: PreTrainedModel) -> bool:
+    """Whether the model's logits are one matrix product of its last hidden states, and nothing else.
+
+    Measured with hidden states blown up until logits are in the hundreds: a cap such as Gemma 2's
+    30 tanh(x / 30) can't be seen on the small logits of a fresh model, but would count once it is trained.
+    """
+    base, head = model.base_model, model.get_output_embeddings()
+    if base is model or not isinstance(head, nn.Linear):
+        return False
+    seen: list[torch.Tensor] = []
+
+    def blow_up(module: nn.Module, arguments: Any, output: Any) -> Any:
+        hidden = output.last_hidden_state
+        output["last_hidden_state"] = hidden * (300 / head(hidden).abs().max().clamp(min=1e-6))
+        seen.append(output["last_hidden_state"])
+        return output
+
+    training = model.training
+    model.eval()
+    handle = base.register_forward_hook(blow_up)
+    try:
+        device = head.weight.device
+        tokens = torch.arange(min(4, context_length(model) or 4), device=device)[None]
+        flash = "flash" in str(model.config._attn_implementation)  # which has half precision only
+        with torch.autocast(device.type, torch.bfloat16) if flash else nullcontext():
+            logits = model(input_ids=tokens, use_cache=False).logits
+            return bool(seen) and torch.allclose(logits.float(), head(seen[0]).float(), rtol=1e-3, atol=0.1)
+    finally:
+        handle.remove()
+        model.train(training)
