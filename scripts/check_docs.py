@@ -9,6 +9,7 @@
 - Every `train-loop X` is a command, every `--option` behind it one of its options, every `--section.key` and every
   `section.key` in backticks a setting. This part asks `python -m train_loop --help`, and is left out where that does
   not run.
+- Every message in the first column of docs/troubleshooting.md is one of the package's own; "…" stands for any text.
 - Every module that a Python example imports from train_loop exists, and so does every name that it takes from it.
 
 In a table whose head begins with "old", the first column holds names that are gone; they are not looked for.
@@ -16,6 +17,7 @@ It reads files and imports nothing but the standard library.
 """
 
 import argparse
+import ast
 import fnmatch
 import re
 import subprocess
@@ -112,7 +114,7 @@ def code(line: Line) -> list[str]:
     return [line.text] if line.language is not None else [match[2] for match in CODE.finditer(line.text)]
 
 
-def wrong_files(path: Path, root: Path, files: set[str]) -> Iterator[tuple[int, str]]:
+def wrong_files(path: Path, files: set[str]) -> Iterator[tuple[int, str]]:
     """Names that look like a file of the repository, and are none."""
     for line in lines(path):
         for text in code(line):
@@ -151,7 +153,7 @@ def wrong_commands(path: Path, commands: Commands) -> Iterator[tuple[int, str]]:
                     if re.match(r"^[a-z]+$", word) and word not in commands.options:
                         yield line.number, f"there is no command train-loop {word}"
                     calling = word if word in commands.options else ""
-                elif key := KEY.match(word):
+                elif (key := KEY.match(word)) and key[1] != "section.key":
                     if not commands.knows(key[1]):
                         yield line.number, f"there is no setting {key[1]}"
                 elif calling and (option := re.match(r"^--[a-z]\w*", word)):
@@ -185,6 +187,22 @@ def wrong_imports(path: Path, root: Path) -> Iterator[tuple[int, str]]:
                 yield line.number, f"train_loop has no {name}"
 
 
+def wrong_messages(path: Path, root: Path) -> Iterator[tuple[int, str]]:
+    """Messages that the package does not have."""
+    if path.name != "troubleshooting.md":
+        return
+    said = []
+    for source in sorted((root / "train_loop").rglob("*.py")):
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+        strings = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+        said += [each for each in strings if isinstance(each, str)]
+    for line in lines(path):
+        if line.language is None and (message := re.match(r"^\| `([^`]+)` \|", line.text)):
+            for part in filter(None, (each.strip() for each in message[1].split("…"))):
+                if not any(part in each for each in said):
+                    yield line.number, f"no message says: {part}"
+
+
 def asked(root: Path) -> Commands | None:
     """The commands, their options and the settings, as `--help` tells them; None where it does not run."""
 
@@ -214,7 +232,7 @@ def problems(root: Path) -> Iterator[str]:
     if commands is None:
         print("check_docs: train_loop does not run here, so no command and no setting was checked", file=sys.stderr)
     for path in documents(root):
-        found = [*wrong_links(path), *wrong_files(path, root, files), *wrong_imports(path, root)]
+        found = [*wrong_links(path), *wrong_files(path, files), *wrong_imports(path, root), *wrong_messages(path, root)]
         if commands is not None:
             found += wrong_commands(path, commands)
         for number, problem in sorted(set(found)):

@@ -103,6 +103,13 @@ def test_each_slip_is_named(text: str, named: str, tmp_path: Path) -> None:
     assert problem == named
 
 
+def test_a_message_that_nobody_gives_is_named(tmp_path: Path) -> None:
+    source = 'def fit(n):\n    raise ValueError(f"only {n} steps "\n        "are left")\n'
+    table = "| message | why |\n|---|---|\n| `only … steps are left` | so |\n| `only … steps are lost` | so |\n"
+    found = checked(tmp_path, "", {"train_loop/training/loop.py": source, "docs/troubleshooting.md": table})
+    assert found == ["docs/troubleshooting.md:4: no message says: steps are lost"]
+
+
 def test_files_names_and_links_are_checked_where_the_package_does_not_run(tmp_path: Path) -> None:
     found = checked(tmp_path, "`gone.py` `run.speed`", {"train_loop/__main__.py": "raise SystemExit(1)"})
     assert found[0].startswith("check_docs: train_loop does not run here")
