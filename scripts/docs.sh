@@ -17,7 +17,7 @@ wanted=$(cksum <docs/requirements.txt)
 if [ ! -x .venv-docs/bin/mkdocs ] || [ "$(cat .venv-docs/made-from 2>/dev/null)" != "$wanted" ]; then
     echo "making .venv-docs (once; less than a minute)" >&2
     "${PYTHON:-python3}" -m venv --clear .venv-docs
-    .venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt >&2
+    .venv-docs/bin/python -m pip install -qq --disable-pip-version-check --requirement docs/requirements.txt >&2
     echo "$wanted" >.venv-docs/made-from
 fi
 
