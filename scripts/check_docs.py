@@ -2,8 +2,8 @@
 
     python scripts/check_docs.py        # one line a problem; exits with 1 where there is one
 
-- Every relative link of README.md, CONTRIBUTING.md, CHANGELOG.md and docs/*.md leads to a file, every anchor to a
-  heading.
+- Every relative link of README.md, CONTRIBUTING.md, CHANGELOG.md, docs/*.md and scripts/*/README.md leads to a file,
+  every anchor to a heading.
 - Every name in backticks or in a block of code that looks like a file of the repository is one. `folder/x.py` may also
   mean train_loop/folder/x.py, and a bare `x.py` any file of that name.
 - Every `train-loop X` is a command, every `--option` behind it one of its options, every `--section.key` and every
@@ -60,7 +60,11 @@ class Commands(NamedTuple):
 def documents(root: Path) -> list[Path]:
     """What is checked."""
     names = [root / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-    return [path for path in [*names, *sorted((root / "docs").glob("*.md"))] if path.is_file()]
+    return [
+        path
+        for path in [*names, *sorted(root.glob("docs/*.md")), *sorted(root.glob("scripts/*/README.md"))]
+        if path.is_file()
+    ]
 
 
 def lines(path: Path) -> Iterator[Line]:

@@ -198,7 +198,10 @@ def picture(package: Path) -> str:
     for one, other in circles(upper):
         drawn.append(f'<text class="wrong" x="{MARGIN}" y="{y:.0f}">a circle: {one} imports {other}</text>')
         y += 20
-    return _page(package.name, round(y), [*arrows, *drawn])
+    rule = "a room imports only rooms below it" + (
+        ", but for the circles that are named below" if circles(upper) else ""
+    )
+    return _page(package.name, rule, round(y), [*arrows, *drawn])
 
 
 def _arranged(levels: list[list[str]], edges: list[tuple[str, str]]) -> tuple[list[list[Spot]], list[list[Spot]]]:
@@ -351,7 +354,7 @@ def _arrows(paths: list[list[Spot]], places: dict[Spot, Box]) -> Iterator[str]:
         yield f'<path class="arrow" d="{" ".join(way)}" marker-end="url(#tip)"/>'
 
 
-def _page(name: str, height: int, drawn: list[str]) -> str:
+def _page(name: str, rule: str, height: int, drawn: list[str]) -> str:
     light = "--paper:#ffffff;--wall:#eef3fb;--line:#5b7db1;--ink:#1b2733;--soft:#51606f;--floor:#f1f1ee;--arrow:#8a97a6"
     dark = "--paper:#15191f;--wall:#1f2a3a;--line:#6f93cc;--ink:#e8edf3;--soft:#a8b4c1;--floor:#20242a;--arrow:#7f8c9b"
     mono = "ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace"
@@ -372,7 +375,7 @@ def _page(name: str, height: int, drawn: list[str]) -> str:
             '<path class="tip" d="M0 0L8 4L0 8z"/></marker></defs>',
             f'<rect class="paper" width="{WIDTH}" height="{height}" rx="10"/>',
             f'<text class="head" x="{MARGIN}" y="38">{name}/</text>',
-            f'<text class="says" x="{MARGIN}" y="58">a room imports only rooms below it</text>',
+            f'<text class="says" x="{MARGIN}" y="58">{rule}</text>',
             *drawn,
             "</svg>",
             "",
