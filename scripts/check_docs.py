@@ -9,8 +9,10 @@
 - Every `train-loop X` is a command, every `--option` behind it one of its options, every `--section.key` and every
   `section.key` in backticks a setting. This part asks `python -m train_loop --help`, and is left out where that does
   not run.
-- Every message in the first column of docs/troubleshooting.md is one of the package's own; "…" stands for any text.
 - Every module that a Python example imports from train_loop exists, and so does every name that it takes from it.
+- Every message in the first column of docs/troubleshooting.md is one of the package's own; "…" stands for any text.
+
+Names of files, modules and what they hold are also checked in the docstrings and comments of train_loop/.
 
 In a table whose head begins with "old", the first column holds names that are gone; they are not looked for.
 It reads files and imports nothing but the standard library.
@@ -173,7 +175,7 @@ def wrong_imports(path: Path, root: Path) -> Iterator[tuple[int, str]]:
     face = root / "train_loop" / "__init__.py"
     said = face.read_text(encoding="utf-8") if face.is_file() else ""
     for line in lines(path):
-        if line.language not in ("python", "py", "pycon"):
+        if line.language not in ("python", "py", "pycon") and path.suffix != ".py":
             continue
         if found := re.match(r"^\W*(?:from|import) (train_loop(?:\.\w+)*)(?: import (.*))?", line.text):
             module = root.joinpath(*found[1].split("."))
@@ -182,9 +184,11 @@ def wrong_imports(path: Path, root: Path) -> Iterator[tuple[int, str]]:
                 yield line.number, f"there is no module {found[1]}"
                 continue
             text = source.read_text(encoding="utf-8")
-            for name in re.findall(r"\w+", (found[2] or "").split("#")[0]):
+            for name in re.findall(r"(?:^|,)[\s(]*(\w+)", (found[2] or "").split("#")[0]):
                 if not re.search(rf"\b{name}\b", text) and not (module / f"{name}.py").is_file():
                     yield line.number, f"{found[1]} has no {name}"
+        if path.suffix == ".py":
+            continue
         for name in re.findall(r"(?<![\w.])train_loop\.(\w+)", line.text):
             place = root / "train_loop" / name
             if not re.search(rf"\b{name}\b", said) and not (place.is_dir() or place.with_suffix(".py").is_file()):
@@ -239,8 +243,10 @@ def problems(root: Path) -> Iterator[str]:
         found = [*wrong_links(path), *wrong_files(path, files), *wrong_imports(path, root), *wrong_messages(path, root)]
         if commands is not None:
             found += wrong_commands(path, commands)
-        for number, problem in sorted(set(found)):
-            yield f"{path.relative_to(root)}:{number}: {problem}"
+        yield from (f"{path.relative_to(root)}:{number}: {problem}" for number, problem in sorted(set(found)))
+    for path in sorted((root / "train_loop").rglob("*.py")):
+        found = [*wrong_files(path, files), *wrong_imports(path, root)]
+        yield from (f"{path.relative_to(root)}:{number}: {problem}" for number, problem in sorted(set(found)))
 
 
 def main() -> int:

@@ -64,7 +64,9 @@ def checked(folder: Path, text: str = "", files: dict[str, str] | None = None) -
     command = [sys.executable, str(SCRIPT), "--root", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     said = result.stderr.splitlines()
-    assert result.returncode == (1 if any(line.startswith(("README.md:", "docs/")) for line in said) else 0)
+    assert result.returncode == (
+        1 if any(line.startswith(("README.md:", "docs/", "train_loop/")) for line in said) else 0
+    )
     return said
 
 
@@ -101,6 +103,14 @@ def test_each_slip_is_named(text: str, named: str, tmp_path: Path) -> None:
     place, _, problem = line.partition(": ")
     assert place.startswith("README.md:")
     assert problem == named
+
+
+def test_old_names_in_docstrings_are_named(tmp_path: Path) -> None:
+    source = '"""A loop; see `gone.py` and `training/loop.py`.\n\n    >>> from train_loop.gone import fit\n"""\n'
+    assert checked(tmp_path, "", {"train_loop/training/loop.py": source}) == [
+        "train_loop/training/loop.py:1: there is no gone.py",
+        "train_loop/training/loop.py:3: there is no module train_loop.gone",
+    ]
 
 
 def test_a_message_that_nobody_gives_is_named(tmp_path: Path) -> None:
