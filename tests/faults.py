@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from train_loop.checkpoint import storage
+from train_loop.checkpoint.manager import CheckpointManager
+from train_loop.generation.sampler import Sampler
 from train_loop.training import evaluation, loop
 from train_loop.training.objective import Objective
 
@@ -28,7 +30,7 @@ def nan(patch: pytest.MonkeyPatch, process: int, at: int) -> None:
     poisoned = []
 
     def train_step(*arguments: Any, **named: Any) -> Any:
-        if named["seed"][1] + 1 == at and _here(process):
+        if arguments[2].index + 1 == at and _here(process):
             poisoned.append(True)
         return take(*arguments, **named)
 
@@ -45,7 +47,7 @@ def signal_in_step(patch: pytest.MonkeyPatch, process: int, at: int) -> None:
     take = loop.train_step
 
     def train_step(*arguments: Any, **named: Any) -> Any:
-        if named["seed"][1] + 1 == at and _here(process):
+        if arguments[2].index + 1 == at and _here(process):
             _ask()
         return take(*arguments, **named)
 
@@ -69,7 +71,7 @@ def signal_in_evaluation(patch: pytest.MonkeyPatch, process: int, at: int) -> No
 
 def signal_in_sampling(patch: pytest.MonkeyPatch, process: int, at: int) -> None:
     """A signal while text number `at` is sampled, after its third token."""
-    sample, texts = loop.Sampler.sample, []
+    sample, texts = Sampler.sample, []
 
     def slowly(*arguments: Any, stop: Callable[[], bool], **named: Any) -> Any:
         texts.append(0)
@@ -83,13 +85,13 @@ def signal_in_sampling(patch: pytest.MonkeyPatch, process: int, at: int) -> None
 
         return sample(*arguments, stop=count, **named)
 
-    patch.setattr(loop.Sampler, "sample", slowly)
+    patch.setattr(Sampler, "sample", slowly)
 
 
 def signal_in_save(patch: pytest.MonkeyPatch, process: int, at: int) -> None:
     """A signal while the checkpoint of step `at` is written, which takes a while."""
     write = storage.write_part
-    begin = loop.CheckpointManager.begin
+    begin = CheckpointManager.save_async
 
     def slowly(*arguments: Any) -> Any:
         time.sleep(0.5)
@@ -101,7 +103,7 @@ def signal_in_save(patch: pytest.MonkeyPatch, process: int, at: int) -> None:
             _ask()
 
     patch.setattr(storage, "write_part", slowly)
-    patch.setattr(loop.CheckpointManager, "begin", begun)
+    patch.setattr(CheckpointManager, "save_async", begun)
 
 
 def another_version(patch: pytest.MonkeyPatch, process: int, at: int) -> None:

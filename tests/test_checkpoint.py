@@ -15,29 +15,30 @@ from safetensors.torch import load_file
 
 from tests.conftest import TINY_MODELS, Command, events
 from tests.faults import signal_in_step
+from train_loop import job
 from train_loop.checkpoint import storage
 from train_loop.config.load import config_from_arguments
-from train_loop.data.loader import loader
+from train_loop.metrics.log import MetricsLog
 from train_loop.metrics.throughput import MEASURED
 from train_loop.training import loop
 from train_loop.training.evaluation import evaluate
+from train_loop.training.state import Run
 from train_loop.training.step import train_step
 
 
-def save(folder: Path, run: loop.Run, step: int) -> None:
+def save(folder: Path, run: Run, step: int) -> None:
     """A checkpoint in one part, as a run's saver writes it."""
-    sums = storage.write_part(storage.temporary_folder(folder, step), 0, 1, storage.shards(run.model, run.optimizer))
+    sums = storage.write_part(
+        storage.temporary_folder(folder, step), 0, 1, storage.shards(run.state.model, run.state.optimizer)
+    )
     storage.commit(folder, {"step": step, "parts": 1}, sums)
 
 
-def take_steps(run: loop.Run, first: int, last: int) -> list[float]:
-    run.objective.train()
+def take_steps(run: Run, first: int, last: int) -> list[float]:
+    run.context.objective.train()
     losses = []
     for step in range(first, last):
-        batches = list(loader(run.train, run.plan.share(step, 0, 1)))
-        targets = run.train.targets(run.plan.blocks(step))
-        arguments = (run.accelerator, run.objective, run.optimizer, batches, len(batches), targets)
-        losses.append(train_step(*arguments, 1e-2, 1.0, (0, step)).loss)
+        losses.append(train_step(run.context, run.state, run.batches[step], 1e-2).loss)
     return losses
 
 
@@ -46,23 +47,23 @@ def test_training_goes_on_to_the_bit(
     settings: Callable[..., list[str]], tmp_path: Path, architecture: dict[str, Any]
 ) -> None:
     arguments = settings(model__architecture=json.dumps(architecture))
-    first = loop.set_up(config_from_arguments(arguments))
+    first = job.set_up(config_from_arguments(arguments)).run
     take_steps(first, 0, 5)
     save(tmp_path / "c", first, 5)
     expected = take_steps(first, 5, 10)
-    second = loop.set_up(config_from_arguments(arguments))
+    second = job.set_up(config_from_arguments(arguments)).run
     found, passed = storage.newest(tmp_path / "c")
     assert found is not None and found.step == 5 and passed == {}
-    storage.load(found, second.model, second.optimizer)
+    storage.load(found, second.state.model, second.state.optimizer)
     assert take_steps(second, 5, 10) == expected
-    for mine, theirs in zip(first.model.parameters(), second.model.parameters(), strict=True):
+    for mine, theirs in zip(first.state.model.parameters(), second.state.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
 
 @pytest.fixture
-def checkpoints(settings: Callable[..., list[str]], tmp_path: Path) -> tuple[loop.Run, Path]:
+def checkpoints(settings: Callable[..., list[str]], tmp_path: Path) -> tuple[Run, Path]:
     """A run with checkpoints of steps 1 and 2."""
-    run = loop.set_up(config_from_arguments(settings()))
+    run = job.set_up(config_from_arguments(settings())).run
     for step in (1, 2):
         take_steps(run, step - 1, step)
         save(tmp_path / "c", run, step)
@@ -97,9 +98,7 @@ def without_speeds(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "removed", "pickled"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(
-    checkpoints: tuple[loop.Run, Path], file: str, damage: str
-) -> None:
+def test_a_damaged_checkpoint_is_named_and_passed_over(checkpoints: tuple[Run, Path], file: str, damage: str) -> None:
     _, folder = checkpoints
     hurt(folder / "step-00000002" / file, damage)
     found, passed = storage.newest(folder)
@@ -115,7 +114,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("file", FILES[:3])
-def test_a_pickle_that_the_manifest_vouches_for_is_refused(checkpoints: tuple[loop.Run, Path], file: str) -> None:
+def test_a_pickle_that_the_manifest_vouches_for_is_refused(checkpoints: tuple[Run, Path], file: str) -> None:
     """Somebody who can write the folder writes the manifest, too."""
     run, folder = checkpoints
     newest = folder / "step-00000002"
@@ -128,7 +127,7 @@ def test_a_pickle_that_the_manifest_vouches_for_is_refused(checkpoints: tuple[lo
     assert f"{file} is no " in passed[2]
     with pytest.raises((SafetensorError, UnicodeDecodeError)):  # nor is it loaded by who doesn't look first
         loaded = storage.CheckpointRef(newest, {"parts": 1}) if file in PARTS else storage._found(newest)
-        storage.load(loaded, run.model, run.optimizer)
+        storage.load(loaded, run.state.model, run.state.optimizer)
 
 
 def test_every_file_that_a_run_writes_can_be_read_without_running_anything(
@@ -217,7 +216,7 @@ def test_when_no_checkpoint_is_whole_nothing_is_overwritten(
 
 
 def test_a_half_written_checkpoint_is_never_seen(
-    checkpoints: tuple[loop.Run, Path], monkeypatch: pytest.MonkeyPatch
+    checkpoints: tuple[Run, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, folder = checkpoints
     monkeypatch.setattr(storage, "commit", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
@@ -232,16 +231,16 @@ def test_a_half_written_checkpoint_is_never_seen(
 
 
 def test_another_models_checkpoint_changes_nothing(
-    checkpoints: tuple[loop.Run, Path], settings: Callable[..., list[str]]
+    checkpoints: tuple[Run, Path], settings: Callable[..., list[str]]
 ) -> None:
     _, folder = checkpoints
-    other = loop.set_up(config_from_arguments(settings(model__architecture=json.dumps(TINY_MODELS["llama"]))))
-    before = [parameter.clone() for parameter in other.model.parameters()]
+    other = job.set_up(config_from_arguments(settings(model__architecture=json.dumps(TINY_MODELS["llama"])))).run
+    before = [parameter.clone() for parameter in other.state.model.parameters()]
     found, _ = storage.newest(folder)
     assert found is not None
     with pytest.raises(ValueError, match="another model"):
-        storage.load(found, other.model, other.optimizer)
-    assert all(map(torch.equal, before, other.model.parameters()))
+        storage.load(found, other.state.model, other.state.optimizer)
+    assert all(map(torch.equal, before, other.state.model.parameters()))
 
 
 def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
@@ -254,7 +253,7 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
 
     def cut_at(*steps: int) -> None:
         def step(*arguments: Any, **named: Any) -> Any:
-            if named["seed"][1] in steps:
+            if arguments[2].index in steps:
                 raise SystemError("the machine is gone")
             return step_of_train(*arguments, **named)
 
@@ -310,13 +309,13 @@ def test_training_ends_when_evaluations_bring_nothing_any_more(
     monkeypatch.setattr(
         loop, "evaluate", lambda *arguments: evaluate(*arguments) | {"loss": given[arguments[0].last_step]}
     )
-    write = loop.MetricsLog.write
+    write = MetricsLog.write
 
-    def remember(self: Any, event: str, step: int, **values: Any) -> None:
-        self.accelerator.last_step = step
-        write(self, event, step, **values)
+    def remember(self: Any, record: dict[str, Any]) -> None:
+        self.accelerator.last_step = record["step"]
+        write(self, record)
 
-    monkeypatch.setattr(loop.MetricsLog, "write", remember)
+    monkeypatch.setattr(MetricsLog, "write", remember)
     for name in ("whole", "cut"):
         arguments = settings(
             run__output_dir=tmp_path / name, train__max_steps=30, evaluation__every=4, train__patience=3

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tests.conftest import TINY_MODELS
+from train_loop import job
 from train_loop.config.load import config_from_arguments
 from train_loop.ops import dropout
-from train_loop.training import loop
 
 SHAPE = (4, 4, 32, 32)  # of attention probabilities; enough numbers for what is tested here
 
@@ -162,6 +162,6 @@ def test_a_run_uses_it(settings: Callable[..., list[str]], monkeypatch: pytest.M
     draw = dropout._random_bits
     monkeypatch.setattr(dropout, "_random_bits", lambda like: drawn.append(like.shape) or draw(like))
     monkeypatch.setattr(dropout, "_SMALL", 1)
-    loop.train(config_from_arguments(settings(model__architecture=json.dumps(TINY_MODELS["gpt2"]), train__max_steps=1)))
+    job.train(config_from_arguments(settings(model__architecture=json.dumps(TINY_MODELS["gpt2"]), train__max_steps=1)))
     layers = TINY_MODELS["gpt2"]["n_layer"]
     assert len(drawn) % (1 + 3 * layers) == 0 and drawn  # of the embeddings, attention, and two of each layer

@@ -10,35 +10,38 @@ import torch
 from accelerate import Accelerator
 
 from tests.conftest import TINY_MODELS, Command
+from train_loop import job
 from train_loop.config.load import config_from_arguments
 from train_loop.data.loader import IGNORED, loader
 from train_loop.data.order import cut
 from train_loop.metrics.language_model import LanguageModelMetric
-from train_loop.training import loop
 from train_loop.training.evaluation import evaluate
+from train_loop.training.state import Run
 
 
 @pytest.fixture(params=["gpt2", "llama"])
-def run(request: pytest.FixtureRequest, settings: Callable[..., list[str]]) -> loop.Run:
+def run(request: pytest.FixtureRequest, settings: Callable[..., list[str]]) -> Run:
     architecture = json.dumps(TINY_MODELS[request.param])
-    return loop.set_up(config_from_arguments(settings(model__architecture=architecture, data__test_size=0.5)))
+    return job.set_up(config_from_arguments(settings(model__architecture=architecture, data__test_size=0.5))).run
 
 
-def test_the_same_at_every_batch_size_and_as_a_float64_sum(run: loop.Run) -> None:
+def test_the_same_at_every_batch_size_and_as_a_float64_sum(run: Run) -> None:
     import numpy as np
 
-    run.model.eval()
+    run.state.model.eval()
     nll, correct, count = 0.0, 0, 0
     with torch.no_grad():
         for batch in loader(run.validation, cut(np.arange(len(run.validation)), 5)):
-            logits = run.model(input_ids=batch.inputs).logits
+            logits = run.state.model(input_ids=batch.inputs).logits
             real = batch.targets != IGNORED
             picked = logits.double().log_softmax(-1).gather(2, batch.targets.clamp(min=0)[..., None])[..., 0]
             nll -= float(picked[real].sum())
             correct += int((logits.argmax(-1) == batch.targets)[real].sum())
             count += int(real.sum())
     assert len(run.validation) > 64
-    found = {size: evaluate(run.accelerator, run.objective, run.validation, size) for size in (1, 3, 7, 64)}
+    found = {
+        size: evaluate(run.context.accelerator, run.context.objective, run.validation, size) for size in (1, 3, 7, 64)
+    }
     books = run.data.validation.ledger
     for metrics in found.values():
         assert metrics["loss"] == pytest.approx(nll / count, rel=1e-7)
@@ -51,20 +54,22 @@ def test_the_same_at_every_batch_size_and_as_a_float64_sum(run: loop.Run) -> Non
     assert max(losses) / min(losses) - 1 < 1e-7
 
 
-def test_positions_without_a_target_count_nothing(run: loop.Run) -> None:
+def test_positions_without_a_target_count_nothing(run: Run) -> None:
     inputs = torch.arange(12).reshape(2, 6)
     targets = inputs.roll(-1, 1)
     targets[:, -2:] = IGNORED
     with torch.no_grad():
-        found = run.objective.eval()(inputs, targets, statistics=True)
-        expected = run.model(input_ids=inputs).logits.double().log_softmax(-1)[:, :4].gather(2, targets[:, :4, None])
+        found = run.context.objective.eval()(inputs, targets, statistics=True)
+        expected = (
+            run.state.model(input_ids=inputs).logits.double().log_softmax(-1)[:, :4].gather(2, targets[:, :4, None])
+        )
     assert float(found.nll) == pytest.approx(-float(expected.sum()), rel=1e-6) and int(found.targets) == 8
 
 
-def test_dropout_is_off_and_the_mode_is_put_back(run: loop.Run) -> None:
-    run.objective.train()
-    first, second = (evaluate(run.accelerator, run.objective, run.validation, 8) for _ in range(2))
-    assert first == second and run.objective.training
+def test_dropout_is_off_and_the_mode_is_put_back(run: Run) -> None:
+    run.context.objective.train()
+    first, second = (evaluate(run.context.accelerator, run.context.objective, run.validation, 8) for _ in range(2))
+    assert first == second and run.context.objective.training
 
 
 def test_the_metric_adds_rows_and_needs_no_hub() -> None:
@@ -90,15 +95,15 @@ def test_no_logits_are_kept(settings: Callable[..., list[str]], monkeypatch: pyt
     """At most a chunk's logits exist at once: the head never sees more positions than that, fewer of more words."""
     from train_loop.training import objective
 
-    run = loop.set_up(config_from_arguments(settings()))
-    expected = evaluate(Accelerator(), run.objective, run.validation, 8)
+    run = job.set_up(config_from_arguments(settings())).run
+    expected = evaluate(Accelerator(), run.context.objective, run.validation, 8)
     if bound == "positions":
         monkeypatch.setattr(objective, "_CHUNK", 50)
     else:
-        monkeypatch.setattr(objective, "_LOGIT_BYTES", {"cpu": 4 * 50 * run.model.config.vocab_size})
+        monkeypatch.setattr(objective, "_LOGIT_BYTES", {"cpu": 4 * 50 * run.state.model.config.vocab_size})
     seen: list[int] = []
-    run.model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
-    found = evaluate(Accelerator(), run.objective, run.validation, 8)
+    run.state.model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
+    found = evaluate(Accelerator(), run.context.objective, run.validation, 8)
     assert max(seen) == 50
     assert expected is not None and found == pytest.approx(expected, rel=1e-9)
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import NO_DROPOUT, TINY_MODELS, Command, events
 from tests.test_model import configured
+from train_loop import job
 from train_loop.analysis import truth_sheet
 from train_loop.config.load import config_from_arguments
 from train_loop.config.schema import Config
@@ -22,7 +23,6 @@ from train_loop.data.loader import IGNORED, Windows
 from train_loop.data.order import MicroBatch
 from train_loop.data.token_store import _DOCUMENT, Ledger, TokenStore
 from train_loop.models import building
-from train_loop.training import loop
 from train_loop.training.objective import Objective
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -183,5 +183,5 @@ def test_flash_attention_gets_one_row_with_every_border_in_its_positions(tokeniz
 
 
 def test_blocks_of_one_or_two_tokens_have_nothing_to_cross(settings: Callable[..., list[str]]) -> None:
-    run = loop.set_up(config_from_arguments(settings(data__block_size=2)))
-    assert not truth_sheet.documents_cross(Accelerator(), run.objective, run.config)
+    run = job.set_up(config_from_arguments(settings(data__block_size=2))).run
+    assert not truth_sheet.documents_cross(Accelerator(), run.context.objective, run.config)

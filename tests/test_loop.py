@@ -19,6 +19,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 
 from tests.conftest import TINY_MODELS, Command, events, text
+from train_loop import job
 from train_loop.config.load import config_from_arguments
 from train_loop.config.schema import Config
 from train_loop.data import preparation
@@ -231,7 +232,7 @@ def test_a_run_that_diverges_fails_with_a_clear_error(
 
     def diverging(*arguments: Any, **named: Any) -> Any:
         result = take(*arguments, **named)
-        return result._replace(loss=float("nan"), taken=False) if named["seed"][1] >= 2 else result
+        return result._replace(loss=float("nan"), applied=False) if arguments[2].index >= 2 else result
 
     monkeypatch.setattr(loop, "train_step", diverging)
     assert command("train", *settings(train__max_bad_steps=3)) == 1
@@ -240,7 +241,7 @@ def test_a_run_that_diverges_fails_with_a_clear_error(
     steps = events(tmp_path / "run", "step")
     assert [event.get("skipped", False) for event in steps] == [False, False, True, True, True]
     assert steps[-1]["loss"] is None  # JSON has no NaN
-    plan = loop.set_up(config_from_arguments(settings(run__output_dir=tmp_path / "other"))).plan
+    plan = job.set_up(config_from_arguments(settings(run__output_dir=tmp_path / "other"))).run.batches.plan
     assert [event.get("blocks") for event in steps[2:]] == [plan.blocks(step).tolist() for step in (2, 3, 4)]
     assert "blocks" not in steps[1]
 
@@ -335,14 +336,14 @@ def test_nothing_is_compiled_again_after_the_first_evaluation(
     """Whatever comes: short last micro-batches, steps and batches of evaluation, samples, other epochs."""
     torch._dynamo.reset()
     graphs: list[int] = []
-    between = loop._between_steps
+    between = loop.Loop._between_steps
 
-    def counted(*arguments: Any) -> bool:
-        stopping = between(*arguments)
+    def counted(*arguments: Any, **named: Any) -> bool:
+        stopping = between(*arguments, **named)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         return stopping
 
-    monkeypatch.setattr(loop, "_between_steps", counted)
+    monkeypatch.setattr(loop.Loop, "_between_steps", counted)
     shapes = {"batch__sequences_per_step": 10, "batch__micro_batch_size": 4, "evaluation__batch_size": 7}
     arguments = settings(**shapes, evaluation__every=2, train__epochs=2, model__compile="true")
     assert command("train", *arguments) == 0

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
+from train_loop import job
 from train_loop.training.accumulators import TOLERANCE, FixedPointSum
 
 
@@ -96,12 +97,12 @@ def test_a_parameter_without_gradient_counts_as_zero() -> None:
 
 def test_a_run_says_when_it_could_not_be_exact(settings: Callable[..., list[str]]) -> None:
     from train_loop.config.load import config_from_arguments
-    from train_loop.training import loop
-    from train_loop.training.step import StepResult
+    from train_loop.training.accumulators import FixedPoint
 
-    run = loop.set_up(config_from_arguments(settings(run__reproducible="bitwise")))
-    assert run.sums is not None
-    run.sums.rounding = 1e-3
-    assert loop._remarks(run, 0, StepResult(1.0, 1.0, True)) == {"fixed_point_rounding": 1e-3}
-    run.sums.rounding = 0.0
-    assert "fixed_point_rounding" not in loop._remarks(run, 0, StepResult(1.0, 1.0, True))
+    run = job.set_up(config_from_arguments(settings(run__reproducible="bitwise"))).run
+    accumulator = run.context.accumulator
+    assert isinstance(accumulator, FixedPoint)
+    accumulator.sum.rounding = 1e-3
+    assert accumulator.record() == {"fixed_point_rounding": 1e-3}
+    accumulator.sum.rounding = 0.0
+    assert accumulator.record() == {}

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,24 @@ from accelerate import Accelerator
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
-from tests.conftest import NO_DROPOUT, TINY_MODELS, events
+from tests.conftest import NO_DROPOUT, TINY_MODELS
+from train_loop import job
 from train_loop.checkpoint import storage
 from train_loop.checkpoint.manager import CheckpointManager
+from train_loop.checkpoint.restore import restore
 from train_loop.config.load import config_from_arguments
 from train_loop.config.schema import ScheduleConfig
-from train_loop.data.loader import IGNORED, loader
-from train_loop.metrics.log import MetricsLog
-from train_loop.signals import StopRequest
-from train_loop.training import loop
+from train_loop.data.loader import IGNORED
+from train_loop.training.accumulators import FixedPoint, LossScaled
+from train_loop.training.loop import History, Loop
 from train_loop.training.schedule import learning_rate
+from train_loop.training.state import Observer, Run, TrainState
 from train_loop.training.step import gradient_norm, train_step
 
 
-def set_up(settings: Callable[..., list[str]], name: str, **changes: object) -> loop.Run:
+def set_up(settings: Callable[..., list[str]], name: str, **changes: object) -> Run:
     architecture = TINY_MODELS[name] | (NO_DROPOUT if name == "gpt2" else {}) | {"max_position_embeddings": 33}
-    run = loop.set_up(config_from_arguments(settings(model__architecture=json.dumps(architecture), **changes)))
-    run.folder.path.mkdir(exist_ok=True)
-    return run
+    return job.set_up(config_from_arguments(settings(model__architecture=json.dumps(architecture), **changes))).run
 
 
 class Ordered(Trainer):
@@ -39,17 +40,27 @@ class Ordered(Trainer):
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
 
-def rows_for_trainer(run: loop.Run, step: int) -> list[dict[str, list[int]]]:
+class Records(Observer):
+    """Keeps the records of all steps."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+
+    def after_step(self, state: TrainState, record: dict[str, Any]) -> None:
+        self.steps.append(record)
+
+
+def rows_for_trainer(run: Run, step: int) -> list[dict[str, list[int]]]:
     """A step's windows, in the plan's order, as the block_size + 1 tokens that Trainer's model shifts itself.
 
     A short step is filled up with windows without targets, which weigh nothing in either loop.
     """
     rows = []
-    for batch in loader(run.train, run.plan.share(step, 0, 1)):
+    for batch in run.batches[step].micro_batches:
         for inputs, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
             rows.append({"input_ids": [*inputs, max(targets[-1], 0)], "labels": [IGNORED, *targets]})
     filler = {"input_ids": [0] * 33, "labels": [IGNORED] * 33}
-    return rows + [filler] * (run.plan.sequences_per_step - len(rows))
+    return rows + [filler] * (run.batches.plan.sequences_per_step - len(rows))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -67,9 +78,11 @@ def test_losses_and_weights_are_those_of_trainer(settings: Callable[..., list[st
         optimizer__learning_rate=3e-3,
         evaluation__every=1000,
     )
-    assert run.plan.steps_per_epoch < 50 and run.plan.blocks_per_epoch % 8  # crosses epochs, has short steps
-    reference = type(run.model)(run.model.config)
-    reference.load_state_dict(run.model.state_dict())
+    assert (
+        run.batches.plan.steps_per_epoch < 50 and run.batches.plan.blocks_per_epoch % 8
+    )  # crosses epochs, has short steps
+    reference = type(run.state.model)(run.state.model.config)
+    reference.load_state_dict(run.state.model.state_dict())
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "trainer"),
         max_steps=50,
@@ -92,13 +105,12 @@ def test_losses_and_weights_are_those_of_trainer(settings: Callable[..., list[st
     trainer.train()
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
-    log = MetricsLog(run.accelerator, run.folder.metrics, 0)
-    loop._loop(run, log, CheckpointManager(run.accelerator, run.folder.checkpoints, 1, True), 0, StopRequest())
-    mine_losses = [event["loss"] for event in events(run.folder.path, "step")]
-    assert len(theirs) == len(mine_losses) == 50
-    assert max(event["grad_norm"] for event in events(run.folder.path, "step")) > 0.5  # it did clip
-    assert mine_losses == pytest.approx(theirs, abs=1e-5)
-    for (parameter, mine_), theirs_ in zip(run.model.named_parameters(), reference.parameters(), strict=True):
+    mine = Records()
+    Loop(run, History(), [mine], save=lambda state, wait=False: None).train()
+    assert len(theirs) == len(mine.steps) == 50
+    assert max(step["grad_norm"] for step in mine.steps) > 0.5  # it did clip
+    assert [step["loss"] for step in mine.steps] == pytest.approx(theirs, abs=1e-5)
+    for (parameter, mine_), theirs_ in zip(run.state.model.named_parameters(), reference.parameters(), strict=True):
         difference = (mine_ - theirs_).abs()
         if parameter.endswith("c_attn.bias"):
             # A key's bias adds the same to all of a query's scores, so its true gradient is zero and Adam, which
@@ -108,21 +120,16 @@ def test_losses_and_weights_are_those_of_trainer(settings: Callable[..., list[st
         assert difference.max() < 1e-5, parameter
 
 
-def gradient(
-    run: loop.Run, step: int, micro_batch_size: int, max_grad_norm: float | None = None
-) -> dict[str, torch.Tensor]:
+def gradient(run: Run, step: int, micro_batch_size: int, max_grad_norm: float | None = None) -> dict[str, torch.Tensor]:
     """The gradient of one step, seen just before the update (which learning rate 0 makes harmless)."""
     found: dict[str, torch.Tensor] = {}
 
     def remember(*_: Any) -> None:
-        found.update({name: parameter.grad.clone() for name, parameter in run.model.named_parameters()})
+        found.update({name: parameter.grad.clone() for name, parameter in run.state.model.named_parameters()})
 
-    plan = type(run.plan)(run.plan.blocks_per_epoch, run.plan.sequences_per_step, micro_batch_size, run.plan.seed)
-    handle = run.optimizer.optimizer.register_step_pre_hook(remember)
-    batches = list(loader(run.train, plan.share(step, 0, 1)))
-    targets = run.train.targets(plan.blocks(step))
-    rest = (len(batches), targets, 0.0, max_grad_norm, (0, step), run.sums)
-    train_step(run.accelerator, run.objective, run.optimizer, batches, *rest)
+    handle = run.state.optimizer.register_step_pre_hook(remember)
+    batches = replace(run.batches, plan=replace(run.batches.plan, micro_batch_size=micro_batch_size))
+    train_step(replace(run.context, max_grad_norm=max_grad_norm), run.state, batches[step], 0.0)
     handle.remove()
     return found
 
@@ -134,14 +141,16 @@ def test_the_gradient_is_that_of_the_mean_over_all_targets(
 ) -> None:
     """At every micro-batch size, also in the short last step: against an unaccumulated float64 reference."""
     run = set_up(settings, name, run__reproducible=reproducible)
-    last = run.plan.steps_per_epoch - 1
-    with_short_window = next(step for step in range(last + 1) if run.train.count - 1 in run.plan.blocks(step))
-    assert len(run.plan.blocks(last)) < 8
+    last = run.batches.plan.steps_per_epoch - 1
+    with_short_window = next(
+        step for step in range(last + 1) if run.batches.windows.count - 1 in run.batches.plan.blocks(step)
+    )
+    assert len(run.batches.plan.blocks(last)) < 8
     for step in {0, last, with_short_window}:
-        double = type(run.model)(run.model.config).double().train()
-        double.load_state_dict(run.model.state_dict())
+        double = type(run.state.model)(run.state.model.config).double().train()
+        double.load_state_dict(run.state.model.state_dict())
         nll, count = torch.zeros((), dtype=torch.float64), 0
-        for batch in loader(run.train, run.plan.share(step, 0, 1)):
+        for batch in run.batches[step].micro_batches:
             logits = double(input_ids=batch.inputs, use_cache=False).logits
             real = batch.targets != IGNORED
             picked = logits.log_softmax(-1).gather(2, batch.targets.clamp(min=0)[..., None])[..., 0]
@@ -159,7 +168,7 @@ def test_gradients_are_clipped_as_torch_does(settings: Callable[..., list[str]])
     """To the bit: far above the limit, at it, and below it, where they stay as they are."""
     run = set_up(settings, "gpt2")
     whole = gradient(run, 0, 4)
-    parameters = dict(run.model.named_parameters())
+    parameters = dict(run.state.model.named_parameters())
     for name, parameter in parameters.items():
         parameter.grad = whole[name].clone()
     norm = gradient_norm(parameters.values())
@@ -168,7 +177,7 @@ def test_gradients_are_clipped_as_torch_does(settings: Callable[..., list[str]])
             parameter.grad = whole[name].clone()
         torch.nn.utils.clip_grads_with_norm_(parameters.values(), limit or math.inf, norm)
         expected = {name: parameter.grad for name, parameter in parameters.items()}
-        run.optimizer.optimizer.zero_grad()
+        run.state.optimizer.zero_grad()
         found = gradient(run, 0, 4, limit)
         assert all(torch.equal(found[name], expected[name]) for name in found), limit
         assert all(torch.equal(found[name], whole[name]) for name in found) == (limit is None or limit > float(norm))
@@ -181,12 +190,13 @@ def test_gradients_beyond_the_fixed_points_room_are_added_with_another_scale(
     found = []
     for factor in (1.0, 2.0**30, 2.0**-60):
         run = set_up(settings, "gpt2", run__reproducible="bitwise")
-        assert run.sums is not None
-        for parameter in run.model.parameters():
+        accumulator = run.context.accumulator
+        assert isinstance(accumulator, FixedPoint)
+        for parameter in run.state.model.parameters():
             parameter.register_hook(lambda gradient, factor=factor: gradient * factor)
         begun: list[int] = []
-        begin = run.sums.begin
-        run.sums.begin = lambda *arguments, begun=begun, begin=begin: (begun.append(1), begin(*arguments))[1]  # type: ignore[method-assign]
+        begin = accumulator.sum.begin
+        accumulator.sum.begin = lambda *arguments, begun=begun, begin=begin: (begun.append(1), begin(*arguments))[1]  # type: ignore[method-assign]
         gradients = gradient(run, 0, 3)
         assert len(begun) == (1 if factor == 1 else 2)
         found.append({name: tensor.double() / factor for name, tensor in gradients.items()})
@@ -198,16 +208,14 @@ def test_gradients_beyond_the_fixed_points_room_are_added_with_another_scale(
 class TestLossScaling:
     """As fp16 has it on a GPU; here with fp32's gradients, which are made to overflow where fp16's would."""
 
-    def step(self, settings: Callable[..., list[str]], scale: float | None) -> tuple[Any, loop.Run]:
+    def step(self, settings: Callable[..., list[str]], scale: float | None) -> tuple[Any, Run]:
         run = set_up(settings, "gpt2")
         if scale is not None:
-            run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-            for parameter in run.model.parameters():
+            run.context.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            run.context.accumulator = LossScaled(run.context.accelerator, run.state.optimizer)
+            for parameter in run.state.model.parameters():
                 parameter.register_hook(lambda each: each.masked_fill(each.abs() > 65504, float("inf")))
-        batches = list(loader(run.train, run.plan.share(0, 0, 1)))
-        targets = run.train.targets(run.plan.blocks(0))
-        arguments = (run.accelerator, run.objective, run.optimizer, batches, len(batches), targets)
-        return train_step(*arguments, 1e-2, 1.0, (0, 0)), run
+        return train_step(run.context, run.state, run.batches[0], 1e-2), run
 
     @pytest.mark.parametrize("scale", [2.0**10, 2.0**24, 2.0**30])
     def test_an_overflow_of_the_scaled_loss_repeats_the_step(
@@ -215,47 +223,57 @@ class TestLossScaling:
     ) -> None:
         expected, plain = self.step(settings, None)
         result, run = self.step(settings, scale)
-        assert result.taken and (result.overflows > 0) == (scale > 2.0**20)
-        assert run.accelerator.scaler.get_scale() == scale / 2**result.overflows
+        accumulator = run.context.accumulator
+        assert isinstance(accumulator, LossScaled)
+        overflows = accumulator.overflows
+        assert result.applied and (overflows > 0) == (scale > 2.0**20)
+        assert run.context.accelerator.scaler.get_scale() == scale / 2**overflows
         assert result.loss == expected.loss and result.grad_norm == pytest.approx(expected.grad_norm, rel=1e-6)
-        for mine, theirs in zip(run.model.parameters(), plain.model.parameters(), strict=True):
+        for mine, theirs in zip(run.state.model.parameters(), plain.state.model.parameters(), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
-        remarks = loop._remarks(run, 0, result)
-        assert remarks == {"loss_scale": run.accelerator.scaler.get_scale(), "overflows": result.overflows}
+        assert accumulator.record() == {
+            "loss_scale": run.context.accelerator.scaler.get_scale(),
+            "overflows": overflows,
+        }
 
     def test_a_step_that_is_bad_at_any_scale_is_skipped(self, settings: Callable[..., list[str]]) -> None:
         _, run = self.step(settings, 2.0**4)
-        before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-        hook = run.model.lm_head.weight.register_hook(lambda gradient: gradient * float("nan"))
-        batches = list(loader(run.train, run.plan.share(1, 0, 1)))
-        targets = run.train.targets(run.plan.blocks(1))
-        arguments = (run.accelerator, run.objective, run.optimizer, batches, len(batches), targets, 1e-2, 1.0)
-        result = train_step(*arguments, (0, 1))
-        assert not result.taken and result.overflows == 4  # 16, 8, 4, 2, and given up at 1
-        assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
+        before = {name: tensor.clone() for name, tensor in run.state.model.state_dict().items()}
+        hook = run.state.model.lm_head.weight.register_hook(lambda gradient: gradient * float("nan"))
+        result = train_step(run.context, run.state, run.batches[1], 1e-2)
+        accumulator = run.context.accumulator
+        assert isinstance(accumulator, LossScaled)
+        assert not result.applied and accumulator.overflows == 4  # 16, 8, 4, 2, and given up at 1
+        assert all(torch.equal(tensor, before[name]) for name, tensor in run.state.model.state_dict().items())
         hook.remove()
-        assert train_step(*arguments, (0, 2)).taken
+        assert train_step(run.context, run.state, run.batches[2], 1e-2).applied
 
     def test_the_scale_is_kept_in_checkpoints(self, settings: Callable[..., list[str]], tmp_path: Path) -> None:
         _, run = self.step(settings, 2.0**30)
         _, other = self.step(settings, 2.0**10)
-        log = MetricsLog(run.accelerator, tmp_path / "metrics.jsonl", 0)
-        loop._secure(run, log, CheckpointManager(run.accelerator, run.folder.checkpoints, 1, True), 1)
-        other.found, _ = storage.newest(run.folder.checkpoints)
-        assert loop._resume(other) == 1
-        assert 2.0**10 < other.accelerator.scaler.get_scale() == run.accelerator.scaler.get_scale() < 2.0**30
+        content = {"step": 1, "loss_scale": run.context.accelerator.scaler.state_dict()}
+        manager = CheckpointManager(run.context.accelerator, tmp_path, 1, True)
+        manager.save_async(run.state.model, run.state.optimizer, content)
+        assert manager.wait() is None
+        found, _ = storage.newest(tmp_path)
+        assert found is not None
+        restore(other.context.accelerator, found, other.state.model, other.state.optimizer)
+        assert (
+            2.0**10
+            < other.context.accelerator.scaler.get_scale()
+            == run.context.accelerator.scaler.get_scale()
+            < 2.0**30
+        )
 
 
 def test_a_mask_depends_on_step_and_micro_batch_alone(settings: Callable[..., list[str]]) -> None:
     dropout = TINY_MODELS["gpt2"] | {"resid_pdrop": 0.3}
-    run = loop.set_up(config_from_arguments(settings(model__architecture=json.dumps(dropout))))
-    run.objective.train()
+    run = job.set_up(config_from_arguments(settings(model__architecture=json.dumps(dropout)))).run
+    run.context.objective.train()
 
     def loss(step: int, *before: int) -> float:
         torch.manual_seed(sum(before))  # whatever was drawn before
-        batches = list(loader(run.train, run.plan.share(0, 0, 1)))
-        count = run.train.targets(run.plan.blocks(0))
-        return train_step(run.accelerator, run.objective, run.optimizer, batches, 1, count, 0.0, None, (0, step)).loss
+        return train_step(run.context, run.state, replace(run.batches[0], index=step), 0.0).loss
 
     assert loss(5) == loss(5, 1, 2) and loss(5) != loss(6)
 
@@ -265,11 +283,10 @@ def test_a_step_without_a_target_has_no_loss_and_no_gradient(
     settings: Callable[..., list[str]], reproducible: str
 ) -> None:
     run = set_up(settings, "gpt2", run__reproducible=reproducible)
-    batches = [
-        batch._replace(targets=batch.targets * 0 + IGNORED) for batch in loader(run.train, run.plan.share(0, 0, 1))
-    ]
-    arguments = (run.accelerator, run.objective, run.optimizer, batches, len(batches), 0, 1e-2, 1.0, (0, 0), run.sums)
-    assert train_step(*arguments) == (0.0, 0.0, True, 0, False)
+    batch = run.batches[0]
+    nothing = [each._replace(targets=each.targets * 0 + IGNORED) for each in batch.micro_batches]
+    batch = replace(batch, micro_batches=nothing, targets=0)
+    assert train_step(run.context, run.state, batch, 1e-2) == (0.0, 0.0, True, False)
 
 
 def test_the_norm_of_large_gradients_is_float64s() -> None:
@@ -286,15 +303,13 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     settings: Callable[..., list[str]], poison: float
 ) -> None:
     run = set_up(settings, "gpt2")
-    batches = list(loader(run.train, run.plan.share(0, 0, 1)))
-    count = run.train.targets(run.plan.blocks(0))
-    handle = run.model.transformer.h[0].attn.c_attn.weight.register_hook(lambda gradient: gradient * poison)
-    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    result = train_step(run.accelerator, run.objective, run.optimizer, batches, 1, count, 0.1, 1.0, (0, 0))
+    handle = run.state.model.transformer.h[0].attn.c_attn.weight.register_hook(lambda gradient: gradient * poison)
+    before = {name: tensor.clone() for name, tensor in run.state.model.state_dict().items()}
+    result = train_step(run.context, run.state, run.batches[0], 0.1)
     handle.remove()
-    assert not result.taken
-    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
-    assert train_step(run.accelerator, run.objective, run.optimizer, batches, 1, count, 0.1, 1.0, (0, 1)).taken
+    assert not result.applied
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.state.model.state_dict().items())
+    assert train_step(run.context, run.state, run.batches[1], 0.1).applied
 
 
 def test_no_limit_leaves_gradients_as_they_are() -> None:

@@ -283,9 +283,8 @@ def inspect(arguments: list[str]) -> int:
 
     from train_loop import job
     from train_loop.analysis import inspection
-    from train_loop.analysis.replay import Replay
 
-    replay = Replay(Path(given.run), steps, lambda config: job.set_up(config).run)
+    replay = job.replay(Path(given.run), steps)
     if given.set:
         found = replay.instead(given.step, given.set)
     else:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from train_loop import versions
 from train_loop.analysis import batch_size, probe, truth_sheet
 from train_loop.analysis.probe import Probe
+from train_loop.analysis.replay import Replay
 from train_loop.analysis.samples import Samples
 from train_loop.analysis.step_statistics import StepStatistics
 from train_loop.checkpoint import pretrained, storage
@@ -342,6 +343,11 @@ def set_up(config: Config, heartbeat: Heartbeat | None = None, model: PreTrained
     run = Run(config, data, batches, validation, context, TrainState(unwrapped, adamw))
     _choose_compiled(run)
     return Setup(run, folder, found, damaged)
+
+
+def replay(folder: Path, steps: Sequence[int]) -> Replay:
+    """The steps of a run, to be taken again; see `Replay`."""
+    return Replay(folder, steps, lambda config: set_up(config).run)
 
 
 def _data(accelerator: Accelerator, config: Config, tokenizer: PreTrainedTokenizerFast | None = None) -> Prepared:

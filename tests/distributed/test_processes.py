@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 from tests.conftest import NO_DROPOUT, TINY_MODELS, arguments_for, events
 from tests.distributed.launch import ON_CPU, Outcome, processes, run, several
+from train_loop import job
 from train_loop.checkpoint import storage
 from train_loop.config.load import config_from_arguments
 from train_loop.data.loader import IGNORED, loader
-from train_loop.training import loop
+from train_loop.data.order import Plan, cut
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": TINY_MODELS["gpt2"],  # its dropout is 0.1
@@ -232,10 +233,10 @@ def test_the_gradient_is_that_of_a_plain_float64_reference(runs: Runs, world: st
     assert found is not None
     moments = storage.tensors(found, "optimizer")
     settings = ["--config", str(folder / "config.yaml"), "--run.output_dir", str(folder.with_name("reference"))]
-    mine = loop.set_up(config_from_arguments(settings))
-    double = type(mine.model)(mine.model.config).double()
-    double.load_state_dict(mine.model.state_dict())
-    (batch,) = loader(mine.train, type(mine.plan)(mine.plan.blocks_per_epoch, 6, 6, 0).share(0, 0, 1))
+    mine = job.set_up(config_from_arguments(settings)).run
+    double = type(mine.state.model)(mine.state.model.config).double()
+    double.load_state_dict(mine.state.model.state_dict())
+    (batch,) = loader(mine.batches.windows, cut(Plan(mine.batches.plan.blocks_per_epoch, 6, 6, 0).blocks(0), 6))
     logits = double(input_ids=batch.inputs, use_cache=False).logits
     real = batch.targets != IGNORED
     nll = -logits.log_softmax(-1).gather(2, batch.targets.clamp(min=0)[..., None])[..., 0][real]

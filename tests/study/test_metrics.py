@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from train_loop.metrics.log import MetricsLog, last_steps, read_events, read_past
+from train_loop.metrics.log import MetricsLog, find, last_steps, read_events
+from train_loop.training.loop import History
 
 STEPS = [1, 2, 3, 4, 5, 6]
 
@@ -41,10 +42,10 @@ def test_a_run_goes_on_with_what_was_up_to_its_step(file: Path, step: int, torn:
     log = MetricsLog(Accelerator(), file, step)
     kept = [line for each in STEPS if each <= step for line in lines(each)]
     assert read_events(file) == kept and (not kept or file.read_text().endswith("\n"))
-    assert log.evaluations == [line for line in kept if line["event"] == "evaluation"]
-    assert log.skipped == [0, 0, 1, 0, 1, 2, 3][min(step, 6)]
-    assert log.samples == (2 if step in (2, 4, 6) else 0)
-    log.write("step", step + 1, loss=1.0)
+    assert log.past.evaluations == [line for line in kept if line["event"] == "evaluation"]
+    assert log.past.skipped == [0, 0, 1, 0, 1, 2, 3][min(step, 6)]
+    assert log.past.samples == (2 if step in (2, 4, 6) else 0)
+    log.write({"event": "step", "step": step + 1, "loss": 1.0})
     log.close()
     assert read_events(file) == [*kept, {"event": "step", "step": step + 1, "loss": 1.0}]
     assert [each["step"] for each in last_steps(file, 3)] == [*range(1, min(step, 6) + 1), step + 1][-3:]
@@ -57,7 +58,8 @@ def test_lines_that_something_else_has_written_are_read_as_well(file: Path) -> N
     log.close()
     assert [line["step"] for line in read_events(file)] == [1, 2, 2, 2, 2, 3, 4, 4, 4, 4]
     assert [line["step"] for line in last_steps(file, 3)] == [2, 3, 4]
-    assert log.best is not None and log.best["step"] == 4 and log.skipped == 1
+    best = History(log.past.evaluations).best
+    assert best is not None and best["step"] == 4 and log.past.skipped == 1
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 def test_only_the_last_steps_are_parsed(file: Path, parsed: list[bytes]) -> None:
-    assert read_past(file, 6, {"evaluation"}).skipped == 3
+    assert find(file, 6, {"evaluation"}).skipped == 3
     assert len(parsed) == 3 + 6 + 1 + 3  # back to the third step, and each evaluation
 
 
@@ -80,12 +82,12 @@ def test_of_what_was_watched_only_the_end_and_the_probes_are_parsed(tmp_path: Pa
     events = [{"event": name, "step": step} for step, name in enumerate(names, 1)]
     written = [json.dumps(event) + "\n" for event in events]
     path.write_text("".join(written))
-    assert read_past(path, 3, {"probe"}) == ([events[1]], 0, len("".join(written[:3])))
+    assert find(path, 3, {"probe"}) == ([events[1]], 0, len("".join(written[:3])))
     assert len(parsed) == 3 + 1  # the last one, the last two that are kept, the probe
 
 
 def test_there_is_nothing_before_the_first_step(tmp_path: Path) -> None:
     log = MetricsLog(Accelerator(), tmp_path / "metrics.jsonl", 0)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
-    assert (log.evaluations, log.samples, log.skipped, log.probed, log.best) == ([], 0, 0, 0, None)
+    assert log.past == ([], 0, 0, 0) and History(log.past.evaluations).best is None
     log.close()

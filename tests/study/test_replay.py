@@ -13,8 +13,8 @@ import pytest
 
 from tests.conftest import Command, arguments_for, events
 from tests.distributed.launch import several
+from train_loop import job
 from train_loop.analysis import inspection
-from train_loop.analysis.replay import Replay
 from train_loop.config.load import config_from_arguments
 from train_loop.data import preparation
 
@@ -70,7 +70,7 @@ def test_ten_random_steps_have_the_logged_losses_to_the_bit(run: Path) -> None:
         "step-00000100",
     }
     drawn = random.Random(0).sample(range(1, len(steps) + 1), 10)
-    replay = Replay(run, drawn)
+    replay = job.replay(run, drawn)
     assert {(step - 1) // 50 for step in drawn} >= {0, 1, 2}
     for step in drawn:  # in no order, so that some go back
         found, logged = replay.step(step), steps[step - 1]
@@ -119,7 +119,9 @@ def test_a_table_for_people(command: Command, run: Path, monkeypatch: pytest.Mon
     # Every escape is one of ours: what the text has of them is shown by its code.
     for piece in coloured.split("\x1b")[1:]:
         assert piece.startswith(("[48;5;", "[0m"))
-    assert "\\u001b" in "".join(inspection.lines([Replay(run, [step]).step(step)], colour=True) for step in (1, 2, 3))
+    assert "\\u001b" in "".join(
+        inspection.lines([job.replay(run, [step]).step(step)], colour=True) for step in (1, 2, 3)
+    )
 
 
 def test_two_steps_beside_each_other(command: Command, run: Path) -> None:
@@ -175,7 +177,7 @@ class _Page(HTMLParser):
 
 
 def test_hostile_text_stays_text_on_a_page(command: Command, run: Path, tmp_path: Path) -> None:
-    replay = Replay(run, [])
+    replay = job.replay(run, [])
     whole = "<script>alert(1)</script>"
     step = next(
         step

@@ -12,19 +12,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.conftest import TINY_MODELS, Command, events
 from train_loop import devices
 from train_loop.metrics import throughput
-from train_loop.metrics.throughput import MEASURED, STEP_PARTS, Stopwatch
+from train_loop.metrics.throughput import MEASURED, STEP_PARTS, Span
 
 
 def test_each_part_gets_its_own_time() -> None:
-    watch = Stopwatch(torch.device("cpu"))
-    time.sleep(0.02)
-    watch.begin()
-    for part, seconds in (("data", 0.01), ("forward", 0.03), ("backward", 0.0), ("forward", 0.03)):
-        time.sleep(seconds)
-        watch.lap(part)
-    parts = watch.read()
+    spans = {part: Span(part, torch.device("cpu")) for part in (*STEP_PARTS, "step")}
+    with spans["step"]:
+        for part, seconds in (("data", 0.01), ("forward", 0.03), ("backward", 0.0), ("forward", 0.03)):
+            with spans[part]:
+                time.sleep(seconds)
+    parts = {part: span.take_host() / 1e9 for part, span in spans.items()}
     assert 0.01 <= parts["data"] < 0.03 and 0.06 <= parts["forward"] < 0.08 and parts["backward"] < 0.01
-    assert sum(watch.read().values()) == 0
+    assert sum(parts[part] for part in STEP_PARTS) <= parts["step"] < 0.1
+    assert sum(span.take_host() for span in spans.values()) == 0
 
 
 def test_on_a_gpu_what_has_not_ended_is_told_later(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,11 +32,8 @@ def test_on_a_gpu_what_has_not_ended_is_told_later(monkeypatch: pytest.MonkeyPat
         clock = 0.0
 
         def __init__(self) -> None:
-            self.at, self.ended = 0.0, True
-
-        def record(self) -> None:
             Event.clock += 10
-            self.at = Event.clock
+            self.at, self.ended = Event.clock, True
 
         def query(self) -> bool:
             return self.ended
@@ -44,24 +41,22 @@ def test_on_a_gpu_what_has_not_ended_is_told_later(monkeypatch: pytest.MonkeyPat
         def elapsed_time(self, end: "Event") -> float:
             return end.at - self.at
 
-    def event(device: torch.device) -> Event:
-        made = Event()
-        made.record()
-        return made
-
     monkeypatch.setattr(devices, "has_events", lambda device: True)
-    monkeypatch.setattr(devices, "event", event)
-    watch = Stopwatch(torch.device("cuda"))
-    watch.begin()
-    watch.lap("forward")
-    watch.lap("optimizer")
-    end = watch._ends[-1][1]
+    monkeypatch.setattr(devices, "event", lambda device: Event())
+    span = Span("optimizer", torch.device("cuda"))
+    with span:
+        pass
+    with span:
+        pass
+    end = span._events[-1][1]
     end.ended = False
-    assert watch.read() == dict.fromkeys(STEP_PARTS, 0.0) | {"forward": 0.01}
-    watch.begin()
-    watch.lap("forward")
+    assert span.take_device(0) == 10_000_000  # the first of the two, in nanoseconds
+    with span:
+        pass
+    assert span.take_device(0) == 0  # in their order
     end.ended = True
-    assert watch.read() == dict.fromkeys(STEP_PARTS, 0.0) | {"forward": 0.01, "optimizer": 0.01}
+    assert span.take_device(0) == 20_000_000
+    assert Span("step", torch.device("cuda")).take_device(7) == 7  # which only the host measures
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

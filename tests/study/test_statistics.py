@@ -13,17 +13,20 @@ import torch
 from torch import nn
 
 from tests.conftest import NO_DROPOUT, TINY_MODELS, Command, events
+from train_loop import job
 from train_loop.analysis import step_statistics
+from train_loop.analysis.step_statistics import StepStatistics
 from train_loop.checkpoint import storage
 from train_loop.config.load import config_from_arguments
 from train_loop.data import preparation
 from train_loop.data.loader import IGNORED, loader
+from train_loop.data.order import cut
 from train_loop.data.tokenizer import strings
 from train_loop.data.tokenizer import train as train_tokenizer
 from train_loop.metrics.throughput import MEASURED
 from train_loop.models.parameters import tensors_once
-from train_loop.training import loop
 from train_loop.training.schedule import learning_rate
+from train_loop.training.state import Run
 from train_loop.training.step import train_step
 
 Settings = Callable[..., list[str]]
@@ -46,39 +49,32 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return storage.tensors(found) | storage.tensors(found, "optimizer")
 
 
-def watched(arguments: list[str], steps: int) -> tuple[loop.Run, list[nn.Module], list[dict[str, Any]]]:
+def watched(arguments: list[str], steps: int) -> tuple[Run, list[nn.Module], list[dict[str, Any]]]:
     """A run's first steps, each watched; a float64 copy of the model before each, and after the last."""
-    run = loop.set_up(config_from_arguments([*arguments, "--study.every", "1"]))
-    run.objective.train()
+    run = job.set_up(config_from_arguments([*arguments, "--study.every", "1"])).run
+    run.context.objective.train()
     settings, copies, found = run.config, [], []
+    seen: list[dict[str, Any]] = []
+    watch = StepStatistics(run, 1, lambda event, step, values: seen.append(values))
     for step in range(steps):
         copies.append(copy_of(run))
-        assert run.watch is not None
-        run.watch.before(step)
-        result = train_step(
-            run.accelerator,
-            run.objective,
-            run.optimizer,
-            list(loader(run.train, run.plan.share(step, 0, 1))),
-            count=len(run.plan.micro_batches(step)),
-            targets=run.train.targets(run.plan.blocks(step)),
-            learning_rate=learning_rate(step, run.total_steps, settings.optimizer.learning_rate, settings.schedule),
-            max_grad_norm=settings.optimizer.max_grad_norm,
-            seed=(settings.run.seed, step),
-            sums=run.sums,
-        )
-        values = run.watch.after(step, result)
-        assert values is not None and result.taken
+        batch = run.batches[step]
+        watch.before_step(run.state, batch)
+        rate = learning_rate(step, run.batches.total_steps, settings.optimizer.learning_rate, settings.schedule)
+        result = train_step(run.context, run.state, batch, rate)
+        watch.after_step(run.state, {"grad_norm": result.grad_norm})
+        assert result.applied
+        values = seen.pop()
         found.append(values | {"loss": result.loss, "norm": result.grad_norm})
     copies.append(copy_of(run))
     return run, copies, found
 
 
-def copy_of(run: loop.Run) -> nn.Module:
-    model_config = type(run.model.config).from_dict(run.model.config.to_dict())
+def copy_of(run: Run) -> nn.Module:
+    model_config = type(run.state.model.config).from_dict(run.state.model.config.to_dict())
     model_config._attn_implementation = "eager"
-    copy = type(run.model)(model_config).double()
-    copy.load_state_dict(run.model.state_dict())
+    copy = type(run.state.model)(model_config).double()
+    copy.load_state_dict(run.state.model.state_dict())
     return copy.eval()
 
 
@@ -100,8 +96,8 @@ def test_statistics_are_those_of_a_plain_recomputation(settings: Settings, name:
     arguments = settings(model__architecture=json.dumps(architecture), **batch, **changes)
     run, copies, found = watched(arguments, 3)
     betas, eps, decay = run.config.optimizer.betas, run.config.optimizer.eps, run.config.optimizer.weight_decay
-    decayed = {id(each) for each in run.optimizer.param_groups[0]["params"]}
-    tensors = tensors_once(run.model)
+    decayed = {id(each) for each in run.state.optimizer.param_groups[0]["params"]}
+    tensors = tensors_once(run.state.model)
     decays = {key: decay if id(tensors[key]) in decayed else 0.0 for key in found[0]["parameters"]}
     first = {key: torch.zeros_like(copies[0].get_parameter(key)) for key in decays}
     second = {key: torch.zeros_like(copies[0].get_parameter(key)) for key in decays}
@@ -115,7 +111,7 @@ def test_statistics_are_those_of_a_plain_recomputation(settings: Settings, name:
         gradients = {key: parameter.grad for key, parameter in parameters.items() if parameter.grad is not None}
         norm = math.sqrt(sum(float(each.square().sum()) for each in gradients.values()))
         close(values["norm"], norm)
-        rate = learning_rate(step, run.total_steps, run.config.optimizer.learning_rate, run.config.schedule)
+        rate = learning_rate(step, run.batches.total_steps, run.config.optimizer.learning_rate, run.config.schedule)
         updates = {}
         for key, gradient in gradients.items():
             clipped = gradient * min(1.0, 0.5 / (norm + 1e-6))
@@ -173,7 +169,7 @@ def test_statistics_are_those_of_a_plain_recomputation(settings: Settings, name:
     assert [each["clipped_share"] for each in found] == clipped  # every step is watched
 
 
-def plain_forward(copy: nn.Module, run: loop.Run, step: int) -> dict[str, Any]:
+def plain_forward(copy: nn.Module, run: Run, step: int) -> dict[str, Any]:
     """Of the targets of a step's windows, one after the other: logits, nll, layers' outputs, ..., in float64."""
     layers = copy.transformer.h if hasattr(copy, "transformer") else copy.model.layers  # type: ignore[union-attr]
     found: dict[str, Any] = {"outputs": [[], []], "units": [[], []]}
@@ -188,8 +184,10 @@ def plain_forward(copy: nn.Module, run: loop.Run, step: int) -> dict[str, Any]:
                     )
                 )
             )
-    whole = type(run.plan)(run.plan.blocks_per_epoch, run.plan.sequences_per_step, 8, run.plan.seed)
-    (batch,) = loader(run.train, whole.share(step, 0, 1))
+    whole = type(run.batches.plan)(
+        run.batches.plan.blocks_per_epoch, run.batches.plan.sequences_per_step, 8, run.batches.plan.seed
+    )
+    (batch,) = loader(run.batches.windows, cut(whole.blocks(step), 8))
     real = batch.targets != IGNORED
     assert run.config.data.isolate_documents or bool(real.all())
     arguments = {} if batch.positions is None else {"position_ids": batch.positions}
@@ -208,10 +206,10 @@ def plain_forward(copy: nn.Module, run: loop.Run, step: int) -> dict[str, Any]:
     return found
 
 
-def noise_is_plain(copy: nn.Module, run: loop.Run, step: int, values: dict[str, Any], norm: float) -> None:
+def noise_is_plain(copy: nn.Module, run: Run, step: int, values: dict[str, Any], norm: float) -> None:
     """The equations of McCandlish et al. hold for the gradients of the micro-batches' own mean losses."""
     squares, sizes = [], []
-    for batch in loader(run.train, run.plan.share(step, 0, 1)):
+    for batch in run.batches[step].micro_batches:
         copy.zero_grad()
         arguments = {} if batch.positions is None else {"position_ids": batch.positions}
         logits = copy(input_ids=batch.inputs, use_cache=False, **arguments).logits

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from tests.conftest import TINY_MODELS, Command, events
+from train_loop import job
 from train_loop.analysis import truth_sheet
 from train_loop.config.load import config_from_arguments
 from train_loop.errors import InputError
 from train_loop.models import building
-from train_loop.training import loop, objective, optimizer
+from train_loop.training import objective, optimizer
 
 SHAPES = TINY_MODELS | {"llama-tied": TINY_MODELS["llama"] | {"tie_word_embeddings": True}}
 Settings = Callable[..., list[str]]
@@ -36,7 +37,7 @@ def test_a_sheet_says_what_is(command: Command, settings: Settings, tmp_path: Pa
     assert sheet["processes"]["asked"] == sheet["processes"]["present"] == len(sheet["processes"]["each"]) == 1
     assert sheet["processes"]["each"][0]["device"] == "cpu"
     precision = sheet["precision"]
-    built = loop.set_up(config_from_arguments([*arguments, "--run.output_dir", str(tmp_path / "other")])).model
+    built = job.set_up(config_from_arguments([*arguments, "--run.output_dir", str(tmp_path / "other")])).run.state.model
     tensors = len(list(built.parameters()))
     assert precision["compute"] == "float32" and precision["moments"] == {"float32": 2 * tensors}
     assert precision["parameters"] == precision["gradients"] == {"float32": tensors}
@@ -66,13 +67,15 @@ def test_a_sheet_says_what_is(command: Command, settings: Settings, tmp_path: Pa
 
 
 def test_measuring_changes_nothing(settings: Settings, tmp_path: Path) -> None:
-    run = loop.set_up(config_from_arguments(settings()))
+    run = job.set_up(config_from_arguments(settings())).run
 
     def state() -> list[Any]:
-        weights = [hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in run.model.state_dict().values()]
-        rates = [group["lr"] for group in run.optimizer.optimizer.param_groups]
-        gradients = [parameter.grad for parameter in run.model.parameters()]
-        return [weights, rates, gradients, dict(run.optimizer.optimizer.state), run.objective.training]
+        weights = [
+            hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in run.state.model.state_dict().values()
+        ]
+        rates = [group["lr"] for group in run.state.optimizer.param_groups]
+        gradients = [parameter.grad for parameter in run.state.model.parameters()]
+        return [weights, rates, gradients, dict(run.state.optimizer.state), run.context.objective.training]
 
     before = state()
     truth_sheet.measure(run)
@@ -111,7 +114,7 @@ def change(*path: str | int, to: object) -> Callable[[dict[str, Any]], None]:
     ],
 )
 def test_a_contradiction_stops(settings: Settings, contradiction: Callable[[Any], None], expected: str) -> None:
-    sheet = truth_sheet.measure(loop.set_up(config_from_arguments(settings())))
+    sheet = truth_sheet.measure(job.set_up(config_from_arguments(settings())).run)
     truth_sheet.check(sheet)
     changed = copy.deepcopy(sheet)
     contradiction(changed)

@@ -38,7 +38,7 @@ _LONG_ENOUGH = 1e-3  # seconds, beside which starting it takes no time
 _SECONDS = 0.1  # for timing products
 
 
-class _Span:
+class Span:
     """Adds up the time between entering and leaving it: the host's, and that of a device which has a queue of work."""
 
     def __init__(self, part: str, device: torch.device) -> None:
@@ -101,9 +101,9 @@ class Throughput:
         self._parallel = objective if isinstance(objective, DistributedDataParallel) else None
         if self._parallel is not None:
             self._parallel._set_ddp_runtime_logging_sample_rate(1)
-        self._spans = {part: _Span(part, accelerator.device) for part in (*STEP_PARTS, "step")}
+        self._spans = {part: Span(part, accelerator.device) for part in (*STEP_PARTS, "step")}
 
-    def __call__(self, part: str) -> "_Span":
+    def __call__(self, part: str) -> "Span":
         """A context whose time is added to a part's."""
         return self._spans[part]
 
