@@ -17,9 +17,9 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from train_loop.config.sampling import Sampling
 from train_loop.errors import InputError
 from train_loop.generation import logits_processors
-from train_loop.generation.params import Sampling
 
 VOCABULARY = 50
 
@@ -113,7 +113,7 @@ def test_choosing_draws_from_transformers_chain(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p)
     reached = chain(None, given_).double().softmax(-1).cumsum(-1)  # type: ignore[arg-type]
     for number in (0.0, 0.1, 0.5, 0.9, 1 - 2**-53):
-        found = sampling.choose(given_, torch.full((4,), number, dtype=torch.float64))
+        found = logits_processors.choose(sampling, given_, torch.full((4,), number, dtype=torch.float64))
         upper = reached.gather(1, found[:, None])[:, 0]
         lower = torch.where(found > 0, reached.gather(1, (found - 1).clamp(min=0)[:, None])[:, 0], 0.0)
         # Of equally likely tokens, one sort may keep another one than another sort: allowed where there are ties.
@@ -130,7 +130,7 @@ def test_draws_follow_the_distribution() -> None:
     expected = torch.where(expected >= expected.topk(7).values[-1], expected, 0.0)
     expected *= 100_000 / expected.sum()
     for sampling in (Sampling(temperature=1.3, top_k=7, top_p=1.0), Sampling(temperature=1.3, top_k=0, top_p=0.997)):
-        chosen = sampling.choose(one.expand(100_000, -1), uniforms)
+        chosen = logits_processors.choose(sampling, one.expand(100_000, -1), uniforms)
         counts = torch.bincount(chosen, minlength=10).double()
         real = expected > 0
         assert counts[~real].sum() == 0
@@ -139,7 +139,7 @@ def test_draws_follow_the_distribution() -> None:
 
 def test_ties_with_the_last_one_of_top_k_can_be_drawn() -> None:
     uniforms = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
-    drawn = Sampling(top_k=5, top_p=1.0).choose(torch.zeros(3, VOCABULARY), uniforms)
+    drawn = logits_processors.choose(Sampling(top_k=5, top_p=1.0), torch.zeros(3, VOCABULARY), uniforms)
     assert drawn.tolist() == [0, VOCABULARY // 2, VOCABULARY - 1]
 
 

@@ -11,11 +11,11 @@ from tests.test_cpu import needs_products
 from tests.test_model import configured
 from tests.test_objective import PATHS
 from train_loop import compat
+from train_loop.config.sampling import Sampling
 from train_loop.data import tokenizer
 from train_loop.errors import InputError
 from train_loop.generation.decoding import Generated, generate, slid_out
 from train_loop.generation.kv_cache import Decoder, StaticDecoder, takes_positions
-from train_loop.generation.params import Sampling
 from train_loop.models import building
 from train_loop.ops.packed_linear import pack
 

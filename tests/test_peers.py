@@ -19,21 +19,21 @@ from tests.distributed import launch
 from tests.distributed.launch import ON_CPU, ROOT, environment, free_port, processes, several
 from train_loop.config.load import shared_settings
 from train_loop.config.schema import Config
-from train_loop.distributed import heartbeat, host_check
+from train_loop.distributed import host_check, preflight
 
 Settings = Callable[..., list[str]]
 
 
 def reports(**changes: Any) -> list[dict[str, Any]]:
     """What three processes on two hosts say; the last one says something else."""
-    made = [heartbeat.report(shared_settings(Config())) | {"host": host} for host in ("alpha", "alpha", "beta")]
+    made = [preflight.report(shared_settings(Config())) | {"host": host} for host in ("alpha", "alpha", "beta")]
     for kind, values in changes.items():
         made[2][kind] = made[2][kind] | values
     return made
 
 
 def test_processes_that_agree_have_no_difference() -> None:
-    assert heartbeat.difference(reports()) is None
+    assert preflight.difference(reports()) is None
     assert {"torch", "accelerate", "transformers", "python"} <= reports()[0]["versions"].keys()
 
 
@@ -49,7 +49,7 @@ def test_processes_that_agree_have_no_difference() -> None:
     ],
 )
 def test_a_difference_is_named_with_both_sides(changes: dict[str, Any], expected: str) -> None:
-    found = heartbeat.difference(reports(**changes))
+    found = preflight.difference(reports(**changes))
     assert found is not None and expected in found and "on process 2 (beta); " in found
 
 

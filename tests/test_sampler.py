@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from tests.conftest import Command
 from train_loop.checkpoint import pretrained, storage
+from train_loop.config.sampling import Sampling
 from train_loop.data import tokenizer
 from train_loop.errors import InputError
 from train_loop.generation import sampler
-from train_loop.generation.params import Sampling
 from train_loop.generation.prompts import converse
 from train_loop.generation.sampler import Sampler, Text
 from train_loop.models import building

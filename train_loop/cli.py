@@ -10,12 +10,13 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from train_loop import __version__, versions
+from train_loop import versions
 from train_loop.config.load import config_from_arguments
-from train_loop.config.parsing import help_text
+from train_loop.config.parsing import documented, help_text
+from train_loop.config.sampling import Sampling
 from train_loop.config.schema import Config
 from train_loop.errors import (
     EXIT_BAD_INPUT,
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(_overview())
             return EXIT_DONE if given else EXIT_BAD_INPUT
         if given[0] == "--version":
-            print(f"train-loop {__version__}")
+            print(f"train-loop {versions.__version__}")
             return EXIT_DONE
         if given[0] not in COMMANDS:
             raise InputError(f"no command {given[0]}; commands: {', '.join(COMMANDS)}")
@@ -197,22 +198,10 @@ def sample(arguments: list[str]) -> int:
     option("--prompt", action="append", default=[], help="text to continue; may be repeated")
     option("--prompts", metavar="FILE", help="a prompt a line, or in .jsonl each line's prompt; - is standard input")
     option("--interactive", action="store_true", help="ask for prompts")
-    option("--max_new_tokens", type=int, default=100, help="tokens to add at most (100)")
-    option("--min_new_tokens", type=int, default=0, help="tokens before a token may end the text (0)")
-    option("--temperature", type=float, default=1.0, help="0 always takes the likeliest token (1.0)")
-    option("--top_k", type=int, default=50, help="keep the k likeliest tokens; 0 keeps all (50)")
-    option("--top_p", type=float, default=0.95, help="keep the nucleus of probability p; 1 is all (0.95)")
-    option("--min_p", type=float, default=0.0, help="keep tokens at least p times as likely as the likeliest (0)")
-    option("--typical_p", type=float, default=1.0, help="keep the most typical tokens of this probability (1: all)")
-    option("--repetition_penalty", type=float, default=1.0, help="above 1, make tokens of the text less likely (1)")
-    option("--banned_tokens", type=int, nargs="+", default=[], metavar="ID", help="tokens that are never drawn")
-    option("--stop_tokens", type=int, nargs="+", default=[], metavar="ID", help="tokens that end a text")
-    option("--stop", action="append", default=[], metavar="TEXT", help="string that ends a text; may be repeated")
-    option("--samples", type=int, default=1, help="continuations of each prompt (1)")
-    option("--seed", type=int, default=0, help="of the draws (0)")
+    for name, described in _sampling_options():
+        option(name, **described)
     option("--batch_size", type=int, default=8, help="texts that grow together; makes no difference to them (8)")
     option("--json", action="store_true", help="print one JSON object a prompt")
-    option("--log_probabilities", action="store_true", help="with --json: each token's, under the model, unfiltered")
     given = parser.parse_args(arguments)
     if given.interactive and (given.prompt or given.prompts or given.json):
         raise InputError("--interactive asks for prompts and shows texts: leave out --prompt, --prompts and --json")
@@ -225,7 +214,6 @@ def sample(arguments: list[str]) -> int:
     prompts = [] if given.interactive else read_prompts(given.prompt, given.prompts)
     _ready_libraries()
     from train_loop.generation import sampler
-    from train_loop.generation.params import Sampling
 
     settings: dict[str, Any] = {}
     for each in dataclasses.fields(Sampling):
@@ -255,6 +243,21 @@ def sample(arguments: list[str]) -> int:
     else:
         continue_(prompts)
     return EXIT_DONE
+
+
+def _sampling_options() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The options that `Sampling` describes, with its defaults."""
+    _, meanings = documented(Sampling)
+    for each in dataclasses.fields(Sampling):
+        meaning = meanings[each.name].rstrip(".")
+        settings: dict[str, Any] = {"default": each.default, "help": f"{meaning} ({each.default})", "type": each.type}
+        if each.type is bool:
+            settings = {"action": "store_true", "help": meaning}
+        elif each.type == tuple[str, ...]:
+            settings = {"action": "append", "metavar": "TEXT", "default": [], "help": meaning}
+        elif each.type == tuple[int, ...]:
+            settings = {"type": int, "nargs": "+", "metavar": "ID", "default": [], "help": meaning}
+        yield f"--{each.name}", settings
 
 
 def inspect(arguments: list[str]) -> int:

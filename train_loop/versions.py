@@ -6,8 +6,9 @@ Nothing here imports a library, so that a version that cannot even be imported g
 import re
 from types import ModuleType
 
-from train_loop import __version__
 from train_loop.errors import InputError, one_line
+
+__version__ = "0.2.0.dev0"
 
 WORK: dict[str, tuple[str, str]] = {
     "torch": ("2.9", "2.15.0"),

@@ -27,9 +27,9 @@ def main() -> None:
     from accelerate import PartialState
     from transformers import AutoModelForCausalLM, GPT2Config, logging
 
+    from train_loop.config.sampling import Sampling
     from train_loop.generation.decoding import generate
     from train_loop.generation.kv_cache import Decoder, Feed, StaticDecoder, recorder
-    from train_loop.generation.params import Sampling
     from train_loop.ops.packed_linear import pack
 
     logging.set_verbosity_error()

@@ -83,8 +83,8 @@ class Compared(_WithModel):
     """Greedy tokens of one model, made in several ways."""
 
     def _sampled(self, feed: Any) -> list[list[int]]:
+        from train_loop.config.sampling import Sampling
         from train_loop.generation.decoding import generate
-        from train_loop.generation.params import Sampling
 
         prompts = [tokens(1, length, length)[0].tolist() for length in _LENGTHS]
         return [each.tokens for each in generate(feed, prompts, Sampling(self._new_tokens, temperature=0), None)]
@@ -138,9 +138,9 @@ class Timed(_WithModel):
 
     def rates(self, batch: int, ends: float) -> Finding:
         """Tokens per second of each way, which take turns for as many rounds as there is time."""
+        from train_loop.config.sampling import Sampling
         from train_loop.devices import synchronize
         from train_loop.generation.decoding import generate
-        from train_loop.generation.params import Sampling
 
         if not self._feeds:
             self._feeds = self.feeds()

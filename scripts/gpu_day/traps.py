@@ -225,9 +225,9 @@ def gradients_in_one_block() -> Finding:
 
 def other_weights(family: str) -> Finding:
     """Sample, load other weights into the same model, sample, take a fresh model, sample: as the growing cache does."""
+    from train_loop.config.sampling import Sampling
     from train_loop.generation.decoding import generate
     from train_loop.generation.kv_cache import Decoder, StaticDecoder
-    from train_loop.generation.params import Sampling
 
     model, others = tiny(family), tiny(family, seed=1)
     if not StaticDecoder.fits(model):

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+from train_loop.config.sampling import Sampling
 from train_loop.console import say
 from train_loop.distributed.agreement import StopPoll
 from train_loop.distributed.collectives import unsharded
-from train_loop.generation.params import Sampling
 from train_loop.generation.sampler import Sampler
 from train_loop.models.building import without_compile
 from train_loop.training.state import Observer, Run, TrainState

@@ -1,11 +1,12 @@
-"""From a YAML file and a command line to a checked `Config`, and back; which settings a resumed run may change.
+"""From a YAML file and a command line (or a script) to a checked `Config`, and back.
 
 config_from_arguments(["--config", "file.yaml", "--optimizer.learning_rate", "3e-4"])  ->  Config
+load_config("file.yaml", {"optimizer.learning_rate": 3e-4})                           ->  the same
 """
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import yaml
 from train_loop.config.parsing import fill, key_of, override, read_yaml, split_arguments
 from train_loop.config.schema import Config
 from train_loop.errors import InputError
+
+ONE_MODEL = "model: give exactly one of model.name_or_path and model.architecture"
 
 # Settings that do not change what a run computes. A run may be continued with other values of these; any other
 # difference means that the folder belongs to a different run.
@@ -45,11 +48,39 @@ def config_from_arguments(arguments: Sequence[str]) -> Config:
         InputError: for a missing file, an unknown key, a wrong type, or settings that contradict each other.
     """
     path, overrides = split_arguments(arguments)
-    config = Config()
-    if path:
-        fill(config, read_yaml(path), f"{path}: ")
+    config = Config() if path is None else _read(path)
     for key, text in overrides:
         override(config, key, text)
+    if config.model.name_or_path is None and config.model.architecture is None:  # a script may bring its own
+        raise InputError(ONE_MODEL)
+    return _completed(config, path)
+
+
+def load_config(file: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The settings of a YAML file, changed by dotted keys and values; the defaults without a file.
+
+    Args:
+        file: as `train-loop train --config` takes it.
+        overrides: such as {"optimizer.learning_rate": 3e-4, "train.epochs": 1}; values are Python's or YAML's.
+
+    Raises:
+        InputError: for a missing file, an unknown key, a wrong type, or settings that contradict each other.
+    """
+    path = None if file is None else os.fspath(file)
+    config = Config() if path is None else _read(path)
+    for key, value in (overrides or {}).items():
+        section, _, name = key.partition(".")
+        fill(config, {section: {name: list(value) if isinstance(value, tuple) else value} if name else value}, "")
+    return _completed(config, path)
+
+
+def _read(path: str) -> Config:
+    config = Config()
+    fill(config, read_yaml(path), f"{path}: ")
+    return config
+
+
+def _completed(config: Config, path: str | None) -> Config:
     if config.run.output_dir is None:
         config.run.output_dir = str(Path("runs") / (Path(path).stem if path else "train"))
     check_config(config)
@@ -63,8 +94,8 @@ def check_config(config: Config) -> None:
         InputError: naming the keys and what would do.
     """
     model, tokenizer, data, batch = config.model, config.tokenizer, config.data, config.batch
-    if (model.name_or_path is None) == (model.architecture is None):
-        raise InputError("model: give exactly one of model.name_or_path and model.architecture")
+    if model.name_or_path is not None and model.architecture is not None:
+        raise InputError(ONE_MODEL)
     if model.architecture is not None and "model_type" not in model.architecture:
         raise InputError("model.architecture: model_type is missing, e.g. {model_type: gpt2, n_layer: 4}")
     if tokenizer.name_or_path is not None and tokenizer.train_vocab_size is not None:

@@ -235,17 +235,23 @@ def describe(kind: Any) -> str:
     return names.get(kind, "a mapping")
 
 
+def documented(cls: Any) -> tuple[str, dict[str, str]]:
+    """What a dataclass's docstring says of it, and of each of its fields, by name."""
+    summary, _, described = (inspect.getdoc(cls) or "").partition("Args:")  # unindented, as from Python 3.13 on
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", described, re.MULTILINE)
+    return " ".join(summary.split()), {name: " ".join(meaning.split()) for name, meaning in found}
+
+
 def help_text(cls: Any) -> str:
     """Every setting with its type, default and meaning, from the dataclasses and their docstrings."""
     lines = []
     for section in dataclasses.fields(cls):
         kind: Any = section.type
-        summary, _, described = (inspect.getdoc(kind) or "").partition("Args:")  # unindented, as from Python 3.13 on
-        meanings = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", described, re.MULTILINE))
-        lines.append(f"\n{section.name}: {' '.join(summary.split())}")
+        summary, meanings = documented(kind)
+        lines.append(f"\n{section.name}: {summary}")
         for each in dataclasses.fields(kind):
             default = getattr(kind(), each.name)
             shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
             lines.append(f"  --{section.name}.{key_of(each.name)}  ({describe(each.type)}; default {shown})")
-            lines.append(f"      {' '.join(meanings[key_of(each.name)].split())}")
+            lines.append(f"      {meanings[key_of(each.name)]}")
     return "\n".join(lines)

@@ -71,7 +71,12 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, sh
     stores = cache_dir(config) / "stores"
     folder = stores / key_hash(key | {"tokenizer": {"train_vocab_size": vocab_size}})
     if tokenizer is None and vocab_size is None:
-        tokenizer = tokenizers.load(config.tokenizer.name_or_path or config.model.name_or_path or "")
+        name = config.tokenizer.name_or_path or config.model.name_or_path
+        if name is None:
+            raise InputError(
+                "tokenizer: name one with tokenizer.name_or_path, or train one: tokenizer.train_vocab_size"
+            )
+        tokenizer = tokenizers.load(name)
     if tokenizer is not None:
         made_with = tokenizers.fingerprint(tokenizer)
         if _made_with(folder) != made_with:

@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 from train_loop.checkpoint import storage
 from train_loop.checkpoint.restore import restore
 from train_loop.checkpoint.run_folder import RunFolder
+from train_loop.config.sampling import Sampling
 from train_loop.console import say
 from train_loop.distributed.agreement import StopPoll, any_rank_stopping
 from train_loop.distributed.collectives import broadcast_from_main, run_on_all_ranks, unsharded
@@ -14,7 +15,6 @@ from train_loop.errors import TrainingError, one_line
 from train_loop.export import model_folder, verify
 from train_loop.generation.decoding import generate
 from train_loop.generation.kv_cache import Decoder
-from train_loop.generation.params import Sampling
 from train_loop.models.building import without_compile
 from train_loop.training.evaluation import measure
 from train_loop.training.state import Run

@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
+from train_loop.config.sampling import Sampling
 from train_loop.errors import InputError
 from train_loop.generation import logits_processors
 from train_loop.generation.kv_cache import Feed
-from train_loop.generation.params import Sampling
 from train_loop.models.building import context_length
 from train_loop.rng import key, uniform
 
@@ -198,7 +198,7 @@ class _Choice:
         if len(banned):
             filtered = logits_processors.ban(filtered, banned)
         uniforms = [row.uniform() if sampling.temperature else 0.0 for row in rows]
-        tokens = sampling.choose(filtered, torch.tensor(uniforms, dtype=torch.float64))
+        tokens = logits_processors.choose(sampling, filtered, torch.tensor(uniforms, dtype=torch.float64))
         if not sampling.log_probabilities:
             return tokens, [0.0] * len(rows)
         return tokens, logits.log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0].tolist()

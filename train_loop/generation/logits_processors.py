@@ -8,6 +8,7 @@ Each gives what Transformers' processor of the same name gives, to the bit.
 
 import torch
 
+from train_loop.config.sampling import Sampling
 from train_loop.devices import exact
 
 _REMOVED = -float("inf")
@@ -97,3 +98,40 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     # The last sum is 1, rounding aside; times 1 - 2^-53, the largest of these numbers, it is still less than itself.
     bounds = uniform.to(reached.device)[:, None] * reached[:, -1:]
     return torch.searchsorted(reached, bounds, right=True)[:, 0].to(logits.device)
+
+
+def choose(sampling: Sampling, logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The next tokens, int64 [batch].
+
+    Args:
+        sampling: how.
+        logits: [batch, vocabulary], without what is banned.
+        uniforms: float64 [batch], in [0, 1), on any device.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    kept, tokens = _likeliest(scale_by_temperature(logits, sampling.temperature), sampling.top_k)
+    if sampling.top_p < 1:
+        kept = keep_top_p(kept, sampling.top_p)
+    if sampling.min_p > 0:
+        kept = keep_min_p(kept, sampling.min_p)
+    if sampling.typical_p < 1:
+        kept = keep_typical(kept, sampling.typical_p)
+    drawn = draw(kept, uniforms)
+    return drawn if tokens is None else tokens.gather(-1, drawn[:, None])[:, 0]
+
+
+def _likeliest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `keep_top_k` keeps, without the rest: logits and token ids, both [batch, k].
+
+    What follows has k numbers to sort, not a whole vocabulary. Where ties leave more than k tokens (or k = 0 all), the
+    logits [batch, vocabulary] and None.
+    """
+    if k == 0 or k >= logits.shape[-1]:
+        return logits, None
+    values, tokens = logits.topk(k, dim=-1)
+    if bool(((logits >= values[:, -1:]).sum(dim=-1) > k).any()):
+        return keep_top_k(logits, k), None
+    # In the vocabulary's order: where rounding makes two of nearly equal logits change places, no draw changes.
+    tokens, order = tokens.sort(dim=-1)
+    return values.gather(-1, order), tokens

@@ -16,12 +16,12 @@ import accelerate
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from train_loop.checkpoint import pretrained
+from train_loop.config.sampling import Sampling
 from train_loop.console import say
 from train_loop.data.tokenizer import encoder
 from train_loop.errors import InputError
 from train_loop.generation.decoding import Generated, check_prompt, check_tokens, generate
 from train_loop.generation.kv_cache import Decoder, Feed, StaticDecoder, recorder, takes_positions
-from train_loop.generation.params import Sampling
 from train_loop.ops.packed_linear import pack
 
 

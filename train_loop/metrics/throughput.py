@@ -28,8 +28,8 @@ from transformers import PreTrainedModel
 from train_loop import devices
 from train_loop.ops import cpu
 from train_loop.precision import PRECISIONS
+from train_loop.step_parts import STEP_PARTS
 
-STEP_PARTS = ("data", "forward", "backward", "communication", "waiting", "optimizer")
 MEASURED = {"tokens_per_second", "seconds", "mfu", "peak_memory_bytes"} | {f"{part}_seconds" for part in STEP_PARTS}
 """What a line of metrics.jsonl says of the machine; all else in it follows from (configuration, seed, step)."""
 

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 
 from train_loop import compat
+from train_loop.config.load import ONE_MODEL
 from train_loop.config.parsing import nearest
 from train_loop.config.schema import Config
 from train_loop.errors import InputError, one_line
@@ -42,9 +43,11 @@ def build(config: Config, tokenizer: PreTrainedTokenizerFast, model: PreTrainedM
     elif config.model.name_or_path is not None:
         model = load(config.model.name_or_path, config.model.attention)
         source = f"model {config.model.name_or_path}"
-    else:
+    elif config.model.architecture is not None:
         model = initialise(config, tokenizer)
         source = "model.architecture"
+    else:
+        raise InputError(ONE_MODEL)
     check_fits(model, tokenizer, config.data.block_size, source)
     if config.data.isolate_documents:
         check_positions(model)

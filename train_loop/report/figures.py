@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from train_loop.errors import InputError, one_line
-from train_loop.report.run_reader import PARTS
+from train_loop.step_parts import STEP_PARTS
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#b65d93", "#d98e00", "#56b4e9", "#6b5bb5", "#8b939e")
 
@@ -131,9 +131,11 @@ def _paint_time(run: dict[str, Any], axes: Any) -> bool:
     time = run["time"]
     if time is None:
         return False
-    parts = [part for part in (*PARTS, "other") if any(time["parts"][part])]
+    parts = [part for part in (*STEP_PARTS, "other") if any(time["parts"][part])]
     layers = [_floats(time["parts"][part], 1e3) for part in parts]
-    axes.stackplot(time["step"], layers, labels=parts, colors=[COLORS[(*PARTS, "other").index(part)] for part in parts])
+    axes.stackplot(
+        time["step"], layers, labels=parts, colors=[COLORS[(*STEP_PARTS, "other").index(part)] for part in parts]
+    )
     axes.set(xlabel="step", ylabel="time of a step (ms)")
     axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.22))
     return True

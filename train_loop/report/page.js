@@ -156,27 +156,17 @@ function byBin(group, xLabel, rest = {}) {
 const seconds = (value) => (value >= 1 ? short(value, 3) + " s" : short(value * 1e3, 3) + " ms");
 const percent = (value) => (isNumber(value) ? short(value, 3) + " %" : "–");
 
-const PARTS = [
-  ["data", "data", "var(--c6)"],
-  ["forward", "forward", "var(--c0)"],
-  ["backward", "backward", "var(--c5)"],
-  ["communication", "communication", "var(--c1)"],
-  ["waiting", "waiting", "var(--c4)"],
-  ["optimizer", "optimizer", "var(--c2)"],
-  ["other", "other", "var(--c7)"],
-];
+// One of each part of a step, in their order.
+const PART_COLORS = ["--c6", "--c0", "--c5", "--c1", "--c4", "--c2", "--c7"];
 
 function stepTime() {
   const found = view.chosen.time;
   if (!found) return null;
   return {
     x: found.step.map(xOf(view.chosen)),
-    layers: PARTS.filter(([key]) => found.parts[key] && found.parts[key].some((y) => y > 0)).map(([key, name, color]) => ({
-      key,
-      name,
-      color,
-      y: found.parts[key],
-    })),
+    layers: Object.entries(found.parts)
+      .map(([name, y], number) => ({ key: name, name, color: `var(${PART_COLORS[number]})`, y }))
+      .filter((layer) => layer.y.some((value) => value > 0)),
     format: seconds,
     yFormat: (value) => short(value * 1e3, 3),
     ...xAxis(),

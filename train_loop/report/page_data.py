@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from train_loop import __version__
 from train_loop.report import downsample
-from train_loop.report.run_reader import PARTS, RunFiles, number
+from train_loop.report.run_reader import RunFiles, number
+from train_loop.step_parts import STEP_PARTS
+from train_loop.versions import __version__
 
 CURVES = (
     *("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes", "epoch"),
@@ -166,7 +167,7 @@ def _marks(columns: dict[str, NDArray[np.float64]], which: NDArray[np.bool_]) ->
 
 def _time(columns: dict[str, NDArray[np.float64]]) -> dict[str, Any] | None:
     """Seconds a step of each part, as means over at most 160 buckets of steps; `other` is what no part accounts for."""
-    parts = {part: columns[f"{part}_seconds"] for part in PARTS}
+    parts = {part: columns[f"{part}_seconds"] for part in STEP_PARTS}
     if not any(_any(values) for values in parts.values()):
         return None
     found = {part: downsample.means(values, TIME_BUCKETS)[1] for part, values in parts.items()}

@@ -14,14 +14,12 @@ from typing import Any
 
 from train_loop.config.parsing import parse_yaml
 from train_loop.errors import InputError
-
-PARTS = ("data", "forward", "backward", "communication", "waiting", "optimizer")
-"""What a step's time is made of, as `metrics/throughput.py` measures it."""
+from train_loop.step_parts import STEP_PARTS
 
 COLUMNS = (
     *("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds", "mfu"),
     *("peak_memory_bytes", "loss_scale", "fixed_point_rounding", "skipped"),
-    *(f"{part}_seconds" for part in PARTS),
+    *(f"{part}_seconds" for part in STEP_PARTS),
 )
 """What is kept of each step's line: a number, NaN where it has none."""
 

@@ -1,11 +1,8 @@
-"""How tokens are chosen, and when a text ends: the settings, checked, and the choice of a token by them."""
+"""How a text is sampled: the settings of `train-loop sample`, and of a script's `Sampler`."""
 
 from dataclasses import dataclass
 
-import torch
-
 from train_loop.errors import InputError
-from train_loop.generation import logits_processors
 
 
 @dataclass(frozen=True)
@@ -16,17 +13,17 @@ class Sampling:
         max_new_tokens: tokens to add at most.
         temperature: logits are divided by it; 0 always takes the likeliest token.
         top_k: keep the k likeliest tokens; 0 keeps all.
-        top_p: in (0, 1], keep the fewest tokens whose probability reaches p; 1 keeps all.
+        top_p: keep the fewest tokens whose probability reaches p, in (0, 1]; 1 keeps all.
         seed: of the draws.
-        min_p: in [0, 1], keep tokens at least this times as likely as the likeliest; 0 keeps all.
-        typical_p: in (0, 1], keep the most typical tokens whose probability reaches it; 1 keeps all.
-        repetition_penalty: > 0, how much less likely tokens of the text so far become; 1 changes nothing.
-        banned_tokens: ids that are never drawn.
-        stop_tokens: ids that end a text, beside the end-of-text token; they are no part of it.
-        stop: strings that end a text; they are no part of it.
+        min_p: keep tokens at least this times as likely as the likeliest, in [0, 1]; 0 keeps all.
+        typical_p: keep the most typical tokens whose probability reaches it, in (0, 1]; 1 keeps all.
+        repetition_penalty: how much less likely tokens of the text so far become, above 0; 1 changes nothing.
+        banned_tokens: ids of tokens that are never drawn.
+        stop_tokens: ids of tokens that end a text, beside its end-of-text token; they are no part of it.
+        stop: strings that end a text; they are no part of it. On the command line, repeat it for several.
         min_new_tokens: as many tokens come before a token may end the text.
         samples: continuations of each prompt.
-        log_probabilities: tell the chosen tokens' log-probabilities.
+        log_probabilities: with --json, tell the log-probability of each token, under the model, unfiltered.
     """
 
     max_new_tokens: int = 100
@@ -69,38 +66,3 @@ class Sampling:
             )
         if both := sorted({*self.banned_tokens} & {*self.stop_tokens}):
             raise InputError(f"stop_tokens {both}: are in banned_tokens, too, so they could never end a text")
-
-    def choose(self, logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-        """The next tokens, int64 [batch].
-
-        Args:
-            logits: [batch, vocabulary], without what is banned.
-            uniforms: float64 [batch], in [0, 1), on any device.
-        """
-        if self.temperature == 0:
-            return logits.argmax(dim=-1)
-        kept, tokens = _likeliest(logits_processors.scale_by_temperature(logits, self.temperature), self.top_k)
-        if self.top_p < 1:
-            kept = logits_processors.keep_top_p(kept, self.top_p)
-        if self.min_p > 0:
-            kept = logits_processors.keep_min_p(kept, self.min_p)
-        if self.typical_p < 1:
-            kept = logits_processors.keep_typical(kept, self.typical_p)
-        drawn = logits_processors.draw(kept, uniforms)
-        return drawn if tokens is None else tokens.gather(-1, drawn[:, None])[:, 0]
-
-
-def _likeliest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `keep_top_k` keeps, without the rest: logits and token ids, both [batch, k].
-
-    What follows has k numbers to sort, not a whole vocabulary. Where ties leave more than k tokens (or k = 0 all), the
-    logits [batch, vocabulary] and None.
-    """
-    if k == 0 or k >= logits.shape[-1]:
-        return logits, None
-    values, tokens = logits.topk(k, dim=-1)
-    if bool(((logits >= values[:, -1:]).sum(dim=-1) > k).any()):
-        return logits_processors.keep_top_k(logits, k), None
-    # In the vocabulary's order: where rounding makes two of nearly equal logits change places, no draw changes.
-    tokens, order = tokens.sort(dim=-1)
-    return values.gather(-1, order), tokens

@@ -1,0 +1,176 @@
+"""Before the first step: all processes report what they are, and whoever is missing or different is named.
+
+All of it goes through the launcher's key-value store, over a connection of its own.
+"""
+
+import json
+import os
+import platform
+import socket
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import PrefixStore, TCPStore
+
+from train_loop import devices, versions
+from train_loop.config.schema import RunConfig
+from train_loop.errors import InputError, LostError, one_line
+
+GOES_ON = "the same command goes on from the newest checkpoint"
+
+
+def report(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a process says about itself before it trains."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    device = torch.device("cpu") if kind is None else torch.device(kind.type, local)
+    found = versions.installed() | {"python": ".".join(platform.python_version_tuple()[:2])}
+    if torch.distributed.is_nccl_available() and device.type == "cuda":
+        found["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "local": local,
+        "device": devices.name(device),
+        "versions": found,
+        "settings": settings,
+    }
+
+
+def difference(reports: list[dict[str, Any]]) -> str | None:
+    """The first thing that two processes must share and don't, named with both; None where there is none.
+
+    Args:
+        reports: of all processes, in their order.
+    """
+    first = reports[0]
+    for process, other in enumerate(reports):
+        for kind, what, cure in (
+            ("versions", "the version of", "install the same on every host (pip install -c constraints.txt)"),
+            ("settings", "the configuration differs:", "give every host the same settings"),
+        ):
+            for key in sorted(first[kind].keys() | other[kind].keys()):
+                one, two = first[kind].get(key), other[kind].get(key)
+                if one != two:
+                    return (
+                        f"{what} {key} is {one} on process 0 ({first['host']}) and {two} on process {process} "
+                        f"({other['host']}); {cure}"
+                    )
+    return None
+
+
+class Preflight:
+    """The processes of a run, called together. There are several of them, started by a launcher.
+
+    Args:
+        run: its time-out.
+        settings: what all processes must share, by name.
+
+    Attributes:
+        rank, world_size: this process, and how many there are.
+        store, address: the connection.
+        owns_store: whether the store ends with this process.
+        roster: host, pid and local rank of each process.
+
+    Raises:
+        InputError: when two processes differ, naming what, and both.
+        LostError: when somebody does not come within `run.preflight_timeout_seconds`, naming who.
+    """
+
+    def __init__(self, run: RunConfig, settings: dict[str, Any]) -> None:
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self._patience = float(run.preflight_timeout_seconds)
+        self.store, self.address, self.owns_store = self._connect()
+        self.roster = self._exchange(report(settings))
+
+    def _connect(self) -> tuple[PrefixStore, str, bool]:
+        """A connection of our own to the launcher's store, its address, and whether it ends with this process.
+
+        A launcher that has restarted its processes may hand them the store of before, with the addresses of those who
+        are gone; then the first process opens a new one.
+        """
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        is_ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        try:
+            store = self._open(host, port, is_ours)
+            if attempt and not is_ours:
+                key = f"attempt {attempt}"
+                if self.rank == 0:
+                    with socket.socket() as free:
+                        free.bind(("", 0))
+                        store.set(key, str(free.getsockname()[1]))
+                port = int(store.get(key))
+                os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+                is_ours = True
+                store = self._open(host, port, is_ours)
+            number = store.add(f"peers/{self.rank}", 1)  # a process may do several runs, one after the other
+        except RuntimeError as error:
+            raise LostError(
+                f"pre-flight: {socket.gethostname()} cannot reach process 0 at {host}:{port} within "
+                f"{self._patience:.0f} s ({one_line(error)[:100]}); {GOES_ON}"
+            ) from None
+        return PrefixStore(f"peers/{number}", store), f"{host}:{port}", is_ours and self.rank == 0
+
+    def _open(self, host: str, port: int, is_ours: bool) -> TCPStore:
+        patience = timedelta(seconds=self._patience)
+        first = is_ours and self.rank == 0
+        return TCPStore(host, port, None, first, patience, wait_for_workers=False, multi_tenant=True)
+
+    def _exchange(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+        """Exchange reports; the first process compares them."""
+        began = time.monotonic()
+        self.store.set(f"alive/{self.rank}", "0")
+        self.store.set(f"report/{self.rank}", json.dumps(mine))
+
+        def there(process: int) -> bool:
+            return bool(self.store.check([f"report/{process}"]))
+
+        def wait(keys: list[str]) -> bool:
+            while not all(self.store.check([key]) for key in keys):
+                if time.monotonic() - began > self._patience:
+                    return False
+                time.sleep(0.1)
+            return True
+
+        everybody = range(self.world_size)
+        if self.rank == 0:
+            if wait([f"report/{process}" for process in everybody]):
+                reports = [json.loads(self.store.get(f"report/{process}")) for process in everybody]
+                roster = [{name: each[name] for name in ("host", "pid", "local")} for each in reports]
+                mistake = difference(reports)
+                verdict: dict[str, Any] = {"mistake": mistake} if mistake else {"roster": roster}
+            else:
+                verdict = {"lost": self._missing([process for process in everybody if not there(process)], mine)}
+            self.store.set("verdict", json.dumps(verdict))
+        else:
+            if wait(["report/0"]):
+                began = time.monotonic()  # the first process may have come a moment ago, and waits for others
+            if wait(["verdict"]):
+                verdict = json.loads(self.store.get("verdict"))
+            else:
+                verdict = {"lost": self._missing([process for process in everybody if not there(process)] or [0], mine)}
+        if self.owns_store and "roster" not in verdict:
+            time.sleep(1)  # let the others read it
+        if "lost" in verdict:
+            raise LostError(verdict["lost"])
+        if "mistake" in verdict:
+            raise InputError(verdict["mistake"])
+        return list(verdict["roster"])
+
+    def _missing(self, processes: list[int], mine: dict[str, Any]) -> str:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        machines = sorted({process // here for process in processes})
+        return (
+            f"pre-flight: {_list('process', processes)} of {self.world_size} did not come within "
+            f"{self._patience:.0f} s ({_list('machine', machines)}, counted from 0 as in --machine_rank; this is "
+            f"{mine['host']}); see what is wrong there; {GOES_ON}"
+        )
+
+
+def _list(noun: str, numbers: list[int]) -> str:
+    shown = ", ".join(str(number) for number in numbers[:8]) + (", ..." if len(numbers) > 8 else "")
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{noun}{plural if len(numbers) > 1 else ''} {shown}"
