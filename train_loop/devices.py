@@ -99,8 +99,8 @@ def precisions(device: torch.device) -> tuple[str, ...]:
 
 def name(device: torch.device) -> str:
     """What a device calls itself, or else its kind: NVIDIA H100, CPU, MPS."""
-    told = getattr(torch.get_device_module(device), "get_device_name", None)
-    return str(told(device)) if told is not None else device.type.upper()
+    named = getattr(torch.get_device_module(device), "get_device_name", None)
+    return str(named(device)) if named is not None else device.type.upper()
 
 
 def peak_memory(device: torch.device) -> Callable[[], int]:

@@ -51,7 +51,7 @@ def main() -> None:
     config = Config()
     config.data.block_size = BLOCK_SIZE
     config.data.cache_dir = str(folder / "cache")
-    texts = [document.text for _, document in Corpus(config.data).sides()]
+    texts = [document.text for _, document in Corpus(config.data).splits()]
     trained = tokenizer.load(given.tokenizer) if given.tokenizer else tokenizer.train(texts, 4096)
     if given.short:
         texts = [short for text in texts for short in shortened(text)]

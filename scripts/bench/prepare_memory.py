@@ -65,7 +65,7 @@ def train(folder: str) -> None:
     from train_loop.data import tokenizer
     from train_loop.data.corpus import Corpus
 
-    texts = (document.text for _, document in Corpus(Config().data).sides())
+    texts = (document.text for _, document in Corpus(Config().data).splits())
     tokenizer.train(texts, 4096).save_pretrained(folder)
 
 

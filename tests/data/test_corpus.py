@@ -26,7 +26,7 @@ TEXTS = [f"first {number}|zweite ü" for number in range(30)]
 
 
 def read(data: DataConfig) -> list[str]:
-    return [document.text for _, document in Corpus(data).sides()]
+    return [document.text for _, document in Corpus(data).splits()]
 
 
 def write_rows(folder: Path, suffix: str) -> Path:
@@ -81,7 +81,7 @@ def test_a_text_file_in_blocks_is_its_text(
     monkeypatch.setattr(files, "_BLOCK_BYTES", block)
     content = "aä你🦜\r\nx\ufeffy\r🦜🦜\n"
     (tmp_path / "a.txt").write_bytes((start + content).encode())
-    [(_, document)] = Corpus(DataConfig(source="files", files=[f"{tmp_path}/a.txt"])).sides()
+    [(_, document)] = Corpus(DataConfig(source="files", files=[f"{tmp_path}/a.txt"])).splits()
     assert document.text == document.text == start[1:] + content  # read anew each time
     assert max(map(len, document.blocks)) <= block
 
@@ -112,7 +112,7 @@ def test_validation_files_are_the_validation_side(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(name, encoding="utf-8")
     data = DataConfig(source="files", files=[f"{tmp_path}/a.txt"], validation_files=[f"{tmp_path}/b.txt"])
-    assert [(side, document.text) for side, document in Corpus(data).sides()] == [(TRAIN, "a"), (VALIDATION, "b")]
+    assert [(side, document.text) for side, document in Corpus(data).splits()] == [(TRAIN, "a"), (VALIDATION, "b")]
 
 
 def test_max_documents_cuts_each_side_of_the_source(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_the_standard_library_without_its_tests() -> None:
     names = [name for name, _ in source_files()]
     assert names == sorted(names) and "argparse.py" in names and "json/decoder.py" in names
     assert not {"test", "tests", "site-packages"} & {part for name in names for part in name.split("/")}
-    documents = {document.name: document.text for _, document in Corpus(DataConfig()).sides()}
+    documents = {document.name: document.text for _, document in Corpus(DataConfig()).splits()}
     source = Path(sysconfig.get_path("stdlib"), "argparse.py").read_text(encoding="utf-8")
     assert documents["argparse.py"] == source
 

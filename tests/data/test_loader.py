@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train_loop.data.loader import IGNORED, Windows, loader
-from train_loop.data.order import MicroBatch, Plan
+from train_loop.data.order import MicroBatch, Plan, cut
 
 
 @dataclass
@@ -22,6 +22,11 @@ class Stream:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+def share(plan: Plan, step: int, rank: int = 0, world_size: int = 1) -> list[MicroBatch]:
+    """The micro-batches of a step that one rank runs."""
+    return cut(plan.blocks(step), plan.micro_batch_size, rank, world_size)
 
 
 def stream(tokens: int) -> Any:
@@ -35,7 +40,7 @@ def test_every_token_but_the_first_is_predicted_once(tokens: int, block_size: in
     predicted: Counter[int] = Counter()
     for step in range(plan.steps_per_epoch):
         targets = 0
-        for batch in loader(windows, plan.share(step, 0, 1)):
+        for batch in loader(windows, share(plan, step, 0, 1)):
             real = batch.targets != IGNORED
             # A target is the token after its input, and stands at the same place.
             assert torch.equal(batch.targets[real], batch.inputs[real] + 1)
@@ -62,7 +67,7 @@ def test_an_empty_micro_batch_has_no_targets() -> None:
 def test_workers_keep_the_order(workers: int) -> None:
     windows = Windows(stream(100), 5, filler=0)
     plan = Plan(len(windows), 4, 2, seed=1)
-    batches = [batch for step in range(5) for batch in plan.share(step, 0, 1)]
+    batches = [batch for step in range(5) for batch in share(plan, step, 0, 1)]
     found = list(loader(windows, batches, num_workers=workers))
     assert [batch.inputs[:, 0].tolist() for batch in found] == [(blocks * 5 + 1).tolist() for _, blocks in batches]
 
@@ -77,7 +82,7 @@ def test_gathered_together_is_gathered_one_by_one(
     store.document_ends = np.array([3, 20, 21, 63])
     windows = Windows(store, 5, filler=0, isolate=isolate)
     plan = Plan(len(windows), 5, 2, seed=1)
-    batches = [batch for step in range(plan.steps_per_epoch) for batch in plan.share(step, 1, 2)]
+    batches = [batch for step in range(plan.steps_per_epoch) for batch in share(plan, step, 1, 2)]
     assert any(len(blocks) == 0 for _, blocks in batches)
     found = list(loader(windows, batches))
     assert len(found) == len(batches)

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 
 from train_loop import devices
 from train_loop.checkpoint import storage
-from train_loop.checkpoint.storage import Shards, Sums
+from train_loop.checkpoint.storage import Checksums, Shards
 from train_loop.console import say
 from train_loop.distributed.collectives import KeyValueMailbox, broadcast_from_main, run_on_all_ranks
 from train_loop.errors import one_line
@@ -158,7 +158,7 @@ class CheckpointManager:
             except OSError as error:
                 say(f"step {step}: old checkpoints could not be removed ({one_line(error)})")
 
-    def _exchange(self, part: int, parts: int, write: Callable[[], Sums]) -> Sums:
+    def _exchange(self, part: int, parts: int, write: Callable[[], Checksums]) -> Checksums:
         """Write a part; the main process gets the sums of all of them.
 
         Raises:
@@ -174,7 +174,7 @@ class CheckpointManager:
         board.write(part, json.dumps(answer))
         if part:
             return {}
-        sums: Sums = {}
+        sums: Checksums = {}
         for text in board.read_all(self._abandoned.wait, _SECONDS_BETWEEN_LOOKS):
             answer = json.loads(text)
             if "problem" in answer:

@@ -1,7 +1,7 @@
 """A run's folder: whose it is, and what state it is in.
 
 config.yaml     the resolved configuration
-ledger.json     the data it trains on: books and fingerprint
+ledger.json     the data it trains on: its ledger, and its fingerprint
 truth.json      what is, measured before the first step: processes, precision, decay groups, loss, documents
 status.json     state (running | stopped | failed | complete), step and reason; launchers hide exit codes
 architecture/   the model's configuration and its tokenizer: what a checkpoint's weights belong to
@@ -107,15 +107,15 @@ class RunFolder:
             ) from None
 
     def _claim(self, config: Config, ledger: dict[str, Any], truth: dict[str, Any]) -> None:
-        books = self.path / "ledger.json"
-        if (self.path / "config.yaml").exists() and books.exists():
-            before = json.loads(books.read_text(encoding="utf-8"))["fingerprint"]
+        path = self.path / "ledger.json"
+        if (self.path / "config.yaml").exists() and path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
             if before != ledger["fingerprint"]:
                 raise InputError(
                     f"run.output_dir {self.path}: belongs to a run on other data (fingerprint {before[:12]}, now "
                     f"{ledger['fingerprint'][:12]}): documents or tokenizer have changed since; name another folder"
                 )
-        write_atomically(books, json.dumps(ledger, indent=2) + "\n")
+        write_atomically(path, json.dumps(ledger, indent=2) + "\n")
         write_atomically(self.path / "truth.json", json.dumps(truth, indent=2) + "\n")
         write_atomically(self.path / "config.yaml", to_yaml(config))
 

@@ -37,7 +37,7 @@ from train_loop.files import sync
 from train_loop.models.parameters import tensors_once
 
 Optimizer: TypeAlias = torch.optim.Optimizer | AcceleratedOptimizer
-Sums = dict[str, dict[str, Any]]
+Checksums = dict[str, dict[str, Any]]
 """Size and checksum of files: {name: {"bytes", "sha256"}}."""
 
 KINDS = ("model", "optimizer")
@@ -98,7 +98,7 @@ def shards(model: nn.Module, optimizer: Optimizer, main: bool = True) -> Shards:
     return found
 
 
-def write_part(folder: Path, part: int, parts: int, held: Shards) -> Sums:
+def write_part(folder: Path, part: int, parts: int, held: Shards) -> Checksums:
     """Write what one process holds, so that the disk has it.
 
     Args:
@@ -111,7 +111,7 @@ def write_part(folder: Path, part: int, parts: int, held: Shards) -> Sums:
         Size and checksum of the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    sums: Sums = {}
+    sums: Checksums = {}
     for kind in KINDS:
         rows = {name: [piece.first, piece.of] for name, piece in held[kind].items() if piece.of is not None}
         path = folder / _part_name(kind, part, parts)
@@ -122,7 +122,7 @@ def write_part(folder: Path, part: int, parts: int, held: Shards) -> Sums:
     return sums
 
 
-def commit(folder: Path, state: dict[str, Any], sums: Sums) -> Path:
+def commit(folder: Path, state: dict[str, Any], sums: Checksums) -> Path:
     """Turn the temporary folder with all parts in it into the checkpoint.
 
     Args:
@@ -404,7 +404,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     sync(path)
 
 
-def _digest(files: Sums) -> str:
+def _digest(files: Checksums) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 

@@ -30,18 +30,18 @@ class Corpus:
 
     data: DataConfig
 
-    def documents(self, side: str) -> Iterator[Document]:
+    def documents(self, split: str) -> Iterator[Document]:
         """The documents of "train" or "validation", in the order of the source.
 
         Raises:
             InputError: for a source that cannot be read; the message names file and place.
         """
-        for found, document in self.sides():
-            if found == side:
+        for found, document in self.splits():
+            if found == split:
                 yield document
 
-    def sides(self) -> Iterator[tuple[str, Document]]:
-        """Every document of the corpus with the side it belongs to, in one pass over the source."""
+    def splits(self) -> Iterator[tuple[str, Document]]:
+        """Every document of the corpus with the split it belongs to, in one pass over the source."""
         data, source = self.data, _SOURCES[self.data.source]
         main = itertools.islice(source.documents(data, TRAIN), data.max_documents)
         if data.validation_files or data.validation_split:

@@ -96,14 +96,6 @@ class Plan:
         last = min(first + self.sequences_per_step, self.blocks_per_epoch)
         return permute(np.arange(first, last, dtype=np.uint64), self.blocks_per_epoch, self.seed, epoch)
 
-    def micro_batches(self, step: int) -> list[MicroBatch]:
-        """All micro-batches of one step, whichever process runs them."""
-        return cut(self.blocks(step), self.micro_batch_size)
-
-    def share(self, step: int, process: int, processes: int) -> list[MicroBatch]:
-        """The micro-batches of one step that one process runs; equally many on every process."""
-        return cut(self.blocks(step), self.micro_batch_size, process, processes)
-
     def steps(self, start: int, stop: int) -> Iterator[Ids]:
         """The block ids of the steps start..stop-1, one after the other: the same as `blocks` of each.
 
@@ -119,12 +111,12 @@ class Plan:
             start += count
 
 
-def cut(blocks: Ids, size: int, process: int = 0, processes: int = 1) -> list[MicroBatch]:
+def cut(blocks: Ids, size: int, rank: int = 0, world_size: int = 1) -> list[MicroBatch]:
     """A step's blocks in runs of at most `size`: those that one process runs, equally many on every process.
 
     Those past the last block are empty, and their numbers past the last real one, so that they share no other one's
     dropout key.
     """
-    rounds = -(-len(blocks) // (size * processes))
-    mine = range(process, rounds * processes, processes)
-    return [MicroBatch(number, blocks[number * size : (number + 1) * size]) for number in mine]
+    rounds = -(-len(blocks) // (size * world_size))
+    own = range(rank, rounds * world_size, world_size)
+    return [MicroBatch(number, blocks[number * size : (number + 1) * size]) for number in own]

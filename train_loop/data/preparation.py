@@ -1,6 +1,6 @@
 """Documents -> token store on disk + ledger: prepared once, then memory-mapped.
 
-    documents -> pieces -> token ids -> tokens.bin, one stream a side:  d0 d0 d0 EOS d1 d1 EOS d2 ... EOS
+    documents -> pieces -> token ids -> tokens.bin, one stream a split:  d0 d0 d0 EOS d1 d1 EOS d2 ... EOS
 
 Documents are read, cut into pieces and encoded as a stream: memory is that of a few batches of pieces, however many or
 long the documents are.
@@ -10,7 +10,7 @@ at once and any change makes another one. It is written beside its final name an
 makes the processes that ask for it at the same time build it once.
 
     <cache>/stores/<hash>/
-        ledger.json               what went in and what came out, per side; it adds up
+        ledger.json               what went in and what came out, per split; it adds up
         tokenizer/                where one was trained
         train/ validation/
             tokens.bin            uint16, or uint32 for a vocabulary above 65,536; little-endian
@@ -55,7 +55,7 @@ _BATCH_CHARACTERS = 125_000
 def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, shown: bool = True) -> Prepared:
     """The token store of a configuration, built where it is not there yet.
 
-    The store is the same whether documents are isolated or not; the books are kept accordingly.
+    The store is the same whether documents are isolated or not; the ledger is kept accordingly.
 
     Args:
         config: its sections data and tokenizer count (and model.name_or_path, whose tokenizer is the default).
@@ -63,7 +63,7 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, sh
         shown: whether progress is printed.
 
     Raises:
-        InputError: for data that cannot be read, or a side without one target.
+        InputError: for data that cannot be read, or a split without one target.
     """
     corpus = Corpus(config.data)
     vocab_size = config.tokenizer.train_vocab_size
@@ -104,9 +104,9 @@ def _made_with(folder: Path) -> str | None:
 
 def _open(folder: Path, tokenizer: PreTrainedTokenizerFast | None) -> Prepared:
     try:
-        books = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
-        dtype, fingerprint = np.dtype(books["dtype"]), books["fingerprint"]
-        train, validation = (TokenStore(folder / side, dtype, Ledger(**books[side])) for side in (TRAIN, VALIDATION))
+        found = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
+        dtype, fingerprint = np.dtype(found["dtype"]), found["fingerprint"]
+        train, validation = (TokenStore(folder / split, dtype, Ledger(**found[split])) for split in (TRAIN, VALIDATION))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: damaged ({error}); remove the folder to prepare it again") from None
     if tokenizer is None:
@@ -130,15 +130,15 @@ def _build(
             tokenizer = _train_tokenizer(corpus, vocab_size, shown)
             tokenizer.save_pretrained(temporary / "tokenizer")
         dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
-        ledgers = _write_sides(temporary, corpus, tokenizer, dtype, shown)
+        ledgers = _write_splits(temporary, corpus, tokenizer, dtype, shown)
         _refuse_unusable(ledgers[TRAIN], ledgers[VALIDATION], corpus.data)
-        identity = [tokenizers.fingerprint(tokenizer), *(ledgers[side].sha256 for side in (TRAIN, VALIDATION))]
-        books = {
+        identity = [tokenizers.fingerprint(tokenizer), *(ledgers[split].sha256 for split in (TRAIN, VALIDATION))]
+        content = {
             "format": _FORMAT,
             "dtype": dtype.str,
             "fingerprint": hashlib.sha256("\n".join(identity).encode()).hexdigest(),
-        } | {side: asdict(ledger) for side, ledger in ledgers.items()}
-        (temporary / "ledger.json").write_text(json.dumps(books, indent=2) + "\n", encoding="utf-8")
+        } | {split: asdict(ledger) for split, ledger in ledgers.items()}
+        (temporary / "ledger.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for path in temporary.rglob("*"):
             sync(path)
         try:
@@ -170,7 +170,7 @@ def _refuse_unusable(train: Ledger, validation: Ledger, data: DataConfig) -> Non
         empty = train.empty_documents + validation.empty_documents
         raise InputError(f"data: no document with text ({empty} empty ones were left out); check data.text_field")
     named = bool(data.validation_files or data.validation_split)
-    for side, ledger in ((TRAIN, train), (VALIDATION, validation)):
+    for split, ledger in ((TRAIN, train), (VALIDATION, validation)):
         if ledger.trained_targets == 0:
             cure = (
                 "name data with more text"
@@ -178,11 +178,11 @@ def _refuse_unusable(train: Ledger, validation: Ledger, data: DataConfig) -> Non
                 else f"data.test_size is {data.test_size} of {total} documents; name validation data of its own "
                 "(data.validation_files or data.validation_split), change data.test_size or add documents"
             )
-            raise InputError(f"data: the {side} split has {ledger.documents} documents and not one target; {cure}")
+            raise InputError(f"data: the {split} split has {ledger.documents} documents and not one target; {cure}")
 
 
-class _SideWriter:
-    """Appends the documents of one side to its three files, and keeps its books."""
+class _SplitWriter:
+    """Appends the documents of one split to its three files, and keeps its ledger."""
 
     def __init__(self, folder: Path, core: Tokenizer, eos: int, dtype: np.dtype[Any], compress: bool) -> None:
         folder.mkdir()
@@ -196,7 +196,7 @@ class _SideWriter:
         self.name_end = 0
         self.begins = True  # whether the next token is a document's first
 
-    def __enter__(self) -> "_SideWriter":
+    def __enter__(self) -> "_SplitWriter":
         return self
 
     def __exit__(
@@ -208,19 +208,19 @@ class _SideWriter:
     def add_text(self, text: str, ids: npt.NDArray[np.uint32]) -> int:
         """Add a piece of a document's text and its token ids [tokens]; return how many bytes of UTF-8 it has."""
         content = text.encode()
-        books = self.ledger
+        ledger = self.ledger
         if self.begins and len(ids):
             size = tokenizers.first_token_bytes(self.core, text, int(ids[0]))
-            books.first_token_bytes += size
+            ledger.first_token_bytes += size
             self.begins = False
             # The stream's first token is nobody's target, so its bytes don't count for bits per byte.
-            if books.text_tokens + books.eos_tokens == 0:
-                books.first_tokens, books.predicted_bytes = 1, -size
-        books.bytes += len(content)
-        books.predicted_bytes += len(content)
-        books.text_tokens += len(ids)
+            if ledger.text_tokens + ledger.eos_tokens == 0:
+                ledger.first_tokens, ledger.predicted_bytes = 1, -size
+        ledger.bytes += len(content)
+        ledger.predicted_bytes += len(content)
+        ledger.text_tokens += len(ids)
         if self.gzip is not None:
-            books.gzip_bytes += len(self.gzip.compress(content))
+            ledger.gzip_bytes += len(self.gzip.compress(content))
         self._write(ids)
         return len(content)
 
@@ -228,11 +228,11 @@ class _SideWriter:
         """Put the end-of-text token after the document whose text was added, and file its name."""
         self._write(np.array([self.eos], dtype=np.uint32))
         self.begins = True
-        books = self.ledger
-        books.documents += 1
-        books.eos_tokens += 1
+        ledger = self.ledger
+        ledger.documents += 1
+        ledger.eos_tokens += 1
         self.name_end += self.names.write(name.encode("utf-8", "replace"))
-        ends = np.array([(books.text_tokens + books.eos_tokens, self.name_end)], dtype=_DOCUMENT)
+        ends = np.array([(ledger.text_tokens + ledger.eos_tokens, self.name_end)], dtype=_DOCUMENT)
         self.documents.write(ends.tobytes())
 
     def _write(self, ids: npt.NDArray[np.uint32]) -> None:
@@ -241,61 +241,61 @@ class _SideWriter:
         self.tokens.write(content)
 
     def finish(self) -> Ledger:
-        """The books, closed and checked."""
-        books = self.ledger
+        """The ledger, completed and checked."""
+        ledger = self.ledger
         if self.gzip is not None:
-            books.gzip_bytes += len(self.gzip.flush())
-        tokens = books.text_tokens + books.eos_tokens
-        if tokens and not books.first_tokens:  # documents whose text has no tokens: the first token is an EOS
-            books.first_tokens = 1
-        books.trained_targets = int(target_counts(tokens, max(tokens, 1)).sum())
-        books.dropped_tokens = tokens - books.first_tokens - books.trained_targets
-        books.sha256 = self.digest.hexdigest()
-        books.check()
-        return books
+            ledger.gzip_bytes += len(self.gzip.flush())
+        tokens = ledger.text_tokens + ledger.eos_tokens
+        if tokens and not ledger.first_tokens:  # documents whose text has no tokens: the first token is an EOS
+            ledger.first_tokens = 1
+        ledger.trained_targets = int(target_counts(tokens, max(tokens, 1)).sum())
+        ledger.dropped_tokens = tokens - ledger.first_tokens - ledger.trained_targets
+        ledger.sha256 = self.digest.hexdigest()
+        ledger.check()
+        return ledger
 
 
-def _write_sides(
+def _write_splits(
     folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any], shown: bool
 ) -> dict[str, Ledger]:
     core, eos = tokenizers.encoder(tokenizer), tokenizer.eos_token_id
     assert isinstance(eos, int)
     with (
-        _SideWriter(folder / TRAIN, core, eos, dtype, compress=False) as train,
-        _SideWriter(folder / VALIDATION, core, eos, dtype, compress=True) as validation,
+        _SplitWriter(folder / TRAIN, core, eos, dtype, compress=False) as train,
+        _SplitWriter(folder / VALIDATION, core, eos, dtype, compress=True) as validation,
         Progress("preparing data", "B", corpus.size(), shown=shown) as progress,
     ):
         writers = {TRAIN: train, VALIDATION: validation}
-        batches = _batches(core, corpus.sides(), writers)
+        batches = _batches(core, corpus.splits(), writers)
         for batch, encoded in _encode(core, batches):
             read = 0
-            for (side, name, text, last), ids in zip(batch, encoded, strict=True):
-                read += writers[side].add_text(text, ids)
+            for (split, name, text, last), ids in zip(batch, encoded, strict=True):
+                read += writers[split].add_text(text, ids)
                 if last:
-                    writers[side].end_document(name)
+                    writers[split].end_document(name)
             progress.update(read)
-        return {side: writer.finish() for side, writer in writers.items()}
+        return {split: writer.finish() for split, writer in writers.items()}
 
 
-_Piece = tuple[str, str, str, bool]  # side, name, text, whether the document ends with it
+_Piece = tuple[str, str, str, bool]  # split, name, text, whether the document ends with it
 
 
 def _batches(
-    core: Tokenizer, documents: Iterable[tuple[str, Document]], writers: dict[str, _SideWriter]
+    core: Tokenizer, documents: Iterable[tuple[str, Document]], writers: dict[str, _SplitWriter]
 ) -> Iterator[list[_Piece]]:
     """Pieces of documents in batches of about `_BATCH_CHARACTERS`; documents without text are counted, not kept."""
     batch: list[_Piece] = []
     size = 0
-    for side, (name, blocks) in documents:
+    for split, (name, blocks) in documents:
         text = ""
         for text, following in itertools.pairwise(itertools.chain(tokenizers.pieces(core, blocks), [""])):
-            batch.append((side, name, text, not following))
+            batch.append((split, name, text, not following))
             size += len(text)
             if size >= _BATCH_CHARACTERS:
                 yield batch
                 batch, size = [], 0
         if not text:
-            writers[side].ledger.empty_documents += 1
+            writers[split].ledger.empty_documents += 1
     if batch:
         yield batch
 

@@ -23,7 +23,7 @@ _DOCUMENT = np.dtype([("token_end", "<u8"), ("name_end", "<u8")])
 
 @dataclass
 class Ledger:
-    """The books of one side: text_tokens + eos_tokens = trained_targets + first_tokens + dropped_tokens.
+    """The ledger of one split: text_tokens + eos_tokens = trained_targets + first_tokens + dropped_tokens.
 
     Args:
         documents: documents with text; each ends in one end-of-text token.
@@ -55,7 +55,7 @@ class Ledger:
     sha256: str = ""
 
     def check(self) -> None:
-        """Raises ArithmeticError where the books don't add up: a mistake in this package, not in the data."""
+        """Raises ArithmeticError where the ledger does not add up: a mistake in this package, not in the data."""
         tokens, accounted = (
             self.text_tokens + self.eos_tokens,
             self.trained_targets + self.first_tokens + self.dropped_tokens,
@@ -64,23 +64,23 @@ class Ledger:
             raise ArithmeticError(f"the ledger does not add up: {tokens} tokens against {accounted} accounted for")
 
     def isolated(self) -> "Ledger":
-        """The same books where no document's first token is predicted from the document before it."""
-        books = replace(
+        """The same ledger where no document's first token is predicted from the document before it."""
+        ledger = replace(
             self,
             trained_targets=self.text_tokens + self.eos_tokens - self.documents,
             first_tokens=self.documents,
             predicted_bytes=self.bytes - self.first_token_bytes,
         )
-        books.check()
-        return books
+        ledger.check()
+        return ledger
 
 
 class TokenStore:
-    """One side of a prepared store, memory-mapped.
+    """One split of a prepared store, memory-mapped.
 
     Attributes:
         tokens: the stream of token ids [tokens], uint16 or uint32.
-        ledger: its books.
+        ledger: what is in it.
     """
 
     def __init__(self, folder: Path, dtype: npt.DTypeLike, ledger: Ledger) -> None:
@@ -122,8 +122,8 @@ class Prepared:
     Attributes:
         folder: where it lies.
         tokenizer: what made it.
-        train, validation: the two sides.
-        fingerprint: SHA-256 of the tokens of both sides and of the tokenizer: equal on every host, whatever the paths.
+        train, validation: the two splits.
+        fingerprint: SHA-256 of the tokens of both splits and of the tokenizer: equal on every host, whatever the paths.
     """
 
     folder: Path
@@ -133,9 +133,9 @@ class Prepared:
     fingerprint: str
 
     def ledger(self) -> dict[str, Any]:
-        """The books of both sides as plain values."""
-        sides = {TRAIN: self.train, VALIDATION: self.validation}
-        return {"fingerprint": self.fingerprint} | {side: asdict(store.ledger) for side, store in sides.items()}
+        """The ledgers of both splits as plain values."""
+        splits = {TRAIN: self.train, VALIDATION: self.validation}
+        return {"fingerprint": self.fingerprint} | {split: asdict(store.ledger) for split, store in splits.items()}
 
 
 # --- windows --------------------------------------------------------------------------------------------------------

@@ -39,10 +39,10 @@ class StopPoll:
             return self.answer
         self._left -= 1
         if self._left == 0:
-            mine = [float(self.stop.asked), time.monotonic() - self._last]
-            every = gather(torch.tensor(mine, device=self.accelerator.device)[None]).max(dim=0).values.tolist()
-            self.answer = self.stop.hear(every[0] > 0)
-            wanted = self._every * _SECONDS_BETWEEN_POLLS / max(every[1], 1e-6)
+            local = [float(self.stop.asked), time.monotonic() - self._last]
+            slowest = gather(torch.tensor(local, device=self.accelerator.device)[None]).max(dim=0).values.tolist()
+            self.answer = self.stop.hear(slowest[0] > 0)
+            wanted = self._every * _SECONDS_BETWEEN_POLLS / max(slowest[1], 1e-6)
             self._every = self._left = max(1, min(int(wanted), 8 * self._every))
             self._last = time.monotonic()
         return self.answer

@@ -116,8 +116,8 @@ def reduce_exactly(accelerator: Accelerator, tensor: torch.Tensor, operation: Li
         operations = {"sum": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}
         torch.distributed.all_reduce(tensor, operations[operation])
         return tensor
-    everyones = torch.tensor(gather_object([tensor.tolist()]), dtype=torch.float64)
-    return everyones.sum(0) if operation == "sum" else everyones.amax(0)
+    gathered = torch.tensor(gather_object([tensor.tolist()]), dtype=torch.float64)
+    return gathered.sum(0) if operation == "sum" else gathered.amax(0)
 
 
 def check_same(accelerator: Accelerator, what: str, value: object, cure: str) -> None:
@@ -139,14 +139,14 @@ def check_same(accelerator: Accelerator, what: str, value: object, cure: str) ->
 
 def describe_ranks(accelerator: Accelerator) -> list[dict[str, Any]]:
     """Host, device and CPU threads of every process, in their order; all must call this."""
-    mine = {
+    local = {
         "process": accelerator.process_index,
         "host": socket.gethostname(),
         "device": str(accelerator.device),
         "name": devices.name(accelerator.device),
         "threads": torch.get_num_threads(),
     }
-    return gather_object([mine]) if accelerator.num_processes > 1 else [mine]
+    return gather_object([local]) if accelerator.num_processes > 1 else [local]
 
 
 @contextmanager

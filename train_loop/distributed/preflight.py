@@ -119,11 +119,11 @@ class Preflight:
         first = is_ours and self.rank == 0
         return TCPStore(host, port, None, first, patience, wait_for_workers=False, multi_tenant=True)
 
-    def _exchange(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+    def _exchange(self, own: dict[str, Any]) -> list[dict[str, Any]]:
         """Exchange reports; the first process compares them."""
         began = time.monotonic()
         self.store.set(f"alive/{self.rank}", "0")
-        self.store.set(f"report/{self.rank}", json.dumps(mine))
+        self.store.set(f"report/{self.rank}", json.dumps(own))
 
         def there(process: int) -> bool:
             return bool(self.store.check([f"report/{process}"]))
@@ -143,7 +143,7 @@ class Preflight:
                 mistake = difference(reports)
                 verdict: dict[str, Any] = {"mistake": mistake} if mistake else {"roster": roster}
             else:
-                verdict = {"lost": self._missing([process for process in everybody if not there(process)], mine)}
+                verdict = {"lost": self._missing([process for process in everybody if not there(process)], own)}
             self.store.set("verdict", json.dumps(verdict))
         else:
             if wait(["report/0"]):
@@ -151,7 +151,7 @@ class Preflight:
             if wait(["verdict"]):
                 verdict = json.loads(self.store.get("verdict"))
             else:
-                verdict = {"lost": self._missing([process for process in everybody if not there(process)] or [0], mine)}
+                verdict = {"lost": self._missing([process for process in everybody if not there(process)] or [0], own)}
         if self.owns_store and "roster" not in verdict:
             time.sleep(1)  # let the others read it
         if "lost" in verdict:
@@ -160,13 +160,13 @@ class Preflight:
             raise InputError(verdict["mistake"])
         return list(verdict["roster"])
 
-    def _missing(self, processes: list[int], mine: dict[str, Any]) -> str:
+    def _missing(self, processes: list[int], own: dict[str, Any]) -> str:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         machines = sorted({process // here for process in processes})
         return (
             f"pre-flight: {_list('process', processes)} of {self.world_size} did not come within "
             f"{self._patience:.0f} s ({_list('machine', machines)}, counted from 0 as in --machine_rank; this is "
-            f"{mine['host']}); see what is wrong there; {GOES_ON}"
+            f"{own['host']}); see what is wrong there; {GOES_ON}"
         )
 
 

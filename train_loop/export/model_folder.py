@@ -89,9 +89,9 @@ def model_card(config: Config, ledger: dict[str, Any], evaluations: list[dict[st
         header["datasets"] = [config.data.name]
     origin = f"fine-tuned from `{base}`" if base else f"trained from scratch ({config.model.architecture})"
     data = {"stdlib": "the Python standard library's sources", "files": f"files {config.data.files}"}
-    sides = ("train", "validation")
-    books = [
-        f"| {name.replace('_', ' ')} | " + " | ".join(f"{ledger[side][name]:,}" for side in sides) + " |"
+    splits = ("train", "validation")
+    rows = [
+        f"| {name.replace('_', ' ')} | " + " | ".join(f"{ledger[split][name]:,}" for split in splits) + " |"
         for name in ledger["train"]
         if name != "sha256"
     ]
@@ -127,7 +127,7 @@ def model_card(config: Config, ledger: dict[str, Any], evaluations: list[dict[st
             "",
             "| | train | validation |",
             "|---|---:|---:|",
-            *books,
+            *rows,
             "",
             "## Settings",
             "",

@@ -70,7 +70,7 @@ def generate(
     active = rows
     logits, room = _start(feed, active, context, sampling.max_new_tokens)
     choice = _Choice(sampling, active, ends, logits)
-    told = False
+    said = False
     while True:
         tokens, log_p = choice.make(logits, active)
         going = [
@@ -85,9 +85,9 @@ def generate(
             feed.keep(going)
             choice.keep(going)
         choice.seen(tokens)
-        if not told and any(row.slid_out(context) for row in active):
+        if not said and any(row.slid_out(context) for row in active):
             notice(f"the model's context of {context} tokens is full: the oldest ones slide out")
-            told = True
+            said = True
         if room > 0:
             logits, room = feed.step(tokens), room - 1
         else:  # the longest row slides, or did not live to

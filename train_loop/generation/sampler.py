@@ -245,13 +245,13 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, core: Any = None
 
 def as_json(prompt: str, continuations: Sequence[Continuation], tokenizer: PreTrainedTokenizerFast) -> str:
     """One line of `train-loop sample --json`: of several samples, a list."""
-    told: list[dict[str, Any]] = []
+    shown: list[dict[str, Any]] = []
     for each in continuations:
         found = each.generated
-        told.append({"continuation": each.text, "text": prompt + each.text, "finish_reason": found.finish_reason})
+        shown.append({"continuation": each.text, "text": prompt + each.text, "finish_reason": found.finish_reason})
         if found.log_probabilities:
-            told[-1]["tokens"] = [
+            shown[-1]["tokens"] = [
                 {"id": token, "token": tokenizer.decode([token]), "log_probability": log_p}
                 for token, log_p in zip(found.tokens, found.log_probabilities, strict=True)
             ]
-    return json.dumps({"prompt": prompt} | (told[0] if len(told) == 1 else {"samples": told}))
+    return json.dumps({"prompt": prompt} | (shown[0] if len(shown) == 1 else {"samples": shown}))

@@ -84,7 +84,7 @@ def measure(
     objective.train(training)
     if stopped:
         return None
-    mine = [torch.stack(rows).tolist()]  # sent as Python's numbers: not every device has float64
-    everyones = gather_object(mine) if accelerator.num_processes > 1 else mine
-    nll, correct, targets = (math.fsum(column) for column in zip(*itertools.chain(*everyones), strict=True))
+    local = [torch.stack(rows).tolist()]  # sent as Python's numbers: not every device has float64
+    gathered = gather_object(local) if accelerator.num_processes > 1 else local
+    nll, correct, targets = (math.fsum(column) for column in zip(*itertools.chain(*gathered), strict=True))
     return nll, correct, targets
