@@ -81,16 +81,16 @@ def test_steps_in_a_row_are_those_found_one_by_one(plan: Plan, start: int, count
 @given(plan=PLANS, step=st.integers(0, 500), processes=st.integers(1, 9))
 def test_the_processes_share_one_plan(plan: Plan, step: int, processes: int) -> None:
     shares = [share(plan, step, process, processes) for process in range(processes)]
-    assert len({len(share) for share in shares}) == 1  # equally many passes, so collectives match
-    numbers = [batch.number for share in shares for batch in share]
+    assert len(set(map(len, shares))) == 1  # equally many passes, so collectives match
+    numbers = [batch.number for each in shares for batch in each]
     assert len(set(numbers)) == len(numbers)  # no two share a dropout key
     real = sorted((batch for each in shares for batch in each if len(batch.blocks)), key=lambda batch: batch.number)
     whole = share(plan, step)
     assert [batch.number for batch in real] == [batch.number for batch in whole]
     assert all(np.array_equal(mine.blocks, other.blocks) for mine, other in zip(real, whole, strict=True))
     assert np.array_equal(np.concatenate([batch.blocks for batch in real]), plan.blocks(step))
-    for process, share in enumerate(shares):
-        assert all(batch.number % processes == process for batch in share)
+    for process, own in enumerate(shares):
+        assert all(batch.number % processes == process for batch in own)
     assert all(1 <= len(batch.blocks) <= plan.micro_batch_size for batch in whole)
 
 
