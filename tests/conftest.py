@@ -4,14 +4,11 @@ Nothing comes from a hub: a folder on disk stands for a repository.
 """
 
 import functools
-import json
 import os
-import random
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 # Set before any library reads them: no network, and no cache outside the tests' own folder.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,7 +22,10 @@ import pytest
 import torch
 from hypothesis import settings as hypothesis_settings
 
-from train_loop.cli import main
+from tests.support.runs import TINY_MODELS, Command, arguments_for, forget_accelerator, text
+
+RUNS = {"test_gpu_day.py", "test_soak.py", "test_versions.py", "test_devices.py", "test_golden.py", "test_old_runs.py"}
+"""Files whose tests start whole runs in ways of their own."""
 
 # The machines are shared: how long an example takes says nothing.
 hypothesis_settings.register_profile("shared", deadline=None)
@@ -34,29 +34,26 @@ hypothesis_settings.load_profile("shared")
 # What a shell runs in the background ignores interrupts, and so would the processes that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-WORDS = (
-    "the of and to in is that for it as was with be by on not he his but at are this have from or had an they which "
-    "one you were all her she there would their we him been has when who will no more if out so said what up its about"
-).split()
 
-TINY_MODELS: dict[str, dict[str, Any]] = {
-    "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2},
-    "llama": {
-        "model_type": "llama",
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "intermediate_size": 64,
-    },
-}
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-
-
-def text(words: int, seed: int) -> str:
-    """Made-up prose: `words` common words in sentences."""
-    draw = random.Random(seed)
-    return " ".join(draw.choice(WORDS) + ("." if draw.random() < 0.1 else "") for _ in range(words))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by what it needs; see CONTRIBUTING.md."""
+    for item in items:
+        folder, file = item.path.parent.name, item.path.name
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if folder == "cluster":
+            kind = "cluster"
+        elif (folder, file) == ("report", "test_page.py"):
+            kind = "browser"
+        elif folder == "distributed" and file in ("test_launching.py", "test_processes.py", "test_study.py"):
+            kind = "distributed"
+        elif (folder, file) in (("distributed", "test_survival.py"), ("scripts", "test_one_file_loop.py")):
+            kind = "distributed"
+        else:
+            kind = "run" if fixtures & {"command", "settings", "run"} or file in RUNS else "unit"
+        item.add_marker(kind)
+        # With several workers, those that start processes come one after the other, and a file stays together.
+        group = "processes" if kind in ("distributed", "cluster") or folder == "scripts" else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
@@ -95,13 +92,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Pat
     return folder
 
 
-def forget_accelerator() -> None:
-    """Accelerate keeps one state a process; a command must not see the precision or trackers of one before it."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(autouse=True)
 def fresh_process() -> Iterator[None]:
     """Every test begins as a new process would."""
@@ -112,54 +102,13 @@ def fresh_process() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-class Command:
-    """Runs `train-loop` in this process and keeps what it printed."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self.capsys = capsys
-        self.out = self.err = ""
-
-    def __call__(self, *arguments: object) -> int:
-        """The exit code of `train-loop ARGUMENTS`."""
-        forget_accelerator()
-        self.capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        self.out, self.err = self.capsys.readouterr()
-        return code
-
-
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
     """`command("train", "--config", ...)` -> exit code; `command.out`, `command.err`."""
     return Command(capsys)
 
 
-def arguments_for(corpus: Path, tokenizer_folder: Path, output: Path, **changes: object) -> list[str]:
-    """Command-line settings of a run that takes a second, in `output`; keyword arguments change them (a__b for a.b)."""
-    values: dict[str, object] = {
-        "run.output_dir": output,
-        "model.architecture": json.dumps(TINY_MODELS["gpt2"]),
-        "tokenizer.name_or_path": tokenizer_folder,
-        "data.source": "files",
-        "data.files": f"{corpus}/*.txt",
-        "data.test_size": 0.2,
-        "data.block_size": 32,
-        "batch.sequences_per_step": 8,
-        "optimizer.learning_rate": 1e-2,
-        "train.epochs": 2,
-        "export.verify": "false",  # takes five seconds
-    }
-    values |= {key.replace("__", "."): value for key, value in changes.items()}
-    return [part for key, value in values.items() if value is not None for part in (f"--{key}", str(value))]
-
-
 @pytest.fixture
 def settings(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """`arguments_for` a run in `tmp_path / "run"`."""
     return functools.partial(arguments_for, corpus, tokenizer_folder, tmp_path / "run")
-
-
-def events(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The events of one kind in a run's metrics.jsonl."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY_MODELS, Command
+from tests.support.runs import TINY_MODELS, Command
 
 COMMANDS = ("prepare", "train", "evaluate", "sample")
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tests.conftest import NO_DROPOUT, TINY_MODELS, Command, arguments_for, events
+from tests.support.runs import NO_DROPOUT, TINY_MODELS, Command, arguments_for, events
 from train_loop import devices
 from train_loop.distributed import collectives
 from train_loop.distributed.collectives import reduce_exactly
@@ -34,7 +34,7 @@ EVERYTHING = {"study__every": 4, "evaluation__every": 8, "checkpoint__every": 5,
 
 
 def has_devices_in_python() -> bool:
-    """Whether this torch lets a device be written in Python, as tests/toy_device.py is (torch 2.10 or later)."""
+    """Whether this torch lets a device be written in Python, as toy_device.py is (torch 2.10 or later)."""
     spec = importlib.util.find_spec("torch.utils.backend_registration")
     return spec is not None and "_setup_privateuseone_for_python_backend" in Path(str(spec.origin)).read_text()
 
@@ -75,7 +75,7 @@ def on_toy(commands: dict[str, list[str]]) -> dict[str, Outcome]:
     # Not ACCELERATE_USE_CPU, which the tests set elsewhere.
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.toy_device"],
+        [sys.executable, "-m", "tests.support.toy_device"],
         cwd=Path(__file__).parents[1],
         env=environment,
         input=json.dumps(list(commands.values())),

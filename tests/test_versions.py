@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.conftest import TINY_MODELS, Command, events
+from tests.support.runs import TINY_MODELS, Command, events
 from train_loop import compat, versions
 from train_loop.ops import cpu
 

@@ -90,7 +90,7 @@ class Quickstart:
     def train(self, variant: Variant, compiled: bool) -> Finding:
         """Set up and train; the truth sheet must say that the run is what was asked for."""
         if compiled and self._cpu:
-            raise Skipped("compiling takes half a minute on a CPU; tests/test_loop.py does it there")
+            raise Skipped("compiling takes half a minute on a CPU; tests/training/test_loop.py does it there")
         if variant.tf32:
             only_on("cuda")
         before = torch.get_float32_matmul_precision()

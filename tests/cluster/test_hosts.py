@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.hosts import Hosts, need
-from tests.conftest import arguments_for, events
-from tests.distributed.launch import ON_CPU, ROOT, environment, several
+from tests.support.hosts import Hosts, need
+from tests.support.launch import ON_CPU, ROOT, environment, several
+from tests.support.runs import arguments_for, events
 from train_loop.metrics.throughput import MEASURED
 
 pytestmark = pytest.mark.slow
@@ -132,7 +132,7 @@ def test_a_process_that_never_comes_is_named(hosts: Hosts, make: Callable[..., l
     """The second host's launcher starts something that hangs before it can say a word."""
     arguments = make(tmp_path / "runs" / "run", run__preflight_timeout_seconds=4)
     started = [start(hosts, "alpha", arguments, tmp_path)]
-    script = changed(tmp_path, "tests.cluster.hangs")
+    script = changed(tmp_path, "tests.support.hangs")
     other = hosts.start("beta", ["bash", script, 1], env=surroundings(), cwd=ROOT)
     began = time.monotonic()
     ((code, lines, err),) = ended(started)
@@ -146,7 +146,7 @@ def test_a_host_that_differs_or_does_not_share_what_it_has_to_is_named_before_tr
     hosts: Hosts, make: Callable[..., list[str]], tmp_path: Path, corpus: Path
 ) -> None:
     """Another library, other settings, other data, FSDP2 without a shared disk; all in the same two processes."""
-    script = str(changed(tmp_path, "tests.distributed.several", "fsdp2"))
+    script = str(changed(tmp_path, "tests.support.several", "fsdp2"))
     # What pip would have left of another version: Python finds it first.
     (information := tmp_path / "site" / "accelerate-1.15.99.dist-info").mkdir(parents=True)
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 1.15.99\n")

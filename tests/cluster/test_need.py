@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.cluster import hosts
+from tests.support import hosts
 
 
 def test_what_cannot_run_here_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

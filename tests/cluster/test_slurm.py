@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.cluster.slurm import Slurm
-from tests.conftest import Command, arguments_for, events
+from tests.support.runs import Command, arguments_for, events
+from tests.support.slurm import Slurm
 from train_loop.checkpoint import storage
 from train_loop.metrics.throughput import MEASURED
 

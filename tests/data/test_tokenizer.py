@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Encoding, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from tests.conftest import text
+from tests.support.runs import text
 from train_loop.data import tokenizer
 from train_loop.errors import InputError
 

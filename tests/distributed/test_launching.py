@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import Command, events
-from tests.distributed.launch import CONFIGS, ON_CPU, ROOT, command, environment, free_port, processes, run
+from tests.support.launch import CONFIGS, ON_CPU, ROOT, command, environment, free_port, processes, run
+from tests.support.runs import Command, events
 from train_loop.config.load import config_from_arguments
 from train_loop.distributed import launch
 
@@ -170,7 +170,7 @@ def test_hosts_that_differ_are_told_apart(settings: Settings, tmp_path: Path, co
     for name, here in (("first", [{}, {}, {}]), ("second", changes)):
         todo.append([str(tmp_path / f"{name}.json"), str(tmp_path / "done")])
         Path(todo[-1][0]).write_text(json.dumps([["train", *settings(**each)] for each in here]))
-    outcomes = two_hosts(tmp_path, *todo, module="tests.distributed.several")
+    outcomes = two_hosts(tmp_path, *todo, module="tests.support.several")
     assert [code for code, _, _ in outcomes] == [0, 0], outcomes
     for rank in (0, 1):
         found = json.loads((tmp_path / f"done.{rank}").read_text())
@@ -198,15 +198,15 @@ def test_a_configuration_says_how_it_is_used(path: Path) -> None:
 
 def test_waiting_for_the_slowest_does_not_time_out() -> None:
     """Collectives time out after two seconds here, and one process is busy for five, twice."""
-    patient = run(processes(2), ["together"], "tests.distributed.waiting", **ON_CPU)
+    patient = run(processes(2), ["together"], "tests.support.waiting", **ON_CPU)
     assert patient.returncode == 0, patient.stderr
     assert sorted(patient.stdout.split("\n")) == ["", *["done by 0"] * 2, *["done by 1"] * 2]
-    impatient = run(processes(2), ["barrier"], "tests.distributed.waiting", **ON_CPU)
+    impatient = run(processes(2), ["barrier"], "tests.support.waiting", **ON_CPU)
     assert impatient.returncode != 0 and "imed out" in impatient.stderr
 
 
 def test_a_mistake_on_one_host_is_everybodys() -> None:
-    result = run(processes(2), ["mistake"], "tests.distributed.waiting", **ON_CPU)
+    result = run(processes(2), ["mistake"], "tests.support.waiting", **ON_CPU)
     assert result.returncode == 0, result.stderr
     said = [f"process {process}: a file is missing on this host" for process in (0, 1)]
     assert sorted(filter(None, result.stdout.split("\n"))) == sorted(said * 2)

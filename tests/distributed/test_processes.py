@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import NO_DROPOUT, TINY_MODELS, arguments_for, events
-from tests.distributed.launch import ON_CPU, Outcome, processes, run, several
+from tests.support.launch import ON_CPU, Outcome, processes, run, several
+from tests.support.runs import NO_DROPOUT, TINY_MODELS, arguments_for, events
 from train_loop import job
 from train_loop.checkpoint import storage
 from train_loop.config.load import config_from_arguments

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import NO_DROPOUT, TINY_MODELS, arguments_for, events
-from tests.distributed.launch import several
+from tests.support.launch import several
+from tests.support.runs import NO_DROPOUT, TINY_MODELS, arguments_for, events
 
 SHAPES = {"gpt2": TINY_MODELS["gpt2"] | NO_DROPOUT, "llama": TINY_MODELS["llama"] | {"tie_word_embeddings": True}}
 WORLDS = ["1", "2", "2-fsdp2"]

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import TINY_MODELS, arguments_for, events
-from tests.distributed.launch import ON_CPU, ROOT, Outcome, command, environment, processes, several
+from tests.support.launch import ON_CPU, ROOT, Outcome, command, environment, processes, several
+from tests.support.runs import TINY_MODELS, arguments_for, events
 from train_loop.checkpoint import storage
 from train_loop.metrics.throughput import MEASURED
 

@@ -1,0 +1,154 @@
+"""Products by oneDNN: the same numbers as torch's own, for whoever is fp32 on a CPU, and torch's for all others."""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.support.runs import PATHS, batch, configured, needs_products
+from train_loop.data import tokenizer
+from train_loop.data.loader import IGNORED
+from train_loop.models import building
+from train_loop.ops import cpu
+from train_loop.training.objective import Objective
+
+
+def build(kind: str, tokenizer_folder: Path) -> Any:
+    built = building.build(configured(PATHS[kind][0]), tokenizer.load(str(tokenizer_folder))).eval()
+    torch.manual_seed(0)
+    for parameter in built.parameters():
+        if parameter.dim() == 1:  # biases are zeros at first
+            torch.nn.init.normal_(parameter, 1.0, 0.1)
+    return built
+
+
+def gradients(built: Any, tied: cpu.TiedGradient | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    names, parameters = zip(*built.named_parameters(), strict=True)
+    objective = Objective(built)
+    objective.tied = tied
+    nll = objective(*batch())
+    return nll.detach(), dict(zip(names, torch.autograd.grad(2 * nll, parameters), strict=True))
+
+
+@needs_products
+@pytest.mark.parametrize("kind", ["gpt2", "llama-tied", "qwen3", "gpt_neox", "phi"])
+def test_loss_and_gradients_are_torchs(kind: str, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = build(kind, tokenizer_folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "has_products", lambda: False)
+        expected, theirs = gradients(built)
+    cpu.use_products(built)
+    used: list[int] = []
+    product = cpu.product
+    monkeypatch.setattr(cpu, "product", lambda *arguments: used.append(0) or product(*arguments))
+    found, mine = gradients(built)
+    assert len(used) > 10
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    for name, gradient in mine.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=2e-5, msg=lambda text, at=name: at + text)
+    # Autocast and other devices' and dtypes' tensors are none of its business.
+    used.clear()
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # which would keep casts without gradients
+        gradients(built)
+    built.to(torch.float64)(batch()[0])
+    assert not used
+
+
+def kept(built: Any) -> int:
+    """Bytes, but for the weights, that a forward pass keeps for the backward pass."""
+    weights = {each.untyped_storage().data_ptr() for each in built.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        nll = Objective(built)(*batch())
+    assert nll.requires_grad  # and so keeps the tensors until here
+    return sum(found.values())
+
+
+@needs_products
+def test_the_output_of_a_gelu_is_made_again(tokenizer_folder: Path) -> None:
+    built = build("gpt2", tokenizer_folder)
+    before = kept(built)
+    cpu.use_products(built)
+    outputs = batch()[0].numel() * 4 * built.config.n_embd * 4 * built.config.n_layer
+    assert kept(built) == before - outputs
+    # Changed in place on its way, it is no GELU's any more.
+    mlp = built.transformer.h[0].mlp
+    mlp.act.register_forward_hook(lambda module, inputs, output: output.mul_(3))
+    _, found = gradients(built)
+    plain = build("gpt2", tokenizer_folder)
+    plain.transformer.h[0].mlp.act.register_forward_hook(lambda module, inputs, output: output.mul_(3))
+    _, expected = gradients(plain)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=2e-5)
+
+
+@needs_products
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("biased", [False, True])
+def test_cross_entropy_is_torchs_in_chunks_of_any_size(chunk: int, biased: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*size, generator=generator) * 5 for size in ((20, 8), (31, 8), (31,)))
+    targets = torch.randint(0, 31, (20,), generator=generator)
+    targets[3:6] = IGNORED
+    leaves = [each.requires_grad_() for each in ((hidden, weight, bias) if biased else (hidden, weight))]
+    mine = cpu.LinearCrossEntropy.apply(hidden, weight, bias if biased else None, targets, IGNORED, chunk, None)
+    double = [each.detach().double().requires_grad_() for each in leaves]
+    theirs = F.cross_entropy(F.linear(*double), targets, reduction="sum", ignore_index=IGNORED)
+    torch.testing.assert_close(mine.double(), theirs, rtol=1e-6, atol=0)
+    found = torch.autograd.grad(3 * mine, leaves)
+    for gradient, expected in zip(found, torch.autograd.grad(3 * theirs, double), strict=True):
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        again = cpu.LinearCrossEntropy.apply(hidden, weight, bias if biased else None, targets, IGNORED, chunk, None)
+    assert torch.equal(again, mine)
+
+
+@needs_products
+@pytest.mark.parametrize("kind", ["gpt2", "llama-tied"])
+def test_a_tied_embeddings_gradient_is_added_to_the_heads(
+    kind: str, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = build(kind, tokenizer_folder)
+    _, expected = gradients(built)
+    tied = cpu.tie_gradients(built)
+    assert tied is not None
+    taken: list[torch.Tensor | None] = []
+    take = tied.take
+    monkeypatch.setattr(tied, "take", lambda: taken.append(tied.waiting) or take())
+    _, found = gradients(built, tied)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6, msg=lambda text, at=name: at + text)
+    name = "transformer.wte.weight" if kind == "gpt2" else "model.embed_tokens.weight"
+    assert taken[0] is not None and taken[0].data_ptr() == found[name].data_ptr() and tied.waiting is None
+    # Where the loss leaves nothing, the embedding makes its own.
+    _, alone = gradients(built)
+    torch.testing.assert_close(alone[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+@needs_products
+def test_gradients_of_untied_embeddings_are_left_alone(tokenizer_folder: Path) -> None:
+    assert cpu.tie_gradients(build("qwen3", tokenizer_folder)) is None
+
+
+def test_gelu_is_the_models_own(tokenizer_folder: Path) -> None:
+    built = build("gpt2", tokenizer_folder)
+    x = torch.linspace(-9, 9, 999)
+    fused = [module for module in built.modules() if type(module) is torch.nn.GELU]
+    expected = 0.5 * x.double() * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x.double() + 0.044715 * x.double() ** 3)))
+    assert len(fused) == 2
+    torch.testing.assert_close(fused[0](x).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_freed_memory_is_kept_where_the_c_library_is_glibc() -> None:
+    glibc = hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
+    assert cpu.keep_freed_memory() == glibc
