@@ -1,15 +1,36 @@
 #!/usr/bin/env bash
-# Everything CI checks: format, lint, types, tests.
+# What CI checks: format, lint, types, imports, limits, documents, tests.
 #
 #   bash scripts/test.sh [arguments for pytest]                 (-m "not slow" leaves the longest tests out)
+#   bash scripts/test.sh --fast                                 a minute: nothing is installed, no run is started
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-.venv/bin/ruff format --check .
-.venv/bin/ruff check .
+fast=
+if [ "${1:-}" = --fast ]; then
+    fast=yes
+    shift
+    cd "$(dirname "${BASH_SOURCE[0]}")/.."
+    if [ ! -x .venv/bin/python ]; then
+        echo "test.sh --fast needs .venv; bash scripts/test.sh makes it" >&2
+        exit 2
+    fi
+else
+    source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+fi
+
+.venv/bin/ruff format --check --quiet .
+.venv/bin/ruff check --quiet .
+.venv/bin/lint-imports --no-cache >/dev/null || .venv/bin/lint-imports --no-cache
+.venv/bin/python scripts/limits.py >/dev/null
+.venv/bin/python scripts/house.py --check
+.venv/bin/python scripts/check_docs.py
+if [ -n "$fast" ]; then
+    exec .venv/bin/python -m pytest -q -n 2 --dist loadgroup -m "unit and not slow" "$@"
+fi
 .venv/bin/mypy
+.venv/bin/mypy --explicit-package-bases tests
 for script in scripts/*.sh scripts/*/*.sh .ci/run; do
     bash -n "$script"
 done
 .venv/bin/shellcheck --external-sources --source-path=SCRIPTDIR scripts/*.sh scripts/*/*.sh .ci/run
-.venv/bin/python -m pytest "$@"
+.venv/bin/python -m pytest -n 2 --dist loadgroup "$@"
