@@ -136,7 +136,7 @@ def check_config(config: Config) -> None:
             ("model.compile", model.compile),
         ):
             if chosen:
-                raise InputError(f"run.reproducible bitwise does not go with {key}; drop one of the two")
+                raise InputError(f"run.reproducible bitwise does not work with {key}; drop one of the two")
     if config.export.hub_model_id and not config.export.push_to_hub:
         raise InputError("export.hub_model_id goes with export.push_to_hub true")
 
