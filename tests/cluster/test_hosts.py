@@ -170,5 +170,5 @@ def test_a_host_that_differs_or_does_not_share_what_it_has_to_is_named_before_tr
         assert "and 1.15.99 on process 1 (beta); install the same on every host" in version
         assert settings.startswith("the configuration differs: run.seed is 0 on process 0 (alpha) and 7 on process 1 (")
         assert data.startswith("the data differs: ") and "on process 1 (beta); " in data
-        assert disk.startswith("run.output_dir") and "is not one folder for all hosts (beta is without" in disk
+        assert disk.startswith("run.output_dir") and "is not the same folder on all hosts (beta lacks" in disk
     assert not (tmp_path / "alpha" / "runs" / "run" / "metrics.jsonl").exists()

@@ -89,7 +89,11 @@ def test_torchrun_without_the_variable_stops_and_with_it_works(settings: Setting
             {"run__reproducible": "bitwise"},
             "bitwise does not work with FSDP2",
         ),
-        ({}, {"run__reproducible": "bitwise", "run__mixed_precision": "fp16"}, "does not work with run.mixed_precision"),
+        (
+            {},
+            {"run__reproducible": "bitwise", "run__mixed_precision": "fp16"},
+            "does not work with run.mixed_precision",
+        ),
         ({}, {"run__reproducible": "bitwise", "model__compile": "true"}, "does not work with model.compile"),
     ],
 )
