@@ -348,7 +348,7 @@ def _shard(tensor: torch.Tensor) -> Shard:
     if not isinstance(tensor, DTensor):
         return Shard(tensor)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    assert tuple(shape[1:]) == tuple(tensor.shape[1:]), "sharded along something other than rows"
+    assert tuple(shape[1:]) == tuple(tensor.shape[1:]), "sharded along a dimension other than rows"
     return Shard(tensor.to_local(), offset[0], len(tensor))
 
 
