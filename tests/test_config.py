@@ -104,7 +104,7 @@ def test_a_mistake_in_the_file_is_named_with_the_file(tmp_path: Path, line: str,
         (["--tokenizer.train_vocab_size", "256"], "at least 257"),
         (
             ["--data.source", "hub", "--data.name", "x", "--data.streaming", "true", "--data.split", "train[:5]"],
-            "slices",
+            "sliced",
         ),
         (["--export.hub_model_id", "x"], "export.push_to_hub"),
     ],
