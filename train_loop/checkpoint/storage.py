@@ -225,7 +225,7 @@ def find_damage(folder: Path) -> str | None:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         parts, _ = int(state["parts"]), int(state["step"])
     except (OSError, ValueError, KeyError, TypeError):
-        return "state.json does not hold a run's state"
+        return "state.json is not the state of a run"
     for name in (_part_name(kind, part, parts) for kind in KINDS for part in range(parts)):
         if name not in files:
             return f"manifest.json does not list {name}"
