@@ -18,15 +18,7 @@ from train_loop.config.load import config_from_arguments
 from train_loop.config.parsing import documented, help_text
 from train_loop.config.sampling import Sampling
 from train_loop.config.schema import Config
-from train_loop.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_STOPPED,
-    InputError,
-    LostError,
-    TrainingError,
-)
+from train_loop.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, InputError, LostError, TrainingError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ Definitions, for a layer with output x [positions, width]:
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,10 +31,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from train_loop import compat
+from train_loop.analysis.trial_step import evaluating
 from train_loop.data.loader import IGNORED, Batch
 from train_loop.devices import exact
 from train_loop.distributed.collectives import reduce_exactly
-from train_loop.models.building import without_compile
 from train_loop.training.state import StepBatch, StepContext
 
 Sums = dict[str, torch.Tensor]
@@ -59,24 +60,18 @@ def layers_of(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
 
     Empty for a model that has no list.
     """
-    lists = [(name, each) for name, each in model.named_modules() if isinstance(each, nn.ModuleList)]
-    if not lists:
-        return "", []
-    name, found = max(lists, key=lambda each: sum(parameter.numel() for parameter in each[1].parameters()))
-    return name, list(found)
+    lists = {name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList)}
+    name = max(lists, key=lambda name: sum(each.numel() for each in lists[name].parameters()), default="")
+    return name, list(lists.get(name, ()))
 
 
 class Look:
-    """Sums over the positions of some windows, filled by `of_batch`.
+    """Sums and maxima over the positions of some windows, filled by `of_batch`.
 
     Args:
         layers: of the model.
         attention: name of its implementation of attention.
-        frequency: bin of each token of the vocabulary [vocabulary] int64; see `StepStatistics`.
-        frequency_bins: how many there are.
-
-    Attributes:
-        sums, maxima: see `of_step`.
+        frequency: bin of each token of the vocabulary [vocabulary] int64, of `frequency_bins`; see `StepStatistics`.
     """
 
     def __init__(self, layers: list[nn.Module], attention: str, frequency: torch.Tensor, frequency_bins: int) -> None:
@@ -94,17 +89,18 @@ class Look:
         self._real = batch.targets != IGNORED
         self._packed = batch.positions is not None
         self._each = []
-        with self._hooks():
+        with ExitStack() as stack:
+            for number, layer in enumerate(self.layers):
+                stack.enter_context(layer.register_forward_pre_hook(partial(self._enter, number)))
+                stack.enter_context(layer.register_forward_hook(self._of_layer))
+                for each in _activation_functions(layer):
+                    stack.enter_context(each.register_forward_hook(self._of_units))
+            stack.enter_context(_attention(self.attention, self.layers, self._of_attention))
             objective(batch.inputs, batch.targets, batch.positions, visit=self._of_logits)
         self._of_positions(batch, torch.cat(self._each, dim=1))
 
     def _add(self, name: str, value: torch.Tensor) -> None:
-        value = exact(value)
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def _raise(self, name: str, value: torch.Tensor) -> None:
-        value = exact(value)
-        self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
+        self.sums[name] = self.sums.get(name, 0) + exact(value)
 
     # --- losses and logits
 
@@ -126,59 +122,38 @@ class Look:
         block = self._real.shape[1]
         bins = min(POSITION_BINS, block)
         place = (torch.arange(block, device=real.device) * bins // block).expand_as(self._real).flatten()[real]
-        target = batch.targets.flatten()[real]
-        for name, number, index in (
-            ("position", bins, place),
-            ("frequency", self.frequency_bins, self.frequency[target]),
-        ):
-            index = index.to(values.device)
-            zeros = values.new_zeros(number)
+        frequency = self.frequency[batch.targets.flatten()[real]]
+        for name, number, index in (("position", bins, place), ("frequency", self.frequency_bins, frequency)):
+            zeros, index = values.new_zeros(number), index.to(values.device)
             self._add(f"{name}_nll", zeros.index_add(0, index, values[0]))
             self._add(f"{name}_count", zeros.index_add(0, index, torch.ones_like(values[0])))
 
     # --- layers
 
-    @contextmanager
-    def _hooks(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for number, layer in enumerate(self.layers):
-                for handle in (
-                    layer.register_forward_pre_hook(self._enter(number)),
-                    layer.register_forward_hook(self._of_layer),
-                    *(each.register_forward_hook(self._of_units) for each in _activation_functions(layer)),
-                ):
-                    stack.callback(handle.remove)
-            stack.enter_context(_attention(self.attention, self.layers, self._of_attention))
-            yield
-
-    def _enter(self, number: int) -> Callable[..., None]:
-        def enter(module: nn.Module, arguments: Any) -> None:
-            self._layer = number
-
-        return enter
+    def _enter(self, number: int, module: nn.Module, arguments: Any) -> None:
+        self._layer = number
 
     def _of_layer(self, module: nn.Module, arguments: Any, output: Any) -> None:
         x = output[0] if isinstance(output, tuple) else output
         x = x.flatten(0, -2)[self._real.flatten()].float()
         self._add(f"{self._layer}/squares", exact(x.square().sum(1)).sum())
         self._add(f"{self._layer}/numbers", torch.tensor(x.numel(), device=x.device))
-        self._raise(f"{self._layer}/peak", x.abs().amax() if len(x) else x.new_zeros(()))
+        peak = exact(x.abs().amax() if len(x) else x.new_zeros(()))
+        self.maxima[f"{self._layer}/peak"] = torch.maximum(self.maxima.get(f"{self._layer}/peak", peak), peak)
         self._layer = None
 
     def _of_units(self, module: nn.Module, arguments: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor) and output.shape[:-1].numel() == self._real.numel():
-            above = (output.flatten(0, -2) > 0)[self._real.flatten()].sum(0)
-            self._add(f"{self._layer}/above", above)
+            self._add(f"{self._layer}/above", (output.flatten(0, -2) > 0)[self._real.flatten()].sum(0))
 
     def _of_attention(self, query: torch.Tensor, key: torch.Tensor, mask: Any, options: dict[str, Any]) -> None:
         """Add up a layer's entropies. query [batch, heads, block, width], key [batch, fewer heads, keys, width]."""
         flash = "flash" in self.attention
         known = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 4)
         windows = query.shape[0::2] == self._real.shape
-        # FlashAttention is told of packed documents in other ways; sinks are a part of the sum that is no key.
-        if self._layer is None or not known or not windows or options.get("s_aux") is not None:
-            return
-        if flash and self._packed:
+        sinks = options.get("s_aux") is not None  # a part of the sum that is no key
+        packed = flash and self._packed  # of packed documents FlashAttention is told in other ways
+        if self._layer is None or not known or not windows or sinks or packed:
             return
         block, keys = query.shape[2], key.shape[2]
         rows = torch.linspace(0, block - 1, min(block, _QUERIES), device=query.device).round().long()
@@ -234,23 +209,10 @@ def _attention(implementation: str, layers: list[nn.Module], see: Callable[..., 
         del ALL_ATTENTION_FUNCTIONS[implementation]
 
 
-@torch.no_grad()
-def of_step(context: StepContext, model: PreTrainedModel, batch: StepBatch, look: Look) -> tuple[Sums, Sums]:
-    """Sums and maxima over all positions of a step's windows, on all processes; all must call this.
-
-    Args:
-        context: of the run.
-        model: with the weights to look at.
-        batch: of the step.
-        look: with nothing in it yet.
-    """
-    accelerator, objective = context.accelerator, context.objective
-    training = objective.training
-    objective.eval()
-    try:
-        with without_compile(model):
-            for micro_batch in batch.micro_batches:
-                look.of_batch(objective, micro_batch.to(accelerator.device))
-    finally:
-        objective.train(training)
-    return over_processes(accelerator, look.sums), over_processes(accelerator, look.maxima, maximum=True)
+def of_step(context: StepContext, batch: StepBatch, look: Look) -> tuple[Sums, Sums]:
+    """Sums and maxima over all positions of a step's windows, taken with a new look; all processes must call this."""
+    with evaluating(context.objective):
+        for micro_batch in batch.micro_batches:
+            look.of_batch(context.objective, micro_batch.to(context.accelerator.device))
+    sums = over_processes(context.accelerator, look.sums)
+    return sums, over_processes(context.accelerator, look.maxima, maximum=True)

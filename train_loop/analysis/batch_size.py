@@ -23,18 +23,13 @@ from train_loop.training.state import Run
 
 
 def fitting(
-    config: Config,
-    accelerator: Accelerator,
-    objective: nn.Module,
-    adamw: torch.optim.Optimizer,
-    previous: int | None,
+    config: Config, accelerator: Accelerator, objective: nn.Module, adamw: torch.optim.Optimizer, previous: int | None
 ) -> int:
-    """The size that batch.micro_batch_size auto comes to; that of the checkpoint, if it fits.
+    """What batch.micro_batch_size auto comes to: the first of a process's share of a step (of a run that is resumed,
+    its `previous` size), half of it, a quarter, ... sequences that every process can train on at once.
 
-    Args:
-        config: of the run.
-        accelerator, objective, adamw: see `largest_micro_batch`.
-        previous: the size before the run was resumed, or None.
+    Each process tries a forward and backward pass by itself, with moments and gradients in memory as in a step. All
+    processes must call this, with the prepared `Objective` and its optimizer, which must not have moments yet.
 
     Raises:
         InputError: with FSDP2, and when not even one sequence fits.
@@ -47,8 +42,20 @@ def fitting(
     largest = -(-config.batch.sequences_per_step // accelerator.num_processes)
     if previous is not None:
         largest = min(config.batch.sequences_per_step, previous)
+    size = largest
     with without_compile(objective):
-        return largest_micro_batch(accelerator, objective, adamw, config.data.block_size, largest)
+        while size and not _fits(accelerator, objective, adamw, config.data.block_size, size):
+            size //= 2
+    if accelerator.num_processes > 1:
+        size = int(gather(torch.tensor([size], device=accelerator.device)).min())
+    if size == 0:
+        raise InputError(
+            "batch.micro_batch_size auto: not even one sequence fits into memory; lower data.block_size, or say "
+            "--model.activation_checkpointing true"
+        )
+    if size < largest and accelerator.is_main_process:
+        say(f"batch.micro_batch_size auto: {largest} sequences do not fit into memory, {size} do")
+    return size
 
 
 def halve(run: Run, error: RuntimeError) -> None:
@@ -65,40 +72,6 @@ def halve(run: Run, error: RuntimeError) -> None:
     run.state.optimizer.zero_grad()
     clear_device_cache(garbage_collection=True)
     say(f"batch.micro_batch_size auto: out of memory with {size} sequences; goes on with {size // 2}")
-
-
-def largest_micro_batch(
-    accelerator: Accelerator, objective: nn.Module, adamw: torch.optim.Optimizer, block_size: int, largest: int
-) -> int:
-    """The first of largest, half of it, a quarter, ... sequences that every process can train on at once.
-
-    Each process tries a forward and backward pass by itself, with moments and gradients in memory as in a step. All
-    processes must call this.
-
-    Args:
-        accelerator: the processes, without FSDP2: there a pass needs all of them, and one that runs out of memory
-            leaves the others waiting.
-        objective: the prepared `Objective`.
-        adamw: its optimizer; it must not have moments yet.
-        block_size: tokens a sequence.
-        largest: what to begin with, at least 1.
-
-    Raises:
-        InputError: when not even one sequence fits.
-    """
-    size = largest
-    while size and not _fits(accelerator, objective, adamw, block_size, size):
-        size //= 2
-    sizes = gather(torch.tensor([size], device=accelerator.device)) if accelerator.num_processes > 1 else [size]
-    size = min(int(each) for each in sizes)
-    if size == 0:
-        raise InputError(
-            "batch.micro_batch_size auto: not even one sequence fits into memory; lower data.block_size, or say "
-            "--model.activation_checkpointing true"
-        )
-    if size < largest and accelerator.is_main_process:
-        say(f"batch.micro_batch_size auto: {largest} sequences do not fit into memory, {size} do")
-    return size
 
 
 def _fits(

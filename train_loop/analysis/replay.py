@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 
 from train_loop import versions
 from train_loop.analysis.step_statistics import StepStatistics
+from train_loop.analysis.trial_step import evaluating
 from train_loop.checkpoint import storage
 from train_loop.checkpoint.restore import restore
 from train_loop.checkpoint.run_folder import RunFolder
@@ -85,8 +86,7 @@ class Replay:
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            found = json.loads((self.folder.path / name).read_text(encoding="utf-8"))
-            return dict(found)
+            return dict(json.loads((self.folder.path / name).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"--run {self.folder.path}: {name} cannot be read ({one_line(error)})") from None
 
@@ -123,7 +123,8 @@ class Replay:
         """
         done = step - 1
         damaged: list[str] = []
-        for known in sorted(_steps_on_disk(self.folder.checkpoints), reverse=True):
+        names = [each.name.removeprefix("step-") for each in self.folder.checkpoints.glob("step-*")]
+        for known in sorted((int(name) for name in names if name.isdigit()), reverse=True):
             if known > done or (self.at is not None and known <= self.at <= done):
                 continue
             found, problem = storage.of_step(self.folder.checkpoints, known)
@@ -161,7 +162,7 @@ class Replay:
         self.go_before(step)
         found = inspected(self.run, step)
         self.at = step
-        return found | {"from_step": self.from_step, "verification": self._verified(found)}
+        return found | {"from_step": self.from_step, "verification": self._verified(step, found["loss"])}
 
     def instead(self, step: int, changes: Sequence[str]) -> list[dict[str, Any]]:
         """A step as it was and as it would have been with other settings, from the same state.
@@ -203,17 +204,14 @@ class Replay:
         check_config(other)
         return other, dropout
 
-    def _verified(self, found: dict[str, Any]) -> dict[str, Any]:
+    def _verified(self, step: int, loss: float | None) -> dict[str, Any]:
         """Whether the replayed loss is the logged one; how far it is off, and what is another kind of run here."""
-        logged = self.logged[found["step"]]["loss"]
-        kind = self._another_kind()
-        if logged is None or found["loss"] is None:  # not finite
-            same = logged is None and found["loss"] is None
-            return {"verdict": "bits" if same else "different", "logged": logged, "difference": None, "kind": kind}
-        difference = abs(found["loss"] / logged - 1) if logged else abs(found["loss"])
-        tolerance = PRECISIONS[self.config.run.mixed_precision].same_loss
-        verdict = "bits" if found["loss"] == logged else "rounding" if difference <= tolerance else "different"
-        return {"verdict": verdict, "logged": logged, "difference": difference, "kind": kind}
+        logged, difference = self.logged[step]["loss"], None
+        if loss is not None and logged is not None:  # both finite
+            difference = abs(loss / logged - 1) if logged else abs(loss)
+        close = difference is not None and difference <= PRECISIONS[self.config.run.mixed_precision].same_loss
+        verdict = "bits" if loss == logged else "rounding" if close else "different"
+        return {"verdict": verdict, "logged": logged, "difference": difference, "kind": self._another_kind()}
 
     def _another_kind(self) -> list[str]:
         """In what the run differs from this process, in words."""
@@ -252,24 +250,22 @@ def inspected(run: Run, step: int) -> dict[str, Any]:
     result = train_step(run.context, run.state, batch, rate)
     watch.after_step(run.state, {"grad_norm": result.grad_norm, "skipped": not result.applied})
     limit = run.context.max_grad_norm
-    found = plain(
-        {
-            "step": step,
-            "epoch": step / run.batches.plan.steps_per_epoch,
-            "loss": result.loss,
-            "targets": batch.targets,
-            "learning_rate": rate,
-            "grad_norm": result.grad_norm,
-            "clipped": limit is not None and result.grad_norm > limit,
-            "taken": result.applied,
-            "loss_before": before,
-            "loss_after": _loss(run, batch),
-            "sequences": sequences,
-            "surprising": _surprising(sequences),
-            "statistics": seen[0] if seen else None,
-        }
-    )
-    return dict(found)
+    found = {
+        "step": step,
+        "epoch": step / run.batches.plan.steps_per_epoch,
+        "loss": result.loss,
+        "targets": batch.targets,
+        "learning_rate": rate,
+        "grad_norm": result.grad_norm,
+        "clipped": limit is not None and result.grad_norm > limit,
+        "taken": result.applied,
+        "loss_before": before,
+        "loss_after": _loss(run, batch),
+        "sequences": sequences,
+        "surprising": _surprising(sequences),
+        "statistics": seen[0] if seen else None,
+    }
+    return dict(plain(found))
 
 
 def take(run: Run) -> StepResult:
@@ -283,18 +279,14 @@ def _rate(run: Run, index: int) -> float:
     return learning_rate(index, run.batches.total_steps, config.optimizer.learning_rate, config.schedule)
 
 
-@torch.no_grad()
 def _loss(run: Run, batch: StepBatch) -> float:
     """Mean loss of a step's windows, dropout off."""
     nll = targets = 0.0
-    objective, training = run.context.objective, run.context.objective.training
-    objective.eval()
-    with without_compile(run.state.model):
-        for micro_batch in batch.micro_batches:
-            micro_batch = micro_batch.to(run.context.accelerator.device)
-            found = objective(micro_batch.inputs, micro_batch.targets, micro_batch.positions, statistics=True)
+    with evaluating(run.context.objective):
+        for each in batch.micro_batches:
+            each = each.to(run.context.accelerator.device)
+            found = run.context.objective(each.inputs, each.targets, each.positions, statistics=True)
             nll, targets = nll + float(found.nll), targets + int(found.targets)
-    objective.train(training)
     return nll / max(targets, 1)
 
 
@@ -321,28 +313,20 @@ def _sequences(data: Prepared, batch: StepBatch, size: int) -> list[dict[str, An
     store, found = data.train, []
     for block in batch.blocks.tolist():
         first, end = block * size, min((block + 1) * size + 1, len(store))
-        ids = store.tokens[first:end].tolist()
-        documents = _documents(store, first, end)
-        found.append({"block": block, "documents": documents, "tokens": strings(data.tokenizer, ids)})
+        tokens = strings(data.tokenizer, store.tokens[first:end].tolist())
+        found.append({"block": block, "documents": _documents(store, first, end), "tokens": tokens})
     return found
 
 
 def _documents(store: TokenStore, first: int, end: int) -> list[dict[str, Any]]:
     """The documents that the tokens first..end-1 of a store belong to; offset: in tokens, from the document's first."""
-    ends = store.document_ends
-    found = []
+    ends, found = store.document_ends, []
     while first < end:
         name, offset = store.document_at(first)
-        until = min(end, first - offset + _length(ends, first))
+        until = min(end, int(ends[ends.searchsorted(first, side="right")]))
         found.append({"name": name, "offset": offset, "tokens": until - first})
         first = until
     return found
-
-
-def _length(ends: Any, token: int) -> int:
-    """Tokens of the document that a token belongs to."""
-    index = int(ends.searchsorted(token, side="right"))
-    return int(ends[index]) - (int(ends[index - 1]) if index else 0)
 
 
 def _surprising(sequences: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -355,25 +339,15 @@ def _surprising(sequences: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
     found = []
     for loss, row, column in sorted(places, reverse=True)[:_SURPRISING]:
-        each, passed = sequences[row], 0
-        for document in each["documents"]:
-            if column < passed + document["tokens"]:
-                break
-            passed += document["tokens"]
-        found.append(
-            {
-                "token": each["tokens"][column],
-                "loss": loss,
-                "before": "".join(each["tokens"][max(0, column - _CONTEXT) : column]),
-                "document": document["name"],
-                "offset": document["offset"] + column - passed,
-            }
-        )
+        tokens = sequences[row]["tokens"]
+        origins = [
+            {"document": each["name"], "offset": each["offset"] + place}
+            for each in sequences[row]["documents"]
+            for place in range(each["tokens"])
+        ]
+        before = "".join(tokens[max(0, column - _CONTEXT) : column])
+        found.append({"token": tokens[column], "loss": loss, "before": before} | origins[column])
     return found
-
-
-def _steps_on_disk(folder: Path) -> list[int]:
-    return [int(each.name.removeprefix("step-")) for each in folder.glob("step-*") if each.name[5:].isdigit()]
 
 
 def _state(run: Run) -> dict[str, Any]:

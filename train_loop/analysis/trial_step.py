@@ -1,9 +1,24 @@
-"""A step on trial: it allocates and computes what a step does, and changes nothing."""
+"""Ways to run a model that leave no trace: a forward pass to look at it, and a step on trial."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
+
+from train_loop.models.building import without_compile
+
+
+@contextmanager
+def evaluating(objective: nn.Module) -> Iterator[None]:
+    """Within this context, no dropout, no gradients, nothing compiled; then the module's mode is what it was."""
+    training = objective.training
+    objective.eval()
+    try:
+        with torch.no_grad(), without_compile(objective):
+            yield
+    finally:
+        objective.train(training)
 
 
 @contextmanager

@@ -75,10 +75,7 @@ def _run(files: RunFiles, name: str) -> dict[str, Any]:
         | {"clipped": int(clipped.sum()), "skipped": int(skipped.sum())},
         "axis": _axis(columns),
         "curves": {key: curve for key, curve in curves.items() if any(v is not None for v in curve["value"])},
-        "marks": {
-            "clipped": _marks(columns, clipped & ~skipped),
-            "skipped": _marks(columns, skipped),
-        },
+        "marks": {"clipped": _marks(columns, clipped & ~skipped), "skipped": _marks(columns, skipped)},
         "time": _time(columns),
         "layers": _table(statistics, "layers", LAYER),
         "heads": _heads(statistics),
