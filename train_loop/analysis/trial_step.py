@@ -1,4 +1,4 @@
-"""Ways to run a model that leave no trace: a forward pass to look at it, and a step on trial."""
+"""Ways to run a model that change nothing: evaluation, and a trial step."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from train_loop.models.building import without_compile
 
 @contextmanager
 def evaluating(objective: nn.Module) -> Iterator[None]:
-    """Within this context, no dropout, no gradients, nothing compiled; then the module's mode is what it was."""
+    """A context without dropout, gradients and compiled layers; afterwards the module's mode is what it was."""
     training = objective.training
     objective.eval()
     try:
@@ -23,8 +23,8 @@ def evaluating(objective: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_effect(optimizer: torch.optim.Optimizer) -> Iterator[Callable[[], None]]:
-    """Within this context, the function it gives takes an optimizer step that changes no weight: with a gradient of
-    zero, at a rate of zero. It allocates the moments, which are gone again afterwards, as are all gradients.
+    """A context whose function takes an optimizer step that changes no weight: its gradients and its rate are zero.
+    The step allocates the moments; on leaving the context, they are gone, and so are all gradients.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
 
