@@ -100,8 +100,7 @@ def _paint_lines(
     several, drawn = len(runs) > 1, 0
     for place, run in enumerate(runs):
         for order, (key, kind, factor) in enumerate(curves):
-            curve = run["curves"].get(key)
-            if curve is None:
+            if (curve := run["curves"].get(key)) is None:
                 continue
             raw = len(curve["step"]) > 60
             name = ", ".join(each for each in (run["name"] if several else "", kind) if each)
@@ -128,14 +127,11 @@ def _paint_lines(
 
 
 def _paint_time(run: dict[str, Any], axes: Any) -> bool:
-    time = run["time"]
-    if time is None:
+    if (time := run["time"]) is None:
         return False
-    parts = [part for part in (*STEP_PARTS, "other") if any(time["parts"][part])]
-    layers = [_floats(time["parts"][part], 1e3) for part in parts]
-    axes.stackplot(
-        time["step"], layers, labels=parts, colors=[COLORS[(*STEP_PARTS, "other").index(part)] for part in parts]
-    )
+    colors = dict(zip((*STEP_PARTS, "other"), COLORS, strict=False))
+    parts = {part: _floats(time["parts"][part], 1e3) for part in colors if any(time["parts"][part])}
+    axes.stackplot(time["step"], list(parts.values()), labels=parts, colors=[colors[part] for part in parts])
     axes.set(xlabel="step", ylabel="time of a step (ms)")
     axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.22))
     return True
