@@ -58,7 +58,7 @@ def test_module_and_script_are_the_same() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["trian"], "no command trian; commands: prepare, train, evaluate, sample"),
+        (["trian"], "unknown command trian; commands: prepare, train, evaluate, sample"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["sample", "--model", "nowhere", "--prompt", "a"], "model nowhere: cannot be loaded"),
         (["sample", "--model", "nowhere"], "--prompt"),
@@ -88,7 +88,7 @@ BAD_DATA: dict[str, tuple[dict[str, bytes], dict[str, object], str]] = {
     "blocks beyond the context": (
         {f"{n}.txt": b"some words and more " * 9 for n in range(9)},
         {"data.block_size": 65},
-        "data.block_size 65 is beyond the context",
+        "data.block_size 65 exceeds the context",
     ),
     "a tokenizer larger than the vocabulary": (
         {f"{n}.txt": b"some words and more " * 9 for n in range(9)},
