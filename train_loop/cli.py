@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from train_loop import versions
@@ -34,30 +35,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[0] not in COMMANDS:
             raise InputError(f"unknown command {given[0]}; commands: {', '.join(COMMANDS)}")
         return COMMANDS[given[0]](given[1:])
-    except InputError as error:
-        _complain(error)
-        return EXIT_BAD_INPUT
     except LostError as error:
         _complain(error, error.speaks)
         # Leave at once: the interpreter's usual end would wait for the lost process.
         sys.stdout.flush()
         os._exit(EXIT_FAILED)
-    except TrainingError as error:
+    except (InputError, TrainingError) as error:
         _complain(error)
-        return EXIT_FAILED
+        return EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if "torch" not in sys.modules:
             raise
-        # Printed by whichever process it happened on.
-        print(
-            "train-loop: out of memory; lower batch.micro_batch_size (or set it to auto) or evaluation.batch_size, or "
-            "use --model.activation_checkpointing true; the same command continues from the last checkpoint",
-            file=sys.stderr,
+        from train_loop.devices import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        _complain(
+            "out of memory; lower batch.micro_batch_size (or set it to auto) or evaluation.batch_size, or use "
+            "--model.activation_checkpointing true; the same command continues from the last checkpoint",
+            speaks=True,  # whichever process it happened on
         )
         return EXIT_FAILED
     except (AttributeError, ImportError, TypeError) as error:
-        reason = versions.too_new(error)
-        if reason is None:
+        if (reason := versions.too_new(error)) is None:
             raise
         _complain(reason)
         return EXIT_BAD_INPUT
@@ -73,14 +73,6 @@ def _complain(error: object, speaks: bool | None = None) -> None:
     # Launchers start the command once per process: one line on each host is enough.
     if os.environ.get("LOCAL_RANK", "0") == "0" if speaks is None else speaks:
         print(f"train-loop: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    if "torch" not in sys.modules:
-        return False
-    from train_loop.devices import is_out_of_memory
-
-    return is_out_of_memory(error)
 
 
 def _overview() -> str:
@@ -132,7 +124,11 @@ def train(arguments: list[str]) -> int:
     summary = job.train(config)
     if summary.is_main_process:
         _print_summary(summary, config)
-    return _stopped() if summary.stopped else EXIT_DONE
+    if not summary.stopped:
+        return EXIT_DONE
+    # A launcher that restarts failures would restart it, so there a stop counts as success. status.json says stopped.
+    restarts, so_far = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
+    return EXIT_DONE if so_far < restarts else EXIT_STOPPED
 
 
 def _print_summary(summary: Any, config: Config) -> None:
@@ -151,35 +147,21 @@ def _print_summary(summary: Any, config: Config) -> None:
         print(f"model            {summary.model_folder}" + (f" and {summary.hub}" if summary.hub else ""))
 
 
-def _stopped() -> int:
-    """The exit code of a run that a signal has stopped.
-
-    A launcher that restarts failures would restart it, so there a stop counts as success. status.json says stopped.
-    """
-    restarts, so_far = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
-    return EXIT_DONE if so_far < restarts else EXIT_STOPPED
-
-
 def evaluate(arguments: list[str]) -> int:
     """Evaluate a model exactly on the configured validation data; prints one JSON object."""
     if _wants_help(arguments, "evaluate", "--model FOLDER_OR_ID --config FILE [--section.key value ...]"):
         return EXIT_DONE
-    name, rest = _take_model(arguments)
+    parser = _Parser("evaluate", add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", metavar="FOLDER_OR_ID", required=True)
+    given, rest = parser.parse_known_args(arguments)
     config = config_from_arguments(rest)
     _ready_libraries()
     from train_loop import job
 
-    metrics = job.evaluate(name, config)
+    metrics = job.evaluate(given.model, config)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(metrics))
     return EXIT_DONE
-
-
-def _take_model(arguments: list[str]) -> tuple[str, list[str]]:
-    parser = _Parser("evaluate", add_help=False, allow_abbrev=False)
-    parser.add_argument("--model", metavar="FOLDER_OR_ID", required=True)
-    known, rest = parser.parse_known_args(arguments)
-    return known.model, rest
 
 
 def sample(arguments: list[str]) -> int:
@@ -207,10 +189,8 @@ def sample(arguments: list[str]) -> int:
     _ready_libraries()
     from train_loop.generation import sampler
 
-    settings: dict[str, Any] = {}
-    for each in dataclasses.fields(Sampling):
-        value = getattr(given, each.name)
-        settings[each.name] = tuple(value) if isinstance(value, list) else value
+    settings: dict[str, Any] = {each.name: getattr(given, each.name) for each in dataclasses.fields(Sampling)}
+    settings |= {key: tuple(each) for key, each in settings.items() if isinstance(each, list)}
     sampling = Sampling(**settings)
     loaded = sampler.Sampler.load(given.model)
 
@@ -273,8 +253,6 @@ def inspect(arguments: list[str]) -> int:
         raise InputError("inspect: --compare shows another step, --set the same step changed; give only one of them")
     steps = [given.step] if given.compare is None else [given.step, given.compare]
     _ready_libraries()
-    from pathlib import Path
-
     from train_loop import job
     from train_loop.analysis import inspection
 
@@ -282,8 +260,8 @@ def inspect(arguments: list[str]) -> int:
     if given.set:
         found = replay.instead(given.step, given.set)
     else:
-        of = {step: replay.step(step) for step in sorted(set(steps))}
-        found = [of[step] for step in steps]
+        replayed = {step: replay.step(step) for step in sorted(set(steps))}
+        found = [replayed[step] for step in steps]
     if given.html:
         title = f"{Path(given.run).resolve().name}, step {' and '.join(map(str, steps))}"
         try:
@@ -311,8 +289,6 @@ def report(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     if given.serve is not None and (given.output or given.png):
         raise InputError("--serve shows a page without writing it: leave out --output and --png")
-    from pathlib import Path
-
     from train_loop.report import figures, html_page, server
     from train_loop.report.page_data import gather
     from train_loop.report.run_reader import RunFiles
@@ -340,10 +316,5 @@ class _Parser(argparse.ArgumentParser):
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "prepare": prepare,
-    "train": train,
-    "evaluate": evaluate,
-    "sample": sample,
-    "inspect": inspect,
-    "report": report,
+    command.__name__: command for command in (prepare, train, evaluate, sample, inspect, report)
 }

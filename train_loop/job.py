@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from train_loop import versions
 from train_loop.analysis import batch_size, probe, truth_sheet
-from train_loop.analysis.probe import Probe
 from train_loop.analysis.replay import Replay
 from train_loop.analysis.samples import Samples
 from train_loop.analysis.step_statistics import StepStatistics
@@ -56,13 +55,9 @@ class Summary:
     Attributes:
         step: finished steps, out of `total_steps`.
         stopped: the signal that ended it early, or None.
-        evaluation: that of the exported weights, or else the last one: loss, perplexity, bits_per_byte, accuracy,
-            tokens.
+        evaluation: of the exported weights, or else the last one: loss, perplexity, bits_per_byte, accuracy, tokens.
         exported_step: the step of the exported weights, or None.
         hub: the model's address on the Hub, if it was uploaded.
-        folder: the run's folder.
-        model_folder: the exported model's folder.
-        ledger: the data's ledger.
         is_main_process: whether this process speaks for the run.
     """
 
@@ -112,7 +107,6 @@ def train(
     """Do the whole job: prepare, train (resuming where it was cut off), evaluate, export, verify.
 
     Args:
-        config: the settings.
         model: a causal language model in fp32, which is trained in place, instead of the configured one.
         documents: a name and texts, instead of the configured source.
         callbacks: called for each step and each evaluation, on every process.
@@ -145,10 +139,8 @@ def _train(setup: Setup, heartbeat: Heartbeat, callbacks: Sequence[Observer]) ->
             studied = config.study.every is not None or config.study.probing
             log = MetricsLog(accelerator, folder.metrics, state.step, studied)
             history = History(log.past.evaluations, log.past.skipped)
-            settings = config.checkpoint
-            manager = CheckpointManager(
-                accelerator, folder.checkpoints, settings.keep, settings.background, setup.damaged
-            )
+            keep, background = config.checkpoint.keep, config.checkpoint.background
+            manager = CheckpointManager(accelerator, folder.checkpoints, keep, background, setup.damaged)
             manager.step = None if setup.found is None else state.step
             if main:
                 folder.set_status("running", state.step)
@@ -230,10 +222,9 @@ def _observers(setup: Setup, log: MetricsLog, progress: Progress) -> list[Observ
     observers: list[Observer] = [log, ProgressLines(progress, evaluated)]
     if study.every is not None:
         steps = last_steps(setup.folder.metrics, study.every) if run.context.accelerator.is_main_process else []
-        norms = [record["grad_norm"] for record in steps]
-        observers.append(StepStatistics(run, study.every, log.write_study, norms))
+        observers.append(StepStatistics(run, study.every, log.write_study, [each["grad_norm"] for each in steps]))
     if study.probing:
-        observers.append(Probe(run, log.write_study, past.probed))
+        observers.append(probe.Probe(run, log.write_study, past.probed))
     return [*observers, Samples(run, log.write, (step, past.samples))]
 
 
@@ -286,7 +277,6 @@ def set_up(config: Config, heartbeat: Heartbeat | None = None, model: PreTrained
     """Set up and check data, model, optimizer and processes of a run; writes nothing to the run's folder.
 
     Args:
-        config: the settings.
         heartbeat: watches over the run's processes; if None, a new one does.
         model: see `train`.
 
@@ -302,11 +292,10 @@ def set_up(config: Config, heartbeat: Heartbeat | None = None, model: PreTrained
     language_model = run_on_all_ranks(accelerator, "build", lambda: building.build(config, data.tokenizer, model))
     check_same(accelerator, "the data", data.fingerprint, "give every host the same documents and tokenizer")
     found, damaged = _to_resume(accelerator, folder)
-    weights = digest(language_model)
-    check_same(accelerator, "the initial weights' digest", weights, "give every host the same model")
+    check_same(accelerator, "the initial weights' digest", digest(language_model), "give every host the same model")
     language_model.to(accelerator.device)
-    products = not config.model.compile
-    tied = cpu.speed_up(language_model, training=True, products=products, keep_memory=config.run.keep_memory)
+    products, keep_memory = not config.model.compile, config.run.keep_memory
+    tied = cpu.speed_up(language_model, training=True, products=products, keep_memory=keep_memory)
     objective = Objective(language_model, tied)
     if config.study.probing:
         probe.check(language_model, data.tokenizer, config)
@@ -338,9 +327,8 @@ def set_up(config: Config, heartbeat: Heartbeat | None = None, model: PreTrained
         Throughput(accelerator, prepared, language_model, config.data.block_size),
         StopRequest(is_communication_error),
     )
-    unwrapped = accelerator.unwrap_model(prepared).model
-    validation = _windows(data.validation, config, data.tokenizer)
-    run = Run(config, data, batches, validation, context, TrainState(unwrapped, adamw))
+    state = TrainState(accelerator.unwrap_model(prepared).model, adamw)
+    run = Run(config, data, batches, _windows(data.validation, config, data.tokenizer), context, state)
     _choose_compiled(run)
     return Setup(run, folder, found, damaged)
 
@@ -380,9 +368,8 @@ def _to_resume(accelerator: Accelerator, folder: RunFolder) -> tuple[storage.Che
     main = accelerator.is_main_process
     looked = run_on_all_ranks(accelerator, "look", lambda: storage.newest(folder.checkpoints) if main else None)
     found, damaged = broadcast_from_main(accelerator, looked) or (None, {})
-    if main:
-        for line in damaged.values():
-            say(f"{line}; skipped")
+    for line in damaged.values() if main else ():
+        say(f"{line}; skipped")
     if found is None and damaged:
         raise InputError(
             f"run.output_dir {folder.path}: no checkpoint is whole ({'; '.join(damaged.values())}); put one back from "
@@ -411,10 +398,9 @@ def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, A
         if isinstance(model, PreTrainedModel):
             language_model, tokenizer, source = model, None, f"the {type(model).__name__}"
         else:
-            name, attention = str(model), config.model.attention
-            source = f"model {name}"
+            name, attention, source = str(model), config.model.attention, f"model {model}"
             language_model, tokenizer = run_on_all_ranks(accelerator, "load", lambda: pretrained.load(name, attention))
-        if tokenizer is not None:  # before the data is prepared, which takes longer
+            # Before the data is prepared, too, which takes longer.
             building.check_fits(language_model, tokenizer, config.data.block_size, source)
         if config.data.isolate_documents:
             building.check_positions(language_model)

@@ -79,18 +79,11 @@ def _table(found: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     ]
     if any("set" in each for each in found):
         rows.insert(1, row("with", lambda each: visible(", ".join(each.get("set", ["the run's settings"])))))
-    layers = max((len(each["statistics"]["layers"]) for each in found if each["statistics"]), default=0)
+    layers = [each["statistics"] and each["statistics"]["layers"] for each in found]
     for key, title in (("grad_norm", "gradient norm"), ("update_ratio", "update / weight")):
         rows += [("", [""] * len(found)), (title, [""] * len(found))]
-        for layer in map(str, range(layers)):
-            rows.append(
-                row(
-                    f"  layer {layer}",
-                    lambda each, key=key, layer=layer: number(
-                        each["statistics"] and each["statistics"]["layers"][layer][key]
-                    ),
-                )
-            )
+        for layer in map(str, range(max((len(each) for each in layers if each), default=0))):
+            rows.append((f"  layer {layer}", [number(each and each[layer][key]) for each in layers]))
     return rows
 
 

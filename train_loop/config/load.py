@@ -21,23 +21,11 @@ ONE_MODEL = "model: give exactly one of model.name_or_path and model.architectur
 # Settings that do not change what a run computes. A run may resume with different values of these. Any other difference
 # means that the folder belongs to a different run.
 KEYS_FREE_ON_RESUME = (
-    "run.output_dir",
-    "run.resume",
-    "run.log_with",
-    "run.keep_memory",
-    "run.preflight_timeout_seconds",
-    "run.timeout_seconds",
-    "batch.micro_batch_size",
-    "data.cache_dir",
-    "data.num_workers",
-    "train.max_bad_steps",
-    "evaluation",
-    "sample",
-    "checkpoint",
-    "export",
-    "study",
-    "model.activation_checkpointing",
-    "model.compile",
+    *("run.output_dir", "run.resume", "run.log_with", "run.keep_memory"),
+    *("run.preflight_timeout_seconds", "run.timeout_seconds"),
+    *("batch.micro_batch_size", "data.cache_dir", "data.num_workers", "train.max_bad_steps"),
+    *("model.activation_checkpointing", "model.compile"),
+    *("evaluation", "sample", "checkpoint", "export", "study"),
 )
 
 
@@ -131,9 +119,9 @@ def check_config(config: Config) -> None:
             "--model.attention sdpa"
         )
     if config.run.reproducible == "bitwise":
+        precision = config.run.mixed_precision
         for key, chosen in (
-            ("run.mixed_precision fp16", config.run.mixed_precision == "fp16"),
-            ("run.mixed_precision fp8", config.run.mixed_precision == "fp8"),
+            (f"run.mixed_precision {precision}", precision in ("fp16", "fp8")),
             ("model.compile", model.compile),
         ):
             if chosen:
