@@ -139,7 +139,7 @@ def commit(folder: Path, state: dict[str, Any], sums: Checksums) -> Path:
     temporary, final = temporary_folder(folder, state["step"]), _folder(folder, state["step"])
     for name, expected in sums.items():
         if not (temporary / name).is_file() or (temporary / name).stat().st_size != expected["bytes"]:
-            raise OSError(f"{name} is not here; run.output_dir has to be on a disk that all hosts share")
+            raise OSError(f"{name} is missing here; run.output_dir has to be on a disk that all hosts share")
     _write_json(temporary / "state.json", state)
     files = sums | {"state.json": _sums(temporary / "state.json")}
     _write_json(temporary / "manifest.json", {"files": files, "sha256": _digest(files)})
@@ -225,7 +225,7 @@ def find_damage(folder: Path) -> str | None:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         parts, _ = int(state["parts"]), int(state["step"])
     except (OSError, ValueError, KeyError, TypeError):
-        return "state.json does not hold a run's state"
+        return "state.json is not the state of a run"
     for name in (_part_name(kind, part, parts) for kind in KINDS for part in range(parts)):
         if name not in files:
             return f"manifest.json does not list {name}"
@@ -394,7 +394,7 @@ def _for_study(folder: Path) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint. It disappears at once: nobody ever sees half of it."""
+    """Remove a checkpoint. It disappears in one go, so no reader ever sees half of it."""
     hidden = folder.with_name(f"{_TEMPORARY}removed-{folder.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(folder, hidden)

@@ -239,6 +239,7 @@ class _SplitWriter:
         self.documents.write(ends.tobytes())
 
     def _write(self, ids: npt.NDArray[np.uint32]) -> None:
+        """Append token ids [tokens] to tokens.bin and to its digest."""
         content = ids.astype(self.dtype).tobytes()
         self.digest.update(content)
         self.tokens.write(content)

@@ -147,6 +147,7 @@ class Heartbeat:
             pass
 
     def _start(self) -> None:
+        """Start the threads."""
         self._store_heard = time.monotonic()
         self._heard = [self._store_heard] * self.world_size
         for thread in self._threads:
@@ -201,7 +202,7 @@ class Heartbeat:
         """The line that says that the store, and with it process 0, is lost."""
         seconds = time.monotonic() - self._store_heard
         return (
-            f"lost {self._name(0)}, with the store at {self._address}: not reached from {socket.gethostname()} for "
+            f"lost {self._name(0)}, with the store at {self._address}: {socket.gethostname()} has not reached it for "
             f"{seconds:.0f} s; {GOES_ON}"
         )
 

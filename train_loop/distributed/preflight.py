@@ -130,6 +130,7 @@ class Preflight:
             return bool(self.store.check([f"report/{process}"]))
 
         def wait(keys: list[str]) -> bool:
+            """Wait for some keys; False if they don't all come in time."""
             while not all(self.store.check([key]) for key in keys):
                 if time.monotonic() - began > self._patience:
                     return False

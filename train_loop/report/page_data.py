@@ -112,6 +112,7 @@ def _columns(files: RunFiles) -> Columns:
 
 
 def _totals(columns: Columns, config: dict[str, Any], truth: dict[str, Any] | None) -> dict[str, Any]:
+    """The numbers of a run's summary."""
     last = {name: column[-1] if len(column) else math.nan for name, column in columns.items()}
     whole = number(_at(truth, "batch", "steps"))
     found = {
@@ -140,12 +141,14 @@ def _of_known(reduce: Callable[[Floats], Any], values: Floats) -> float:
 
 
 def _axis(columns: Columns) -> dict[str, list[float | None]]:
+    """Steps, thinned, with the tokens and the seconds up to each of them."""
     chosen = evenly(len(columns["step"]), MOST_POINTS)
     names = {"step": "step", "tokens": "tokens_so_far", "seconds": "seconds_so_far"}
     return {key: [0.0, *rounded(columns[name][chosen], 10)] for key, name in names.items()}
 
 
 def _curve(steps: Floats, values: Floats) -> dict[str, list[float | None]]:
+    """A curve, thinned if it is long."""
     chosen = kept(values)
     curve = {"step": rounded(steps[chosen], 12), "value": rounded(values[chosen])}
     if len(chosen) < len(values):
@@ -155,6 +158,7 @@ def _curve(steps: Floats, values: Floats) -> dict[str, list[float | None]]:
 
 
 def _marks(columns: Columns, which: NDArray[np.bool_]) -> dict[str, list[float | None]]:
+    """Some steps and their gradient norms, for marks in the plot of the gradient norm."""
     places = np.flatnonzero(which)
     places = places[evenly(len(places), MOST_POINTS)]
     return {"step": rounded(columns["step"][places], 12), "value": rounded(columns["grad_norm"][places])}
@@ -219,6 +223,7 @@ def _tables(
     cell: Callable[[Event, str, str], Any],
     lowest: bool = False,
 ) -> dict[str, Any] | None:
+    """One table [row][time] for each metric, thinned to the highest (or lowest) value of each bucket."""
     if not rows:
         return None
     columns = max(1, min(MOST_COLUMNS, MOST_CELLS // len(rows)))
