@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -172,8 +172,17 @@ def sample(arguments: list[str]) -> int:
     option("--prompt", action="append", default=[], help="text to continue; may be repeated")
     option("--prompts", metavar="FILE", help="a prompt per line, or in .jsonl each line's prompt; - is standard input")
     option("--interactive", action="store_true", help="ask for prompts")
-    for name, described in _sampling_options():
-        option(name, **described)
+    _, meanings = documented(Sampling)
+    for each in dataclasses.fields(Sampling):
+        meaning = meanings[each.name].rstrip(".")
+        kind: dict[str, Any] = {"default": each.default, "help": f"{meaning} ({each.default})", "type": each.type}
+        if each.type is bool:
+            kind = {"action": "store_true", "help": meaning}
+        elif each.type == tuple[str, ...]:
+            kind = {"action": "append", "metavar": "TEXT", "default": [], "help": meaning}
+        elif each.type == tuple[int, ...]:
+            kind = {"type": int, "nargs": "+", "metavar": "ID", "default": [], "help": meaning}
+        option(f"--{each.name}", **kind)
     option("--batch_size", type=int, default=8, help="how many texts grow together; does not change them (8)")
     option("--json", action="store_true", help="print one JSON object per prompt")
     given = parser.parse_args(arguments)
@@ -217,21 +226,6 @@ def sample(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
-def _sampling_options() -> Iterator[tuple[str, dict[str, Any]]]:
-    """The options that `Sampling` describes, with its defaults."""
-    _, meanings = documented(Sampling)
-    for each in dataclasses.fields(Sampling):
-        meaning = meanings[each.name].rstrip(".")
-        settings: dict[str, Any] = {"default": each.default, "help": f"{meaning} ({each.default})", "type": each.type}
-        if each.type is bool:
-            settings = {"action": "store_true", "help": meaning}
-        elif each.type == tuple[str, ...]:
-            settings = {"action": "append", "metavar": "TEXT", "default": [], "help": meaning}
-        elif each.type == tuple[int, ...]:
-            settings = {"type": int, "nargs": "+", "metavar": "ID", "default": [], "help": meaning}
-        yield f"--{each.name}", settings
-
-
 def inspect(arguments: list[str]) -> int:
     """Replay a step of a run: its documents, each token's loss, gradients and update; prints a table."""
     parser = _Parser("inspect", description=inspect.__doc__, allow_abbrev=False)
@@ -239,13 +233,8 @@ def inspect(arguments: list[str]) -> int:
     option("--run", metavar="FOLDER", required=True, help="folder of the run; nothing is written to it")
     option("--step", type=int, required=True, help="number of the step, from 1, as in metrics.jsonl")
     option("--compare", type=int, metavar="STEP", help="another step, to show side by side")
-    option(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="show the step with another setting, too (optimizer.learning_rate=1e-4, dropout=0); repeat it for several",
-    )
+    changed = "show the step with another setting, too (optimizer.learning_rate=1e-4, dropout=0); repeat it for several"
+    option("--set", action="append", default=[], metavar="KEY=VALUE", help=changed)
     option("--json", action="store_true", help="print one JSON object per step, with everything")
     option("--html", metavar="FILE", help="also write a page")
     given = parser.parse_args(arguments)

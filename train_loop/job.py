@@ -276,12 +276,7 @@ def _saving(setup: Setup, manager: CheckpointManager, history: History, log: Met
 def set_up(config: Config, heartbeat: Heartbeat | None = None, model: PreTrainedModel | None = None) -> Setup:
     """Set up and check data, model, optimizer and processes of a run; writes nothing to the run's folder.
 
-    Args:
-        heartbeat: watches over the run's processes; if None, a new one does.
-        model: see `train`.
-
-    Raises:
-        InputError: for whatever doesn't fit.
+    For `model` see `train`. Raises InputError for whatever doesn't fit.
     """
     folder = RunFolder(config.output_dir)
     check_trackers(config.run.log_with)
@@ -360,11 +355,7 @@ def _choose_compiled(run: Run) -> None:
 
 
 def _to_resume(accelerator: Accelerator, folder: RunFolder) -> tuple[storage.CheckpointRef | None, dict[int, str]]:
-    """The newest whole checkpoint, and which later ones are damaged; the main process looks, and all get the same.
-
-    Raises:
-        InputError: if there are checkpoints, but none is whole.
-    """
+    """The newest whole checkpoint, and which later ones are damaged; the main process looks, and all get the same."""
     main = accelerator.is_main_process
     looked = run_on_all_ranks(accelerator, "look", lambda: storage.newest(folder.checkpoints) if main else None)
     found, damaged = broadcast_from_main(accelerator, looked) or (None, {})

@@ -55,10 +55,7 @@ def over_processes(accelerator: Accelerator, sums: Sums, maximum: bool = False) 
 
 
 def layers_of(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
-    """The name of a model's list of layers, and the layers: of all its lists, the one with the most weights.
-
-    Both are empty for a model without a list.
-    """
+    """The name and the layers of a model's list with the most weights; both are empty for a model without a list."""
     lists = {name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList)}
     name = max(lists, key=lambda name: sum(each.numel() for each in lists[name].parameters()), default="")
     return name, list(lists.get(name, ()))
@@ -79,15 +76,12 @@ class Look:
         self.sums: Sums = {}
         self.maxima: Sums = {}
         self._layer: int | None = None
-        self._real = torch.empty(0)
-        self._packed = False
-        self._each: list[torch.Tensor] = []
 
     def of_batch(self, objective: nn.Module, batch: Batch) -> None:
         """Run a batch through the prepared `Objective`, and add what it shows to the sums and maxima."""
         self._real = batch.targets != IGNORED
         self._packed = batch.positions is not None
-        self._each = []
+        self._each: list[torch.Tensor] = []
         with ExitStack() as stack:
             for number, layer in enumerate(self.layers):
                 stack.enter_context(layer.register_forward_pre_hook(partial(self._enter, number)))
@@ -100,8 +94,6 @@ class Look:
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         self.sums[name] = self.sums.get(name, 0) + exact(value)
-
-    # --- losses and logits
 
     def _of_logits(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
         """Keep nll, entropy, top-1 probability and z of each position."""
@@ -127,8 +119,6 @@ class Look:
             zeros, index = values.new_zeros(number), index.to(values.device)
             self._add(f"{name}_nll", zeros.index_add(0, index, values[0]))
             self._add(f"{name}_count", zeros.index_add(0, index, torch.ones_like(values[0])))
-
-    # --- layers
 
     def _enter(self, number: int, module: nn.Module, arguments: Any) -> None:
         """Note which layer runs."""

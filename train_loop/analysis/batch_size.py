@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
+from torch.optim import Optimizer
 
 from train_loop.analysis.trial_step import without_effect
 from train_loop.config.schema import Config
@@ -23,16 +24,14 @@ from train_loop.training.state import Run
 
 
 def fitting(
-    config: Config, accelerator: Accelerator, objective: nn.Module, adamw: torch.optim.Optimizer, previous: int | None
+    config: Config, accelerator: Accelerator, objective: nn.Module, adamw: Optimizer, previous: int | None
 ) -> int:
     """The micro-batch size that batch.micro_batch_size auto stands for: how many sequences every process can train on
     at once, out of a process's share of a step (after resuming, the `previous` size), half of it, a quarter, ...
 
     Each process tries a forward and backward pass by itself, with moments and gradients in memory as in a step. All
-    processes must call this, with the prepared `Objective` and its optimizer, which must not have moments yet.
-
-    Raises:
-        InputError: with FSDP2, or if not even one sequence fits.
+    processes must call this, with the prepared `Objective` and its optimizer, which must not have moments yet. Raises
+    InputError with FSDP2, or if not even one sequence fits.
     """
     if accelerator.is_fsdp2:
         raise InputError(
@@ -61,9 +60,8 @@ def fitting(
 def halve(run: Run, error: RuntimeError) -> None:
     """Halve the micro-batches of a run that is out of memory; it goes on from the step in which it failed.
 
-    Raises:
-        RuntimeError: the error itself, if memory is not the reason, or the size can't be halved: with several
-            processes, the others wait for this one in the middle of the step.
+    Raises the error itself if memory is not the reason, or the size can't be halved: with several processes, the others
+    wait for this one in the middle of the step.
     """
     size, automatic = run.batches.plan.micro_batch_size, run.config.batch.micro_batch_size == "auto"
     if not automatic or size == 1 or run.context.accelerator.num_processes > 1 or not is_out_of_memory(error):
@@ -74,9 +72,7 @@ def halve(run: Run, error: RuntimeError) -> None:
     say(f"batch.micro_batch_size auto: out of memory with {size} sequences; continuing with {size // 2}")
 
 
-def _fits(
-    accelerator: Accelerator, objective: nn.Module, adamw: torch.optim.Optimizer, block_size: int, size: int
-) -> bool:
+def _fits(accelerator: Accelerator, objective: nn.Module, adamw: Optimizer, block_size: int, size: int) -> bool:
     """Whether a trial step with one sequence, then with `size`, stays within this process's memory."""
     training = objective.training
     objective.train()

@@ -24,10 +24,9 @@ _LIKELIEST = 5
 
 
 def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config: Config) -> None:
-    """Refuse a probe that leaves nothing to predict, or exceeds the model's context.
+    """Raise InputError for a probe that leaves nothing to predict, or exceeds the model's context.
 
-    Raises:
-        InputError: with both numbers. (A model with a short context sees only the beginning of the default text.)
+    (A model with a short context sees only the beginning of the default text.)
     """
     tokens, context = len(prompt_ids(tokenizer, config.study.probe or "")), context_length(model)
     if tokens < 2:
@@ -37,10 +36,7 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config: Co
 
 
 class Probe(Observer):
-    """Records a run's probe after each evaluation, unless it was `probed` at that step before the run was resumed.
-
-    All processes must call it.
-    """
+    """Records a run's probe after each evaluation, except after step `probed`. All processes must call it."""
 
     def __init__(self, run: Run, write: Write, probed: int) -> None:
         self.run, self.write, self.probed = run, write, probed

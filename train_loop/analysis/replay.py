@@ -53,15 +53,9 @@ _FIXED = ("data.", "tokenizer.", "model.name_or_path", "run.output_dir", "run.re
 
 
 class Replay:
-    """A run's steps, replayed one by one.
+    """A run's steps, counted from 1, replayed one by one; `set_up` makes a run from a configuration.
 
-    Args:
-        folder: the run's folder.
-        steps: the numbers, from 1, of the steps to replay.
-        set_up: makes a run from a configuration.
-
-    Raises:
-        InputError: if there is no such run or step, or it can't be replayed.
+    Raises InputError if there is no such run or step, or it can't be replayed.
     """
 
     def __init__(self, folder: Path, steps: Sequence[int], set_up: Callable[[Config], Run]) -> None:
@@ -79,10 +73,8 @@ class Replay:
         self.truth = self._read("truth.json")
         self.config = self._settings()
         self.run = self._built(self.config)
-        self.at: int | None = None
-        """How many steps the state of `run` has finished; None if it has no state to go on from."""
-        self.from_step = 0
-        """The step of the checkpoint that the state came from."""
+        self.at: int | None = None  # how many steps the state of `run` has finished; None if it can't go on
+        self.from_step = 0  # of the checkpoint that the state came from
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
@@ -116,11 +108,7 @@ class Replay:
         return run
 
     def go_before(self, step: int) -> None:
-        """Bring `run` to the state before a step, counted from 1.
-
-        Raises:
-            InputError: if checkpoints before it are damaged and none is whole.
-        """
+        """Bring `run` to the state before a step; InputError if checkpoints before it are damaged and none is whole."""
         done = step - 1
         damaged: list[str] = []
         names = [each.name.removeprefix("step-") for each in self.folder.checkpoints.glob("step-*")]
@@ -167,9 +155,7 @@ class Replay:
     def instead(self, step: int, changes: Sequence[str]) -> list[dict[str, Any]]:
         """A step as it was and as it would have been with other settings, from the same state.
 
-        Args:
-            step: counted from 1.
-            changes: KEY=VALUE for keys of the configuration; dropout=0 turns off all kinds of dropout.
+        Changes are KEY=VALUE for keys of the configuration; dropout=0 turns off all kinds of dropout.
         """
         other, dropout = self._changed(changes)
         self.go_before(step)
@@ -355,13 +341,10 @@ def _state(run: Run) -> dict[str, Any]:
     """A copy of weights, moments and loss scale."""
     state, scaler = run.state.optimizer.state, run.context.accelerator.scaler
     tensors = tensors_once(run.state.model)
+    held = {name: state[tensor] for name, tensor in tensors.items() if tensor in state}
     return {
         "weights": {name: tensor.detach().clone() for name, tensor in tensors.items()},
-        "moments": {
-            name: {key: value.clone() for key, value in state[tensor].items()}
-            for name, tensor in tensors.items()
-            if tensor in state
-        },
+        "moments": {name: {key: each.clone() for key, each in moments.items()} for name, moments in held.items()},
         "loss_scale": None if scaler is None else scaler.state_dict(),
     }
 

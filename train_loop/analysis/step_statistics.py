@@ -27,7 +27,7 @@ are not independent, so the scale is a yardstick, not a law.
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,14 +51,6 @@ Write = Callable[[str, int, dict[str, Any]], None]
 """Is called with the event, the step and the values of each record."""
 
 
-class _MicroBatch(NamedTuple):
-    """What is known of a micro-batch: its targets [] int64, its fp16 loss scale, |g|^2 of each parameter."""
-
-    targets: torch.Tensor
-    loss_scale: float
-    squares: list[torch.Tensor]
-
-
 class StepStatistics(Observer):
     """Watches a run's steps, and records each one that was applied. All processes must call it.
 
@@ -78,7 +70,8 @@ class StepStatistics(Observer):
         self._before: dict[str, torch.Tensor] = {}
         self._sums: Sums = {}
         self._seen: tuple[Sums, Sums] = ({}, {})
-        self._micro_batches: list[_MicroBatch] = []
+        # Of each micro-batch: its targets [] int64, its fp16 loss scale, |g|^2 of each parameter.
+        self._micro_batches: list[tuple[torch.Tensor, float, list[torch.Tensor]]] = []
         self._frequency: tuple[torch.Tensor, list[str]] | None = None
         self._clipped = deque((self._clips(norm) for norm in norms), maxlen=every)
 
@@ -131,7 +124,7 @@ class StepStatistics(Observer):
             self._micro_batches = []
         scaler = self.context.accelerator.scaler
         loss_scale = 1.0 if scaler is None else scaler.get_scale()
-        self._micro_batches.append(_MicroBatch((arguments[1] != IGNORED).sum(), loss_scale, []))
+        self._micro_batches.append(((arguments[1] != IGNORED).sum(), loss_scale, []))
 
     def _watch_gradients(self, module: nn.Module, hooked: set[int]) -> None:
         """Hook each micro-batch's gradients, before they are added to others and sent to other processes."""
@@ -142,7 +135,8 @@ class StepStatistics(Observer):
 
     def _of_gradient(self, gradient: torch.Tensor) -> None:
         if self._micro_batches:
-            self._micro_batches[-1].squares.append(square_sum(gradient))
+            _, _, squares = self._micro_batches[-1]
+            squares.append(square_sum(gradient))
 
     def _before_update(self) -> None:
         for name, parameter in self.parameters.items():
@@ -227,8 +221,6 @@ class StepStatistics(Observer):
             "dead_units": None if above is None else float(exact(above == 0).mean()),
         }
 
-    # --- noise
-
     def _noise_sums(self) -> Sums:
         """Sums over this process's micro-batches: |g_m|^2 of each one's mean loss, 1 / t_m, and their number."""
         weight = self.context.accumulator.weight  # the factor for their summed losses
@@ -246,8 +238,6 @@ class StepStatistics(Observer):
         signal, noise = noise_of(big, targets, found["noise/square"] / count, found["noise/inverse"] / count)
         scale = noise / signal if signal > 0 else None
         return {"gradient_noise_scale": scale, "gradient_noise": {"signal": signal, "noise": noise}}
-
-    # --- frequency of tokens
 
     def _frequencies(self) -> tuple[torch.Tensor, list[str]]:
         """The bin of each token of the vocabulary, by its count in the training data, and the bins' labels."""

@@ -34,8 +34,7 @@ from train_loop.training.state import Run, StepBatches, StepContext, TrainState
 def measure(run: Run) -> dict[str, Any]:
     """The truth sheet of a run that has been set up. All processes must call this.
 
-    Raises:
-        InputError: if bitwise reproducibility was asked for and a kernel can't provide it.
+    Raises InputError if bitwise reproducibility was asked for and a kernel can't provide it.
     """
     config, context, state = run.config, run.context, run.state
     accelerator, model = context.accelerator, state.model
@@ -80,11 +79,7 @@ def measure(run: Run) -> dict[str, Any]:
 
 
 def check(sheet: dict[str, Any]) -> None:
-    """Stop if a sheet shows that something is not what was asked for.
-
-    Raises:
-        InputError: with both, and how to fix it.
-    """
+    """Raise InputError if a sheet shows that something is not what was asked for: with both, and how to fix it."""
     found, precision, loss = sheet["processes"], sheet["precision"], sheet["loss"]
     if found["asked"] > found["present"]:
         raise InputError(f"truth sheet: asked for {found['asked']} processes, but only {found['present']} present")
@@ -167,9 +162,9 @@ def table(sheet: dict[str, Any]) -> str:
 
 
 def documents_cross(accelerator: Accelerator, objective: nn.Module, config: Config) -> bool:
-    """Whether a document's tokens change the losses of another document in the same block, or of another row.
+    """Whether changing all tokens of a document changes the losses of another one in its block, or of another row.
 
-    It changes every token of one document to find out. All processes must call this.
+    All processes must call this.
     """
     length = config.data.block_size
     if length < 3:

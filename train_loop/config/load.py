@@ -30,11 +30,7 @@ KEYS_FREE_ON_RESUME = (
 
 
 def config_from_arguments(arguments: Sequence[str]) -> Config:
-    """Read `--config FILE --section.key value ...` into a checked `Config`.
-
-    Raises:
-        InputError: for a missing file, an unknown key, a wrong type, or settings that contradict each other.
-    """
+    """Read `--config FILE --section.key value ...` into a checked `Config`; raises InputError as `load_config` does."""
     path, overrides = split_arguments(arguments)
     config = Config() if path is None else _read(path)
     for key, text in overrides:
@@ -77,11 +73,7 @@ def _completed(config: Config, path: str | None) -> Config:
 
 
 def check_config(config: Config) -> None:
-    """Refuse settings that contradict each other.
-
-    Raises:
-        InputError: names the keys, and says what would work.
-    """
+    """Raise InputError for settings that contradict each other: it names the keys, and says what would work."""
     model, tokenizer, data, batch = config.model, config.tokenizer, config.data, config.batch
     if model.name_or_path is not None and model.architecture is not None:
         raise InputError(ONE_MODEL)
@@ -108,11 +100,9 @@ def check_config(config: Config) -> None:
             raise InputError(f"{key} only works with data.source {source}, but data.source is {data.source}")
     if data.streaming and "[" in data.split + (data.validation_split or ""):
         raise InputError("data.split: a stream cannot be sliced; use data.max_documents, or data.streaming false")
-    if isinstance(batch.micro_batch_size, int) and batch.micro_batch_size > batch.sequences_per_step:
-        raise InputError(
-            f"batch.micro_batch_size {batch.micro_batch_size} is larger than "
-            f"batch.sequences_per_step {batch.sequences_per_step}"
-        )
+    size, whole = batch.micro_batch_size, batch.sequences_per_step
+    if isinstance(size, int) and size > whole:
+        raise InputError(f"batch.micro_batch_size {size} is larger than batch.sequences_per_step {whole}")
     if "flash" in (config.model.attention or "") and config.run.mixed_precision not in ("bf16", "fp16"):
         raise InputError(
             f"model.attention {config.model.attention}: needs half precision; say --run.mixed_precision bf16, or "

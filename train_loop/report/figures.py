@@ -52,8 +52,7 @@ _STYLE: dict[Any, Any] = {
 def write(data: dict[str, Any], folder: Path) -> list[Path]:
     """Draw every figure that there is data for into `folder`, and return the files.
 
-    Raises:
-        InputError: if matplotlib is missing or the folder can't be written to.
+    Raises InputError if matplotlib is missing or the folder can't be written to.
     """
     try:
         import matplotlib
@@ -102,19 +101,12 @@ def _paint_lines(
         for order, (key, kind, factor) in enumerate(curves):
             if (curve := run["curves"].get(key)) is None:
                 continue
-            raw = len(curve["step"]) > 60
+            style: dict[str, Any] = {"linewidth": 0.8} if len(curve["step"]) > 60 else {"linewidth": 1.4, "marker": "."}
+            style["color"] = COLORS[(place if several else order) % len(COLORS)]
+            style["linestyle"] = "--" if several and order else "-"
             name = ", ".join(each for each in (run["name"] if several else "", kind) if each)
-            color = COLORS[(place if several else order) % len(COLORS)]
             # matplotlib reads formulas between dollar signs, and leaves out labels that begin with an underscore.
-            axes.plot(
-                curve["step"],
-                _floats(curve["value"], factor),
-                color=color,
-                label=" " + name.replace("$", r"\$"),
-                linewidth=0.8 if raw else 1.4,
-                marker=None if raw else ".",
-                linestyle="--" if several and order else "-",
-            )
+            axes.plot(curve["step"], _floats(curve["value"], factor), label=" " + name.replace("$", r"\$"), **style)
             drawn += 1
     axes.set(xlabel="step", ylabel=label)
     if logarithmic:

@@ -27,18 +27,12 @@ LOGS = ("metrics.jsonl", "study.jsonl")
 
 
 class RunFiles:
-    """What the files of one run hold.
-
-    Args:
-        folder: the run's folder.
+    """What the files in a run's folder hold; InputError if it does not hold a run.
 
     Attributes:
         steps: the columns of the steps' lines; see `COLUMNS`.
         events: the other lines of both logs by kind (evaluation, sample, statistics, probe), in order.
         documents: config, truth, ledger and status; each is a dictionary, or None if it can't be read.
-
-    Raises:
-        InputError: if the folder does not hold a run.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -138,9 +132,10 @@ def _event(line: bytes) -> dict[str, Any] | None:
         event = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str) or math.isnan(number(event.get("step"))):
-        return None
-    return event
+    whole = (
+        isinstance(event, dict) and isinstance(event.get("event"), str) and not math.isnan(number(event.get("step")))
+    )
+    return event if whole else None
 
 
 def _stat(path: Path) -> tuple[int, int, int, int] | None:

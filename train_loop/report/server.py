@@ -48,8 +48,7 @@ class Live:
 def server(runs: Sequence[RunFiles], port: int) -> ThreadingHTTPServer:
     """A server for these runs' page at http://127.0.0.1:port/, not started yet. Port 0 takes any free port.
 
-    Raises:
-        InputError: if the port is not available.
+    Raises InputError if the port is not available.
     """
     if not 0 <= port <= 65535:
         raise InputError(f"--serve {port}: the port must be between 0 (any free one) and 65535")
@@ -61,11 +60,7 @@ def server(runs: Sequence[RunFiles], port: int) -> ThreadingHTTPServer:
 
 
 def serve(runs: Sequence[RunFiles], port: int, ready: Callable[[str], None]) -> None:
-    """Serve until the user interrupts. `ready` is called with the address.
-
-    Raises:
-        InputError: if the port is not available.
-    """
+    """Serve, as `server` does, until the user interrupts. `ready` is called with the address."""
     with server(runs, port) as serving:
         serving.daemon_threads = True
         ready(f"http://{HOST}:{serving.server_port}/")
