@@ -20,9 +20,8 @@ from train_loop.checkpoint.run_folder import RunFolder
 from train_loop.config.load import flatten, shared_settings, to_dict
 from train_loop.config.schema import Config
 from train_loop.console import Progress, say
-from train_loop.data import documents as own_documents
 from train_loop.data import preparation
-from train_loop.data.documents import Documents
+from train_loop.data.documents import Documents, configure
 from train_loop.data.loader import Windows
 from train_loop.data.order import Plan
 from train_loop.data.token_store import Prepared, TokenStore
@@ -94,7 +93,7 @@ def prepare(config: Config, documents: Documents | tuple[str, Iterable[str]] | N
         InputError: for data that cannot be read.
     """
     versions.check()
-    return preparation.prepare(own_documents.configure(config, documents))
+    return preparation.prepare(configure(config, documents))
 
 
 def train(
@@ -117,7 +116,7 @@ def train(
         LostError: if another process is gone.
     """
     versions.check()
-    config = own_documents.configure(config, documents)
+    config = configure(config, documents)
     heartbeat = Heartbeat(config.run, shared_settings(config))
     with heartbeat.naming_failures():
         setup = set_up(config, heartbeat, model)

@@ -64,10 +64,7 @@ def layers_of(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
 class Look:
     """Sums and maxima over the positions of some windows, filled by `of_batch`.
 
-    Args:
-        layers: the model's layers.
-        attention: the name of its attention implementation.
-        frequency: the bin of each token [vocabulary] int64, out of `frequency_bins`; see `StepStatistics`.
+    `attention` names the model's attention implementation; `frequency` is the bin of each token [vocabulary] int64.
     """
 
     def __init__(self, layers: list[nn.Module], attention: str, frequency: torch.Tensor, frequency_bins: int) -> None:

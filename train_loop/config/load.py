@@ -148,13 +148,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def shared_settings(config: Config) -> dict[str, Any]:
     """The settings that all processes of a run must share, by key. Paths may differ between hosts."""
-    values = to_dict(config)
-    for section, key in (
-        *(("run", "output_dir"), ("model", "name_or_path"), ("tokenizer", "name_or_path"), ("data", "name")),
-        *(("data", "files"), ("data", "validation_files"), ("data", "cache_dir"), ("data", "num_workers")),
-    ):
-        del values[section][key]
-    return dict(flatten(values))
+    per_host = (
+        *("run.output_dir", "model.name_or_path", "tokenizer.name_or_path", "data.name"),
+        *("data.files", "data.validation_files", "data.cache_dir", "data.num_workers"),
+    )
+    return {key: value for key, value in flatten(to_dict(config)) if key not in per_host}
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -137,10 +137,9 @@ def _paint_heat(run: dict[str, Any], group: str, table: str, rows: str, label: s
         return False
     values = [_floats(row) for row in found["tables"][table]]
     numbers = [value for row in values for value in row if value == value]
-    spread = min(numbers) > 0 and max(numbers) / min(numbers) > 20
-    edges = [0, *found["step"]]
+    norm = "log" if min(numbers) > 0 and max(numbers) / min(numbers) > 20 else "linear"
     places = [place - 0.5 for place in range(len(values) + 1)]
-    mesh = axes.pcolormesh(edges, places, values, cmap="cividis", norm="log" if spread else "linear", rasterized=True)
+    mesh = axes.pcolormesh([0, *found["step"]], places, values, cmap="cividis", norm=norm, rasterized=True)
     stride = -(-len(values) // 16)
     axes.set_yticks(range(0, len(values), stride), found["rows"][::stride])
     axes.invert_yaxis()

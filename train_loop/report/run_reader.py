@@ -120,22 +120,15 @@ class _Followed:
         self.read += sum(map(len, whole))
         self._last = whole[-1] if whole else self._last
         for line in whole:
-            if (event := _event(line)) is None:
-                self.unreadable += 1
-            else:
+            try:
+                event = json.loads(line)
+            except (ValueError, RecursionError):
+                event = None
+            known = isinstance(event, dict) and isinstance(event.get("event"), str)
+            if known and not math.isnan(number(event.get("step"))):
                 yield event
-
-
-def _event(line: bytes) -> dict[str, Any] | None:
-    """The event on a line, which needs a kind and a step; None if the line is damaged."""
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    whole = (
-        isinstance(event, dict) and isinstance(event.get("event"), str) and not math.isnan(number(event.get("step")))
-    )
-    return event if whole else None
+            else:
+                self.unreadable += 1
 
 
 def _stat(path: Path) -> tuple[int, int, int, int] | None:
