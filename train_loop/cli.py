@@ -10,7 +10,8 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from train_loop import versions
@@ -18,15 +19,7 @@ from train_loop.config.load import config_from_arguments
 from train_loop.config.parsing import documented, help_text
 from train_loop.config.sampling import Sampling
 from train_loop.config.schema import Config
-from train_loop.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_STOPPED,
-    InputError,
-    LostError,
-    TrainingError,
-)
+from train_loop.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, InputError, LostError, TrainingError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,30 +35,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[0] not in COMMANDS:
             raise InputError(f"unknown command {given[0]}; commands: {', '.join(COMMANDS)}")
         return COMMANDS[given[0]](given[1:])
-    except InputError as error:
-        _complain(error)
-        return EXIT_BAD_INPUT
     except LostError as error:
         _complain(error, error.speaks)
         # Leave at once: the interpreter's usual end would wait for the lost process.
         sys.stdout.flush()
         os._exit(EXIT_FAILED)
-    except TrainingError as error:
+    except (InputError, TrainingError) as error:
         _complain(error)
-        return EXIT_FAILED
+        return EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if "torch" not in sys.modules:
             raise
-        # Printed by whichever process it happened on.
-        print(
-            "train-loop: out of memory; lower batch.micro_batch_size (or set it to auto) or evaluation.batch_size, or "
-            "use --model.activation_checkpointing true; the same command continues from the last checkpoint",
-            file=sys.stderr,
+        from train_loop.devices import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        _complain(
+            "out of memory; lower batch.micro_batch_size (or set it to auto) or evaluation.batch_size, or use "
+            "--model.activation_checkpointing true; the same command continues from the last checkpoint",
+            speaks=True,  # whichever process it happened on
         )
         return EXIT_FAILED
     except (AttributeError, ImportError, TypeError) as error:
-        reason = versions.too_new(error)
-        if reason is None:
+        if (reason := versions.too_new(error)) is None:
             raise
         _complain(reason)
         return EXIT_BAD_INPUT
@@ -81,14 +73,6 @@ def _complain(error: object, speaks: bool | None = None) -> None:
     # Launchers start the command once per process: one line on each host is enough.
     if os.environ.get("LOCAL_RANK", "0") == "0" if speaks is None else speaks:
         print(f"train-loop: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    if "torch" not in sys.modules:
-        return False
-    from train_loop.devices import is_out_of_memory
-
-    return is_out_of_memory(error)
 
 
 def _overview() -> str:
@@ -140,7 +124,11 @@ def train(arguments: list[str]) -> int:
     summary = job.train(config)
     if summary.is_main_process:
         _print_summary(summary, config)
-    return _stopped() if summary.stopped else EXIT_DONE
+    if not summary.stopped:
+        return EXIT_DONE
+    # A launcher that restarts failures would restart it, so there a stop counts as success. status.json says stopped.
+    restarts, so_far = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
+    return EXIT_DONE if so_far < restarts else EXIT_STOPPED
 
 
 def _print_summary(summary: Any, config: Config) -> None:
@@ -159,35 +147,21 @@ def _print_summary(summary: Any, config: Config) -> None:
         print(f"model            {summary.model_folder}" + (f" and {summary.hub}" if summary.hub else ""))
 
 
-def _stopped() -> int:
-    """The exit code of a run that a signal has stopped.
-
-    A launcher that restarts failures would restart it, so there a stop counts as success. status.json says stopped.
-    """
-    restarts, so_far = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
-    return EXIT_DONE if so_far < restarts else EXIT_STOPPED
-
-
 def evaluate(arguments: list[str]) -> int:
     """Evaluate a model exactly on the configured validation data; prints one JSON object."""
     if _wants_help(arguments, "evaluate", "--model FOLDER_OR_ID --config FILE [--section.key value ...]"):
         return EXIT_DONE
-    name, rest = _take_model(arguments)
+    parser = _Parser("evaluate", add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", metavar="FOLDER_OR_ID", required=True)
+    given, rest = parser.parse_known_args(arguments)
     config = config_from_arguments(rest)
     _ready_libraries()
     from train_loop import job
 
-    metrics = job.evaluate(name, config)
+    metrics = job.evaluate(given.model, config)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(metrics))
     return EXIT_DONE
-
-
-def _take_model(arguments: list[str]) -> tuple[str, list[str]]:
-    parser = _Parser("evaluate", add_help=False, allow_abbrev=False)
-    parser.add_argument("--model", metavar="FOLDER_OR_ID", required=True)
-    known, rest = parser.parse_known_args(arguments)
-    return known.model, rest
 
 
 def sample(arguments: list[str]) -> int:
@@ -198,8 +172,17 @@ def sample(arguments: list[str]) -> int:
     option("--prompt", action="append", default=[], help="text to continue; may be repeated")
     option("--prompts", metavar="FILE", help="a prompt per line, or in .jsonl each line's prompt; - is standard input")
     option("--interactive", action="store_true", help="ask for prompts")
-    for name, described in _sampling_options():
-        option(name, **described)
+    _, meanings = documented(Sampling)
+    for each in dataclasses.fields(Sampling):
+        meaning = meanings[each.name].rstrip(".")
+        kind: dict[str, Any] = {"default": each.default, "help": f"{meaning} ({each.default})", "type": each.type}
+        if each.type is bool:
+            kind = {"action": "store_true", "help": meaning}
+        elif each.type == tuple[str, ...]:
+            kind = {"action": "append", "metavar": "TEXT", "default": [], "help": meaning}
+        elif each.type == tuple[int, ...]:
+            kind = {"type": int, "nargs": "+", "metavar": "ID", "default": [], "help": meaning}
+        option(f"--{each.name}", **kind)
     option("--batch_size", type=int, default=8, help="how many texts grow together; does not change them (8)")
     option("--json", action="store_true", help="print one JSON object per prompt")
     given = parser.parse_args(arguments)
@@ -215,10 +198,8 @@ def sample(arguments: list[str]) -> int:
     _ready_libraries()
     from train_loop.generation import sampler
 
-    settings: dict[str, Any] = {}
-    for each in dataclasses.fields(Sampling):
-        value = getattr(given, each.name)
-        settings[each.name] = tuple(value) if isinstance(value, list) else value
+    settings: dict[str, Any] = {each.name: getattr(given, each.name) for each in dataclasses.fields(Sampling)}
+    settings |= {key: tuple(each) for key, each in settings.items() if isinstance(each, list)}
     sampling = Sampling(**settings)
     loaded = sampler.Sampler.load(given.model)
 
@@ -245,21 +226,6 @@ def sample(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
-def _sampling_options() -> Iterator[tuple[str, dict[str, Any]]]:
-    """The options that `Sampling` describes, with its defaults."""
-    _, meanings = documented(Sampling)
-    for each in dataclasses.fields(Sampling):
-        meaning = meanings[each.name].rstrip(".")
-        settings: dict[str, Any] = {"default": each.default, "help": f"{meaning} ({each.default})", "type": each.type}
-        if each.type is bool:
-            settings = {"action": "store_true", "help": meaning}
-        elif each.type == tuple[str, ...]:
-            settings = {"action": "append", "metavar": "TEXT", "default": [], "help": meaning}
-        elif each.type == tuple[int, ...]:
-            settings = {"type": int, "nargs": "+", "metavar": "ID", "default": [], "help": meaning}
-        yield f"--{each.name}", settings
-
-
 def inspect(arguments: list[str]) -> int:
     """Replay a step of a run: its documents, each token's loss, gradients and update; prints a table."""
     parser = _Parser("inspect", description=inspect.__doc__, allow_abbrev=False)
@@ -267,13 +233,8 @@ def inspect(arguments: list[str]) -> int:
     option("--run", metavar="FOLDER", required=True, help="folder of the run; nothing is written to it")
     option("--step", type=int, required=True, help="number of the step, from 1, as in metrics.jsonl")
     option("--compare", type=int, metavar="STEP", help="another step, to show side by side")
-    option(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="show the step with another setting, too (optimizer.learning_rate=1e-4, dropout=0); repeat it for several",
-    )
+    changed = "show the step with another setting, too (optimizer.learning_rate=1e-4, dropout=0); repeat it for several"
+    option("--set", action="append", default=[], metavar="KEY=VALUE", help=changed)
     option("--json", action="store_true", help="print one JSON object per step, with everything")
     option("--html", metavar="FILE", help="also write a page")
     given = parser.parse_args(arguments)
@@ -281,8 +242,6 @@ def inspect(arguments: list[str]) -> int:
         raise InputError("inspect: --compare shows another step, --set the same step changed; give only one of them")
     steps = [given.step] if given.compare is None else [given.step, given.compare]
     _ready_libraries()
-    from pathlib import Path
-
     from train_loop import job
     from train_loop.analysis import inspection
 
@@ -290,8 +249,8 @@ def inspect(arguments: list[str]) -> int:
     if given.set:
         found = replay.instead(given.step, given.set)
     else:
-        of = {step: replay.step(step) for step in sorted(set(steps))}
-        found = [of[step] for step in steps]
+        replayed = {step: replay.step(step) for step in sorted(set(steps))}
+        found = [replayed[step] for step in steps]
     if given.html:
         title = f"{Path(given.run).resolve().name}, step {' and '.join(map(str, steps))}"
         try:
@@ -319,8 +278,6 @@ def report(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     if given.serve is not None and (given.output or given.png):
         raise InputError("--serve shows a page without writing it: leave out --output and --png")
-    from pathlib import Path
-
     from train_loop.report import figures, html_page, server
     from train_loop.report.page_data import gather
     from train_loop.report.run_reader import RunFiles
@@ -348,10 +305,5 @@ class _Parser(argparse.ArgumentParser):
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "prepare": prepare,
-    "train": train,
-    "evaluate": evaluate,
-    "sample": sample,
-    "inspect": inspect,
-    "report": report,
+    command.__name__: command for command in (prepare, train, evaluate, sample, inspect, report)
 }

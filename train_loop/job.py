@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from train_loop import versions
 from train_loop.analysis import batch_size, probe, truth_sheet
-from train_loop.analysis.probe import Probe
 from train_loop.analysis.replay import Replay
 from train_loop.analysis.samples import Samples
 from train_loop.analysis.step_statistics import StepStatistics
@@ -21,9 +20,8 @@ from train_loop.checkpoint.run_folder import RunFolder
 from train_loop.config.load import flatten, shared_settings, to_dict
 from train_loop.config.schema import Config
 from train_loop.console import Progress, say
-from train_loop.data import documents as own_documents
 from train_loop.data import preparation
-from train_loop.data.documents import Documents
+from train_loop.data.documents import Documents, configure
 from train_loop.data.loader import Windows
 from train_loop.data.order import Plan
 from train_loop.data.token_store import Prepared, TokenStore
@@ -56,13 +54,9 @@ class Summary:
     Attributes:
         step: finished steps, out of `total_steps`.
         stopped: the signal that ended it early, or None.
-        evaluation: that of the exported weights, or else the last one: loss, perplexity, bits_per_byte, accuracy,
-            tokens.
+        evaluation: of the exported weights, or else the last one: loss, perplexity, bits_per_byte, accuracy, tokens.
         exported_step: the step of the exported weights, or None.
         hub: the model's address on the Hub, if it was uploaded.
-        folder: the run's folder.
-        model_folder: the exported model's folder.
-        ledger: the data's ledger.
         is_main_process: whether this process speaks for the run.
     """
 
@@ -99,7 +93,7 @@ def prepare(config: Config, documents: Documents | tuple[str, Iterable[str]] | N
         InputError: for data that cannot be read.
     """
     versions.check()
-    return preparation.prepare(own_documents.configure(config, documents))
+    return preparation.prepare(configure(config, documents))
 
 
 def train(
@@ -112,7 +106,6 @@ def train(
     """Do the whole job: prepare, train (resuming where it was cut off), evaluate, export, verify.
 
     Args:
-        config: the settings.
         model: a causal language model in fp32, which is trained in place, instead of the configured one.
         documents: a name and texts, instead of the configured source.
         callbacks: called for each step and each evaluation, on every process.
@@ -123,7 +116,7 @@ def train(
         LostError: if another process is gone.
     """
     versions.check()
-    config = own_documents.configure(config, documents)
+    config = configure(config, documents)
     heartbeat = Heartbeat(config.run, shared_settings(config))
     with heartbeat.naming_failures():
         setup = set_up(config, heartbeat, model)
@@ -145,10 +138,8 @@ def _train(setup: Setup, heartbeat: Heartbeat, callbacks: Sequence[Observer]) ->
             studied = config.study.every is not None or config.study.probing
             log = MetricsLog(accelerator, folder.metrics, state.step, studied)
             history = History(log.past.evaluations, log.past.skipped)
-            settings = config.checkpoint
-            manager = CheckpointManager(
-                accelerator, folder.checkpoints, settings.keep, settings.background, setup.damaged
-            )
+            keep, background = config.checkpoint.keep, config.checkpoint.background
+            manager = CheckpointManager(accelerator, folder.checkpoints, keep, background, setup.damaged)
             manager.step = None if setup.found is None else state.step
             if main:
                 folder.set_status("running", state.step)
@@ -230,10 +221,9 @@ def _observers(setup: Setup, log: MetricsLog, progress: Progress) -> list[Observ
     observers: list[Observer] = [log, ProgressLines(progress, evaluated)]
     if study.every is not None:
         steps = last_steps(setup.folder.metrics, study.every) if run.context.accelerator.is_main_process else []
-        norms = [record["grad_norm"] for record in steps]
-        observers.append(StepStatistics(run, study.every, log.write_study, norms))
+        observers.append(StepStatistics(run, study.every, log.write_study, [each["grad_norm"] for each in steps]))
     if study.probing:
-        observers.append(Probe(run, log.write_study, past.probed))
+        observers.append(probe.Probe(run, log.write_study, past.probed))
     return [*observers, Samples(run, log.write, (step, past.samples))]
 
 
@@ -285,13 +275,7 @@ def _saving(setup: Setup, manager: CheckpointManager, history: History, log: Met
 def set_up(config: Config, heartbeat: Heartbeat | None = None, model: PreTrainedModel | None = None) -> Setup:
     """Set up and check data, model, optimizer and processes of a run; writes nothing to the run's folder.
 
-    Args:
-        config: the settings.
-        heartbeat: watches over the run's processes; if None, a new one does.
-        model: see `train`.
-
-    Raises:
-        InputError: for whatever doesn't fit.
+    For `model` see `train`. Raises InputError for whatever doesn't fit.
     """
     folder = RunFolder(config.output_dir)
     check_trackers(config.run.log_with)
@@ -302,11 +286,10 @@ def set_up(config: Config, heartbeat: Heartbeat | None = None, model: PreTrained
     language_model = run_on_all_ranks(accelerator, "build", lambda: building.build(config, data.tokenizer, model))
     check_same(accelerator, "the data", data.fingerprint, "give every host the same documents and tokenizer")
     found, damaged = _to_resume(accelerator, folder)
-    weights = digest(language_model)
-    check_same(accelerator, "the initial weights' digest", weights, "give every host the same model")
+    check_same(accelerator, "the initial weights' digest", digest(language_model), "give every host the same model")
     language_model.to(accelerator.device)
-    products = not config.model.compile
-    tied = cpu.speed_up(language_model, training=True, products=products, keep_memory=config.run.keep_memory)
+    products, keep_memory = not config.model.compile, config.run.keep_memory
+    tied = cpu.speed_up(language_model, training=True, products=products, keep_memory=keep_memory)
     objective = Objective(language_model, tied)
     if config.study.probing:
         probe.check(language_model, data.tokenizer, config)
@@ -338,9 +321,8 @@ def set_up(config: Config, heartbeat: Heartbeat | None = None, model: PreTrained
         Throughput(accelerator, prepared, language_model, config.data.block_size),
         StopRequest(is_communication_error),
     )
-    unwrapped = accelerator.unwrap_model(prepared).model
-    validation = _windows(data.validation, config, data.tokenizer)
-    run = Run(config, data, batches, validation, context, TrainState(unwrapped, adamw))
+    state = TrainState(accelerator.unwrap_model(prepared).model, adamw)
+    run = Run(config, data, batches, _windows(data.validation, config, data.tokenizer), context, state)
     _choose_compiled(run)
     return Setup(run, folder, found, damaged)
 
@@ -372,17 +354,12 @@ def _choose_compiled(run: Run) -> None:
 
 
 def _to_resume(accelerator: Accelerator, folder: RunFolder) -> tuple[storage.CheckpointRef | None, dict[int, str]]:
-    """The newest whole checkpoint, and which later ones are damaged; the main process looks, and all get the same.
-
-    Raises:
-        InputError: if there are checkpoints, but none is whole.
-    """
+    """The newest whole checkpoint, and which later ones are damaged; the main process looks, and all get the same."""
     main = accelerator.is_main_process
     looked = run_on_all_ranks(accelerator, "look", lambda: storage.newest(folder.checkpoints) if main else None)
     found, damaged = broadcast_from_main(accelerator, looked) or (None, {})
-    if main:
-        for line in damaged.values():
-            say(f"{line}; skipped")
+    for line in damaged.values() if main else ():
+        say(f"{line}; skipped")
     if found is None and damaged:
         raise InputError(
             f"run.output_dir {folder.path}: no checkpoint is whole ({'; '.join(damaged.values())}); put one back from "
@@ -411,10 +388,9 @@ def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, A
         if isinstance(model, PreTrainedModel):
             language_model, tokenizer, source = model, None, f"the {type(model).__name__}"
         else:
-            name, attention = str(model), config.model.attention
-            source = f"model {name}"
+            name, attention, source = str(model), config.model.attention, f"model {model}"
             language_model, tokenizer = run_on_all_ranks(accelerator, "load", lambda: pretrained.load(name, attention))
-        if tokenizer is not None:  # before the data is prepared, which takes longer
+            # Before the data is prepared, too, which takes longer.
             building.check_fits(language_model, tokenizer, config.data.block_size, source)
         if config.data.isolate_documents:
             building.check_positions(language_model)

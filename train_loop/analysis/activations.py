@@ -20,6 +20,7 @@ Definitions, for a layer with output x [positions, width]:
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,10 +30,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from train_loop import compat
+from train_loop.analysis.trial_step import evaluating
 from train_loop.data.loader import IGNORED, Batch
 from train_loop.devices import exact
 from train_loop.distributed.collectives import reduce_exactly
-from train_loop.models.building import without_compile
 from train_loop.training.state import StepBatch, StepContext
 
 Sums = dict[str, torch.Tensor]
@@ -54,28 +55,16 @@ def over_processes(accelerator: Accelerator, sums: Sums, maximum: bool = False) 
 
 
 def layers_of(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
-    """The name of a model's list of layers, and the layers: of all its lists, the one with the most weights.
-
-    Both are empty for a model without a list.
-    """
-    lists = [(name, each) for name, each in model.named_modules() if isinstance(each, nn.ModuleList)]
-    if not lists:
-        return "", []
-    name, found = max(lists, key=lambda each: sum(parameter.numel() for parameter in each[1].parameters()))
-    return name, list(found)
+    """The name and the layers of a model's list with the most weights; both are empty for a model without a list."""
+    lists = {name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList)}
+    name = max(lists, key=lambda name: sum(each.numel() for each in lists[name].parameters()), default="")
+    return name, list(lists.get(name, ()))
 
 
 class Look:
-    """Sums over the positions of some windows, filled by `of_batch`.
+    """Sums and maxima over the positions of some windows, filled by `of_batch`.
 
-    Args:
-        layers: the model's layers.
-        attention: the name of its attention implementation.
-        frequency: the bin of each token of the vocabulary [vocabulary] int64; see `StepStatistics`.
-        frequency_bins: the number of bins.
-
-    Attributes:
-        sums, maxima: see `of_step`.
+    `attention` names the model's attention implementation; `frequency` is the bin of each token [vocabulary] int64.
     """
 
     def __init__(self, layers: list[nn.Module], attention: str, frequency: torch.Tensor, frequency_bins: int) -> None:
@@ -84,29 +73,24 @@ class Look:
         self.sums: Sums = {}
         self.maxima: Sums = {}
         self._layer: int | None = None
-        self._real = torch.empty(0)
-        self._packed = False
-        self._each: list[torch.Tensor] = []
 
     def of_batch(self, objective: nn.Module, batch: Batch) -> None:
         """Run a batch through the prepared `Objective`, and add what it shows to the sums and maxima."""
         self._real = batch.targets != IGNORED
         self._packed = batch.positions is not None
-        self._each = []
-        with self._hooks():
+        self._each: list[torch.Tensor] = []
+        with ExitStack() as stack:
+            for number, layer in enumerate(self.layers):
+                stack.enter_context(layer.register_forward_pre_hook(partial(self._enter, number)))
+                stack.enter_context(layer.register_forward_hook(self._of_layer))
+                for each in _activation_functions(layer):
+                    stack.enter_context(each.register_forward_hook(self._of_units))
+            stack.enter_context(_attention(self.attention, self.layers, self._of_attention))
             objective(batch.inputs, batch.targets, batch.positions, visit=self._of_logits)
         self._of_positions(batch, torch.cat(self._each, dim=1))
 
     def _add(self, name: str, value: torch.Tensor) -> None:
-        value = exact(value)
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def _raise(self, name: str, value: torch.Tensor) -> None:
-        """Raise a maximum to `value` where that is larger."""
-        value = exact(value)
-        self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
-
-    # --- losses and logits
+        self.sums[name] = self.sums.get(name, 0) + exact(value)
 
     def _of_logits(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
         """Keep nll, entropy, top-1 probability and z of each position."""
@@ -127,38 +111,15 @@ class Look:
         block = self._real.shape[1]
         bins = min(POSITION_BINS, block)
         place = (torch.arange(block, device=real.device) * bins // block).expand_as(self._real).flatten()[real]
-        target = batch.targets.flatten()[real]
-        for name, number, index in (
-            ("position", bins, place),
-            ("frequency", self.frequency_bins, self.frequency[target]),
-        ):
-            index = index.to(values.device)
-            zeros = values.new_zeros(number)
+        frequency = self.frequency[batch.targets.flatten()[real]]
+        for name, number, index in (("position", bins, place), ("frequency", self.frequency_bins, frequency)):
+            zeros, index = values.new_zeros(number), index.to(values.device)
             self._add(f"{name}_nll", zeros.index_add(0, index, values[0]))
             self._add(f"{name}_count", zeros.index_add(0, index, torch.ones_like(values[0])))
 
-    # --- layers
-
-    @contextmanager
-    def _hooks(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for number, layer in enumerate(self.layers):
-                for handle in (
-                    layer.register_forward_pre_hook(self._enter(number)),
-                    layer.register_forward_hook(self._of_layer),
-                    *(each.register_forward_hook(self._of_units) for each in _activation_functions(layer)),
-                ):
-                    stack.callback(handle.remove)
-            stack.enter_context(_attention(self.attention, self.layers, self._of_attention))
-            yield
-
-    def _enter(self, number: int) -> Callable[..., None]:
-        """A hook that notes which layer runs."""
-
-        def enter(module: nn.Module, arguments: Any) -> None:
-            self._layer = number
-
-        return enter
+    def _enter(self, number: int, module: nn.Module, arguments: Any) -> None:
+        """Note which layer runs."""
+        self._layer = number
 
     def _of_layer(self, module: nn.Module, arguments: Any, output: Any) -> None:
         """Add up the size of a layer's output; the layer has run."""
@@ -166,24 +127,23 @@ class Look:
         x = x.flatten(0, -2)[self._real.flatten()].float()
         self._add(f"{self._layer}/squares", exact(x.square().sum(1)).sum())
         self._add(f"{self._layer}/numbers", torch.tensor(x.numel(), device=x.device))
-        self._raise(f"{self._layer}/peak", x.abs().amax() if len(x) else x.new_zeros(()))
+        peak = exact(x.abs().amax() if len(x) else x.new_zeros(()))
+        self.maxima[f"{self._layer}/peak"] = torch.maximum(self.maxima.get(f"{self._layer}/peak", peak), peak)
         self._layer = None
 
     def _of_units(self, module: nn.Module, arguments: Any, output: Any) -> None:
         """Count at how many positions each unit's output is above 0."""
         if isinstance(output, torch.Tensor) and output.shape[:-1].numel() == self._real.numel():
-            above = (output.flatten(0, -2) > 0)[self._real.flatten()].sum(0)
-            self._add(f"{self._layer}/above", above)
+            self._add(f"{self._layer}/above", (output.flatten(0, -2) > 0)[self._real.flatten()].sum(0))
 
     def _of_attention(self, query: torch.Tensor, key: torch.Tensor, mask: Any, options: dict[str, Any]) -> None:
         """Add up a layer's entropies. query [batch, heads, block, width], key [batch, fewer heads, keys, width]."""
         flash = "flash" in self.attention
         known = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 4)
         windows = query.shape[0::2] == self._real.shape
-        # FlashAttention learns of packed documents in other ways; sinks add to the sum without being keys.
-        if self._layer is None or not known or not windows or options.get("s_aux") is not None:
-            return
-        if flash and self._packed:
+        sinks = options.get("s_aux") is not None  # which add to the sum without being keys
+        packed = flash and self._packed  # FlashAttention learns of packed documents in other ways
+        if self._layer is None or not known or not windows or sinks or packed:
             return
         block, keys = query.shape[2], key.shape[2]
         rows = torch.linspace(0, block - 1, min(block, _QUERIES), device=query.device).round().long()
@@ -239,23 +199,10 @@ def _attention(implementation: str, layers: list[nn.Module], see: Callable[..., 
         del ALL_ATTENTION_FUNCTIONS[implementation]
 
 
-@torch.no_grad()
-def of_step(context: StepContext, model: PreTrainedModel, batch: StepBatch, look: Look) -> tuple[Sums, Sums]:
-    """Sums and maxima over all positions of a step's windows, on all processes. All processes must call this.
-
-    Args:
-        context: the run's.
-        model: has the weights to look at.
-        batch: the step's.
-        look: a new one, still empty.
-    """
-    accelerator, objective = context.accelerator, context.objective
-    training = objective.training
-    objective.eval()
-    try:
-        with without_compile(model):
-            for micro_batch in batch.micro_batches:
-                look.of_batch(objective, micro_batch.to(accelerator.device))
-    finally:
-        objective.train(training)
-    return over_processes(accelerator, look.sums), over_processes(accelerator, look.maxima, maximum=True)
+def of_step(context: StepContext, batch: StepBatch, look: Look) -> tuple[Sums, Sums]:
+    """Sums and maxima over all positions of a step's windows, by a new look. All processes must call this."""
+    with evaluating(context.objective):
+        for micro_batch in batch.micro_batches:
+            look.of_batch(context.objective, micro_batch.to(context.accelerator.device))
+    sums = over_processes(context.accelerator, look.sums)
+    return sums, over_processes(context.accelerator, look.maxima, maximum=True)

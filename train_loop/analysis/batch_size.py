@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
+from torch.optim import Optimizer
 
 from train_loop.analysis.trial_step import without_effect
 from train_loop.config.schema import Config
@@ -23,21 +24,14 @@ from train_loop.training.state import Run
 
 
 def fitting(
-    config: Config,
-    accelerator: Accelerator,
-    objective: nn.Module,
-    adamw: torch.optim.Optimizer,
-    previous: int | None,
+    config: Config, accelerator: Accelerator, objective: nn.Module, adamw: Optimizer, previous: int | None
 ) -> int:
-    """The micro-batch size that batch.micro_batch_size auto stands for: the checkpoint's, if it fits.
+    """The micro-batch size that batch.micro_batch_size auto stands for: how many sequences every process can train on
+    at once, out of a process's share of a step (after resuming, the `previous` size), half of it, a quarter, ...
 
-    Args:
-        config: the run's settings.
-        accelerator, objective, adamw: see `largest_micro_batch`.
-        previous: the size before the run was resumed, or None.
-
-    Raises:
-        InputError: with FSDP2, or if not even one sequence fits.
+    Each process tries a forward and backward pass by itself, with moments and gradients in memory as in a step. All
+    processes must call this, with the prepared `Objective` and its optimizer, which must not have moments yet. Raises
+    InputError with FSDP2, or if not even one sequence fits.
     """
     if accelerator.is_fsdp2:
         raise InputError(
@@ -47,50 +41,12 @@ def fitting(
     largest = -(-config.batch.sequences_per_step // accelerator.num_processes)
     if previous is not None:
         largest = min(config.batch.sequences_per_step, previous)
-    with without_compile(objective):
-        return largest_micro_batch(accelerator, objective, adamw, config.data.block_size, largest)
-
-
-def halve(run: Run, error: RuntimeError) -> None:
-    """Halve the micro-batches of a run that is out of memory; it goes on from the step in which it failed.
-
-    Raises:
-        RuntimeError: the error itself, if memory is not the reason, or the size can't be halved: with several
-            processes, the others wait for this one in the middle of the step.
-    """
-    size, automatic = run.batches.plan.micro_batch_size, run.config.batch.micro_batch_size == "auto"
-    if not automatic or size == 1 or run.context.accelerator.num_processes > 1 or not is_out_of_memory(error):
-        raise error
-    run.batches.plan = replace(run.batches.plan, micro_batch_size=size // 2)
-    run.state.optimizer.zero_grad()
-    clear_device_cache(garbage_collection=True)
-    say(f"batch.micro_batch_size auto: out of memory with {size} sequences; continuing with {size // 2}")
-
-
-def largest_micro_batch(
-    accelerator: Accelerator, objective: nn.Module, adamw: torch.optim.Optimizer, block_size: int, largest: int
-) -> int:
-    """How many sequences every process can train on at once: `largest`, half of it, a quarter, ...
-
-    Each process tries a forward and backward pass by itself, with moments and gradients in memory as in a step. All
-    processes must call this.
-
-    Args:
-        accelerator: the processes, without FSDP2, where a pass needs all of them and a process that runs out of memory
-            leaves the others waiting.
-        objective: the prepared `Objective`.
-        adamw: its optimizer; it must not have moments yet.
-        block_size: tokens per sequence.
-        largest: the number to begin with, at least 1.
-
-    Raises:
-        InputError: if not even one sequence fits.
-    """
     size = largest
-    while size and not _fits(accelerator, objective, adamw, block_size, size):
-        size //= 2
-    sizes = gather(torch.tensor([size], device=accelerator.device)) if accelerator.num_processes > 1 else [size]
-    size = min(int(each) for each in sizes)
+    with without_compile(objective):
+        while size and not _fits(accelerator, objective, adamw, config.data.block_size, size):
+            size //= 2
+    if accelerator.num_processes > 1:
+        size = int(gather(torch.tensor([size], device=accelerator.device)).min())
     if size == 0:
         raise InputError(
             "batch.micro_batch_size auto: not even one sequence fits into memory; lower data.block_size, or use "
@@ -101,9 +57,22 @@ def largest_micro_batch(
     return size
 
 
-def _fits(
-    accelerator: Accelerator, objective: nn.Module, adamw: torch.optim.Optimizer, block_size: int, size: int
-) -> bool:
+def halve(run: Run, error: RuntimeError) -> None:
+    """Halve the micro-batches of a run that is out of memory; it goes on from the step in which it failed.
+
+    Raises the error itself if memory is not the reason, or the size can't be halved: with several processes, the others
+    wait for this one in the middle of the step.
+    """
+    size, automatic = run.batches.plan.micro_batch_size, run.config.batch.micro_batch_size == "auto"
+    if not automatic or size == 1 or run.context.accelerator.num_processes > 1 or not is_out_of_memory(error):
+        raise error
+    run.batches.plan = replace(run.batches.plan, micro_batch_size=size // 2)
+    run.state.optimizer.zero_grad()
+    clear_device_cache(garbage_collection=True)
+    say(f"batch.micro_batch_size auto: out of memory with {size} sequences; continuing with {size // 2}")
+
+
+def _fits(accelerator: Accelerator, objective: nn.Module, adamw: Optimizer, block_size: int, size: int) -> bool:
     """Whether a trial step with one sequence, then with `size`, stays within this process's memory."""
     training = objective.training
     objective.train()

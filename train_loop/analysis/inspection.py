@@ -79,18 +79,11 @@ def _table(found: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     ]
     if any("set" in each for each in found):
         rows.insert(1, row("with", lambda each: visible(", ".join(each.get("set", ["the run's settings"])))))
-    layers = max((len(each["statistics"]["layers"]) for each in found if each["statistics"]), default=0)
+    layers = [each["statistics"] and each["statistics"]["layers"] for each in found]
     for key, title in (("grad_norm", "gradient norm"), ("update_ratio", "update / weight")):
         rows += [("", [""] * len(found)), (title, [""] * len(found))]
-        for layer in map(str, range(layers)):
-            rows.append(
-                row(
-                    f"  layer {layer}",
-                    lambda each, key=key, layer=layer: number(
-                        each["statistics"] and each["statistics"]["layers"][layer][key]
-                    ),
-                )
-            )
+        for layer in map(str, range(max((len(each) for each in layers if each), default=0))):
+            rows.append((f"  layer {layer}", [number(each and each[layer][key]) for each in layers]))
     return rows
 
 
@@ -133,14 +126,11 @@ def page(found: list[dict[str, Any]], title: str) -> str:
         if verification := each["verification"]:
             mark = "bad" if verification["verdict"] == "different" else "good"
             body.append(f'<p class="{mark}">step {each["step"]}: {_escaped(verdict(verification))}</p>')
-    rows = "".join(
-        f"<tr><th>{_escaped(name)}</th>{''.join(f'<td>{_escaped(value)}</td>' for value in values)}</tr>"
-        for name, values in _table(found)
-        if name
+    rows = (
+        (name, "".join(f"<td>{_escaped(value)}</td>" for value in values)) for name, values in _table(found) if name
     )
-    body.append(f"<table>{rows}</table>")
-    shown = found[:1] if any("set" in each for each in found) else found
-    for each in shown:
+    body += ["<table>", *(f"<tr><th>{_escaped(name)}</th>{cells}</tr>" for name, cells in rows), "</table>"]
+    for each in found[:1] if any("set" in each for each in found) else found:
         body.append(f"<h2>Step {each['step']}: the most surprising tokens</h2><table>")
         body.append("<tr><th>nats</th><th>token</th><th>after</th><th>document</th></tr>")
         body += [
@@ -149,8 +139,7 @@ def page(found: list[dict[str, Any]], title: str) -> str:
             f"<td>{_escaped(token['document'])}, token {token['offset']:,}</td></tr>"
             for token in each["surprising"]
         ]
-        body.append("</table>")
-        body.append(f"<h2>Step {each['step']}: what it read, coloured by each token's loss</h2>")
+        body.append(f"</table><h2>Step {each['step']}: what it read, coloured by each token's loss</h2>")
         for sequence in each["sequences"][:_ON_A_PAGE]:
             body.append(f"<h3>block {sequence['block']}: {_escaped(_sources(sequence))}</h3><pre>")
             body += [

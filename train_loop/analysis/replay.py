@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 
 from train_loop import versions
 from train_loop.analysis.step_statistics import StepStatistics
+from train_loop.analysis.trial_step import evaluating
 from train_loop.checkpoint import storage
 from train_loop.checkpoint.restore import restore
 from train_loop.checkpoint.run_folder import RunFolder
@@ -52,15 +53,9 @@ _FIXED = ("data.", "tokenizer.", "model.name_or_path", "run.output_dir", "run.re
 
 
 class Replay:
-    """A run's steps, replayed one by one.
+    """A run's steps, counted from 1, replayed one by one; `set_up` makes a run from a configuration.
 
-    Args:
-        folder: the run's folder.
-        steps: the numbers, from 1, of the steps to replay.
-        set_up: makes a run from a configuration.
-
-    Raises:
-        InputError: if there is no such run or step, or it can't be replayed.
+    Raises InputError if there is no such run or step, or it can't be replayed.
     """
 
     def __init__(self, folder: Path, steps: Sequence[int], set_up: Callable[[Config], Run]) -> None:
@@ -78,15 +73,12 @@ class Replay:
         self.truth = self._read("truth.json")
         self.config = self._settings()
         self.run = self._built(self.config)
-        self.at: int | None = None
-        """How many steps the state of `run` has finished; None if it has no state to go on from."""
-        self.from_step = 0
-        """The step of the checkpoint that the state came from."""
+        self.at: int | None = None  # how many steps the state of `run` has finished; None if it can't go on
+        self.from_step = 0  # of the checkpoint that the state came from
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            found = json.loads((self.folder.path / name).read_text(encoding="utf-8"))
-            return dict(found)
+            return dict(json.loads((self.folder.path / name).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"--run {self.folder.path}: {name} cannot be read ({one_line(error)})") from None
 
@@ -116,14 +108,11 @@ class Replay:
         return run
 
     def go_before(self, step: int) -> None:
-        """Bring `run` to the state before a step, counted from 1.
-
-        Raises:
-            InputError: if checkpoints before it are damaged and none is whole.
-        """
+        """Bring `run` to the state before a step; InputError if checkpoints before it are damaged and none is whole."""
         done = step - 1
         damaged: list[str] = []
-        for known in sorted(_steps_on_disk(self.folder.checkpoints), reverse=True):
+        names = [each.name.removeprefix("step-") for each in self.folder.checkpoints.glob("step-*")]
+        for known in sorted((int(name) for name in names if name.isdigit()), reverse=True):
             if known > done or (self.at is not None and known <= self.at <= done):
                 continue
             found, problem = storage.of_step(self.folder.checkpoints, known)
@@ -161,14 +150,12 @@ class Replay:
         self.go_before(step)
         found = inspected(self.run, step)
         self.at = step
-        return found | {"from_step": self.from_step, "verification": self._verified(found)}
+        return found | {"from_step": self.from_step, "verification": self._verified(step, found["loss"])}
 
     def instead(self, step: int, changes: Sequence[str]) -> list[dict[str, Any]]:
         """A step as it was and as it would have been with other settings, from the same state.
 
-        Args:
-            step: counted from 1.
-            changes: KEY=VALUE for keys of the configuration; dropout=0 turns off all kinds of dropout.
+        Changes are KEY=VALUE for keys of the configuration; dropout=0 turns off all kinds of dropout.
         """
         other, dropout = self._changed(changes)
         self.go_before(step)
@@ -204,17 +191,14 @@ class Replay:
         check_config(other)
         return other, dropout
 
-    def _verified(self, found: dict[str, Any]) -> dict[str, Any]:
+    def _verified(self, step: int, loss: float | None) -> dict[str, Any]:
         """Whether the replayed loss equals the logged one, how far apart they are, and how this process differs."""
-        logged = self.logged[found["step"]]["loss"]
-        kind = self._another_kind()
-        if logged is None or found["loss"] is None:  # not finite
-            same = logged is None and found["loss"] is None
-            return {"verdict": "bits" if same else "different", "logged": logged, "difference": None, "kind": kind}
-        difference = abs(found["loss"] / logged - 1) if logged else abs(found["loss"])
-        tolerance = PRECISIONS[self.config.run.mixed_precision].same_loss
-        verdict = "bits" if found["loss"] == logged else "rounding" if difference <= tolerance else "different"
-        return {"verdict": verdict, "logged": logged, "difference": difference, "kind": kind}
+        logged, difference = self.logged[step]["loss"], None
+        if loss is not None and logged is not None:  # both finite
+            difference = abs(loss / logged - 1) if logged else abs(loss)
+        close = difference is not None and difference <= PRECISIONS[self.config.run.mixed_precision].same_loss
+        verdict = "bits" if loss == logged else "rounding" if close else "different"
+        return {"verdict": verdict, "logged": logged, "difference": difference, "kind": self._another_kind()}
 
     def _another_kind(self) -> list[str]:
         """How the run differs from this process, in words."""
@@ -253,24 +237,22 @@ def inspected(run: Run, step: int) -> dict[str, Any]:
     result = train_step(run.context, run.state, batch, rate)
     watch.after_step(run.state, {"grad_norm": result.grad_norm, "skipped": not result.applied})
     limit = run.context.max_grad_norm
-    found = plain(
-        {
-            "step": step,
-            "epoch": step / run.batches.plan.steps_per_epoch,
-            "loss": result.loss,
-            "targets": batch.targets,
-            "learning_rate": rate,
-            "grad_norm": result.grad_norm,
-            "clipped": limit is not None and result.grad_norm > limit,
-            "taken": result.applied,
-            "loss_before": before,
-            "loss_after": _loss(run, batch),
-            "sequences": sequences,
-            "surprising": _surprising(sequences),
-            "statistics": seen[0] if seen else None,
-        }
-    )
-    return dict(found)
+    found = {
+        "step": step,
+        "epoch": step / run.batches.plan.steps_per_epoch,
+        "loss": result.loss,
+        "targets": batch.targets,
+        "learning_rate": rate,
+        "grad_norm": result.grad_norm,
+        "clipped": limit is not None and result.grad_norm > limit,
+        "taken": result.applied,
+        "loss_before": before,
+        "loss_after": _loss(run, batch),
+        "sequences": sequences,
+        "surprising": _surprising(sequences),
+        "statistics": seen[0] if seen else None,
+    }
+    return dict(plain(found))
 
 
 def take(run: Run) -> StepResult:
@@ -284,18 +266,14 @@ def _rate(run: Run, index: int) -> float:
     return learning_rate(index, run.batches.total_steps, config.optimizer.learning_rate, config.schedule)
 
 
-@torch.no_grad()
 def _loss(run: Run, batch: StepBatch) -> float:
     """The mean loss on a step's windows, without dropout."""
     nll = targets = 0.0
-    objective, training = run.context.objective, run.context.objective.training
-    objective.eval()
-    with without_compile(run.state.model):
-        for micro_batch in batch.micro_batches:
-            micro_batch = micro_batch.to(run.context.accelerator.device)
-            found = objective(micro_batch.inputs, micro_batch.targets, micro_batch.positions, statistics=True)
+    with evaluating(run.context.objective):
+        for each in batch.micro_batches:
+            each = each.to(run.context.accelerator.device)
+            found = run.context.objective(each.inputs, each.targets, each.positions, statistics=True)
             nll, targets = nll + float(found.nll), targets + int(found.targets)
-    objective.train(training)
     return nll / max(targets, 1)
 
 
@@ -322,28 +300,20 @@ def _sequences(data: Prepared, batch: StepBatch, size: int) -> list[dict[str, An
     store, found = data.train, []
     for block in batch.blocks.tolist():
         first, end = block * size, min((block + 1) * size + 1, len(store))
-        ids = store.tokens[first:end].tolist()
-        documents = _documents(store, first, end)
-        found.append({"block": block, "documents": documents, "tokens": strings(data.tokenizer, ids)})
+        tokens = strings(data.tokenizer, store.tokens[first:end].tolist())
+        found.append({"block": block, "documents": _documents(store, first, end), "tokens": tokens})
     return found
 
 
 def _documents(store: TokenStore, first: int, end: int) -> list[dict[str, Any]]:
     """The documents that the tokens first..end-1 of a store belong to; offset counts tokens from a document's start."""
-    ends = store.document_ends
-    found = []
+    ends, found = store.document_ends, []
     while first < end:
         name, offset = store.document_at(first)
-        until = min(end, first - offset + _length(ends, first))
+        until = min(end, int(ends[ends.searchsorted(first, side="right")]))
         found.append({"name": name, "offset": offset, "tokens": until - first})
         first = until
     return found
-
-
-def _length(ends: Any, token: int) -> int:
-    """How many tokens the document of a token has."""
-    index = int(ends.searchsorted(token, side="right"))
-    return int(ends[index]) - (int(ends[index - 1]) if index else 0)
 
 
 def _surprising(sequences: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -356,38 +326,25 @@ def _surprising(sequences: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
     found = []
     for loss, row, column in sorted(places, reverse=True)[:_SURPRISING]:
-        each, passed = sequences[row], 0
-        for document in each["documents"]:
-            if column < passed + document["tokens"]:
-                break
-            passed += document["tokens"]
-        found.append(
-            {
-                "token": each["tokens"][column],
-                "loss": loss,
-                "before": "".join(each["tokens"][max(0, column - _CONTEXT) : column]),
-                "document": document["name"],
-                "offset": document["offset"] + column - passed,
-            }
-        )
+        tokens = sequences[row]["tokens"]
+        origins = [
+            {"document": each["name"], "offset": each["offset"] + place}
+            for each in sequences[row]["documents"]
+            for place in range(each["tokens"])
+        ]
+        before = "".join(tokens[max(0, column - _CONTEXT) : column])
+        found.append({"token": tokens[column], "loss": loss, "before": before} | origins[column])
     return found
-
-
-def _steps_on_disk(folder: Path) -> list[int]:
-    return [int(each.name.removeprefix("step-")) for each in folder.glob("step-*") if each.name[5:].isdigit()]
 
 
 def _state(run: Run) -> dict[str, Any]:
     """A copy of weights, moments and loss scale."""
     state, scaler = run.state.optimizer.state, run.context.accelerator.scaler
     tensors = tensors_once(run.state.model)
+    held = {name: state[tensor] for name, tensor in tensors.items() if tensor in state}
     return {
         "weights": {name: tensor.detach().clone() for name, tensor in tensors.items()},
-        "moments": {
-            name: {key: value.clone() for key, value in state[tensor].items()}
-            for name, tensor in tensors.items()
-            if tensor in state
-        },
+        "moments": {name: {key: each.clone() for key, each in moments.items()} for name, moments in held.items()},
         "loss_scale": None if scaler is None else scaler.state_dict(),
     }
 

@@ -15,10 +15,7 @@ from train_loop.training.state import Observer, Run, TrainState
 class Samples(Observer):
     """Continues the configured prompts. If there are none, it samples a whole text, if the tokenizer can begin one.
 
-    Args:
-        run: a run that is set up.
-        write: called with each record.
-        known: (step, samples): how many texts were sampled after that step before the run was resumed.
+    `known` (step, samples) says how many texts were sampled after that step before the run was resumed.
     """
 
     def __init__(self, run: Run, write: Callable[[dict[str, Any]], None], known: tuple[int, int]) -> None:

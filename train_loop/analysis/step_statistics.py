@@ -27,7 +27,7 @@ are not independent, so the scale is a yardstick, not a law.
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,49 +47,31 @@ _ROW = 4096  # squares added up in fp32 at a time: errors of 1e-7, while one sum
 _SAMPLED_TOKENS = 1 << 26  # training tokens that are counted; of more data, evenly spread pieces stand for all
 _PIECES = 64
 
-
-class _MicroBatch(NamedTuple):
-    """What is known of a micro-batch: its targets [] int64, its fp16 loss scale, |g|^2 of each parameter."""
-
-    targets: torch.Tensor
-    loss_scale: float
-    squares: list[torch.Tensor]
+Write = Callable[[str, int, dict[str, Any]], None]
+"""Is called with the event, the step and the values of each record."""
 
 
 class StepStatistics(Observer):
     """Watches a run's steps, and records each one that was applied. All processes must call it.
 
     Args:
-        run: a run that is set up.
         every: the observer watches steps whose number is a multiple of this.
-        write: called with the event, the step and the values of each record.
         norms: gradient norms from before the run was resumed, as far as they count for `clipped_share`.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        every: int,
-        write: Callable[[str, int, dict[str, Any]], None],
-        norms: Iterable[float | None] = (),
-    ) -> None:
+    def __init__(self, run: Run, every: int, write: Write, norms: Iterable[float | None] = ()) -> None:
         self.context, self.batches, self.state = run.context, run.batches, run.state
         self.every, self.write = every, write
         trained = {id(each) for each in run.state.parameters}
-        tensors = tensors_once(run.state.model)
-        self.parameters = {name: tensor for name, tensor in tensors.items() if id(tensor) in trained}
-        prefix, self.layers = layers_of(run.state.model)
-        self.layer_of = {
-            name: name.removeprefix(f"{prefix}.").split(".")[0]
-            for name in self.parameters
-            if self.layers and name.startswith(f"{prefix}.")
-        }
+        self.parameters = {name: each for name, each in tensors_once(run.state.model).items() if id(each) in trained}
+        self.list_of_layers, self.layers = layers_of(run.state.model)
         self._batch: StepBatch | None = None
         self._handles: list[Any] = []
         self._before: dict[str, torch.Tensor] = {}
         self._sums: Sums = {}
         self._seen: tuple[Sums, Sums] = ({}, {})
-        self._micro_batches: list[_MicroBatch] = []
+        # Of each micro-batch: its targets [] int64, its fp16 loss scale, |g|^2 of each parameter.
+        self._micro_batches: list[tuple[torch.Tensor, float, list[torch.Tensor]]] = []
         self._frequency: tuple[torch.Tensor, list[str]] | None = None
         self._clipped = deque((self._clips(norm) for norm in norms), maxlen=every)
 
@@ -98,25 +80,23 @@ class StepStatistics(Observer):
         self._release()
         if (state.step + 1) % self.every:
             return
-        frequency, labels = self._frequencies()
         self._batch = batch
+        frequency, labels = self._frequencies()
         attention = str(state.model.config._attn_implementation)
-        self._seen = of_step(self.context, state.model, batch, Look(self.layers, attention, frequency, len(labels)))
+        self._seen = of_step(self.context, batch, Look(self.layers, attention, frequency, len(labels)))
         # Called after FSDP2's hooks, which put the whole weights in place for the forward pass.
         self._handles = [
             self.context.objective.register_forward_pre_hook(self._begin_micro_batch),
             state.optimizer.register_step_pre_hook(lambda *_: self._before_update()),
             state.optimizer.register_step_post_hook(lambda *_: self._after_update()),
         ]
+        hooked: set[int] = set()
         sharded = [each for each in self.context.objective.modules() if isinstance(each, FSDPModule)]
-        if sharded:
-            hooked: set[int] = set()
-            for module in sharded:
-                self._handles.append(
-                    module.register_forward_pre_hook(lambda module, _: self._watch_gradients(module, hooked))
-                )
-        else:
-            self._watch_gradients(state.model, set())
+        for module in sharded:
+            watch = module.register_forward_pre_hook(lambda module, _: self._watch_gradients(module, hooked))
+            self._handles.append(watch)
+        if not sharded:
+            self._watch_gradients(state.model, hooked)
 
     def after_step(self, state: TrainState, record: dict[str, Any]) -> None:
         """Record the step, if it was applied."""
@@ -138,15 +118,13 @@ class StepStatistics(Observer):
     # --- gradients and updates
 
     def _begin_micro_batch(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self._batch is None:
             return
-        if self._batch is not None and len(self._micro_batches) == len(
-            self._batch.micro_batches
-        ):  # the step runs again
+        if len(self._micro_batches) == len(self._batch.micro_batches):  # the step runs again
             self._micro_batches = []
         scaler = self.context.accelerator.scaler
         loss_scale = 1.0 if scaler is None else scaler.get_scale()
-        self._micro_batches.append(_MicroBatch((arguments[1] != IGNORED).sum(), loss_scale, []))
+        self._micro_batches.append(((arguments[1] != IGNORED).sum(), loss_scale, []))
 
     def _watch_gradients(self, module: nn.Module, hooked: set[int]) -> None:
         """Hook each micro-batch's gradients, before they are added to others and sent to other processes."""
@@ -157,7 +135,8 @@ class StepStatistics(Observer):
 
     def _of_gradient(self, gradient: torch.Tensor) -> None:
         if self._micro_batches:
-            self._micro_batches[-1].squares.append(square_sum(gradient))
+            _, _, squares = self._micro_batches[-1]
+            squares.append(square_sum(gradient))
 
     def _before_update(self) -> None:
         for name, parameter in self.parameters.items():
@@ -179,26 +158,22 @@ class StepStatistics(Observer):
         """The factor for this process's sum over its part of a tensor, so that all processes' sums add up right."""
         if not isinstance(tensor, DTensor):
             return 1 / self.context.accelerator.num_processes
-        copies = 1
-        for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
-            copies *= size if isinstance(placement, Replicate) else 1
-        return 1 / copies
+        axes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+        return 1 / math.prod(size for size, placement in axes if isinstance(placement, Replicate))
 
     # --- results
 
     def _values(self, batch: StepBatch, grad_norm: float) -> dict[str, Any]:
         """The record of a watched step."""
         sums = over_processes(self.context.accelerator, self._sums | self._noise_sums())
-        limit = self.context.max_grad_norm
-        # What clipping multiplied the gradients by.
-        clip = 1.0 if limit is None else min(1.0, limit / (grad_norm + 1e-6))
         found = {name: float(value) for name, value in sums.items()}
+        limit = self.context.max_grad_norm
+        clip = 1.0 if limit is None else min(1.0, limit / (grad_norm + 1e-6))  # what clipping multiplied by
         gradients = {name: found.get(f"{name}/gradient", 0.0) / clip**2 for name in self.parameters}
 
         def norms(names: list[str]) -> dict[str, float]:
-            weight, update = (
-                math.sqrt(sum(found[f"{name}/{what}"] for name in names)) for what in ("weight", "update")
-            )
+            weight = math.sqrt(sum(found[f"{name}/weight"] for name in names))
+            update = math.sqrt(sum(found[f"{name}/update"] for name in names))
             numbers = sum(self.parameters[name].numel() for name in names)
             moments = sum(found.get(f"{name}/moment", 0.0) for name in names)
             return {
@@ -208,13 +183,20 @@ class StepStatistics(Observer):
                 "second_moment": math.sqrt(moments / max(1, numbers)),
             }
 
-        layers = {
-            str(number): norms([name for name, layer in self.layer_of.items() if layer == str(number)])
-            | self._activations(str(number))
-            for number in range(len(self.layers))
-        }
+        layers = {}
+        for number in range(len(self.layers)):
+            inside = f"{self.list_of_layers}.{number}."
+            names = [name for name in self.parameters if name.startswith(inside)]
+            layers[str(number)] = norms(names) | self._activations(number)
         seen, _ = self._seen
+
+        def means(name: str) -> list[float | None]:
+            pairs = zip(seen[f"{name}_nll"].tolist(), seen[f"{name}_count"].tolist(), strict=True)
+            return [nll / count if count else None for nll, count in pairs]
+
         _, entropy, top, z = (seen["logits"] / seen["positions"]).tolist()
+        block = self.batches.windows.block_size
+        bins = min(POSITION_BINS, block)
         return {
             "tokens": targets_until(self.batches, batch.index + 1),
             "parameters": {name: norms([name]) for name in self.parameters},
@@ -222,41 +204,22 @@ class StepStatistics(Observer):
             "logits": {"entropy": entropy, "top_1_probability": top, "z": z},
             "clipped_share": sum(self._clipped) / len(self._clipped),
             **self._noise(found, sum(gradients.values()), batch.denominator),
-            **self._losses(),
-        }
-
-    def _activations(self, layer: str) -> dict[str, Any]:
-        sums, maxima = self._seen
-        rms = math.sqrt(float(sums[f"{layer}/squares"] / sums[f"{layer}/numbers"]))
-        entropy = dead = None
-        if f"{layer}/entropy" in sums:
-            entropy = (sums[f"{layer}/entropy"] / sums[f"{layer}/queries"]).tolist()
-        if f"{layer}/above" in sums:
-            dead = float(exact(sums[f"{layer}/above"] == 0).mean())
-        return {
-            "activation_rms": rms,
-            "activation_outliers": float(maxima[f"{layer}/peak"]) / rms if rms else 0.0,
-            "attention_entropy": entropy,
-            "dead_units": dead,
-        }
-
-    def _losses(self) -> dict[str, Any]:
-        sums, _ = self._seen
-
-        def means(name: str) -> list[float | None]:
-            pairs = zip(sums[f"{name}_nll"].tolist(), sums[f"{name}_count"].tolist(), strict=True)
-            return [nll / count if count else None for nll, count in pairs]
-
-        block = self.batches.windows.block_size
-        bins = min(POSITION_BINS, block)
-        return {
             "loss_by_position": means("position"),
             "position_bins": [-(-number * block // bins) for number in range(bins)],
             "loss_by_frequency": means("frequency"),
             "frequency_bins": self._frequencies()[1],
         }
 
-    # --- noise
+    def _activations(self, layer: int) -> dict[str, Any]:
+        sums, maxima = self._seen
+        rms = math.sqrt(float(sums[f"{layer}/squares"] / sums[f"{layer}/numbers"]))
+        entropy, above = sums.get(f"{layer}/entropy"), sums.get(f"{layer}/above")
+        return {
+            "activation_rms": rms,
+            "activation_outliers": float(maxima[f"{layer}/peak"]) / rms if rms else 0.0,
+            "attention_entropy": None if entropy is None else (entropy / sums[f"{layer}/queries"]).tolist(),
+            "dead_units": None if above is None else float(exact(above == 0).mean()),
+        }
 
     def _noise_sums(self) -> Sums:
         """Sums over this process's micro-batches: |g_m|^2 of each one's mean loss, 1 / t_m, and their number."""
@@ -270,14 +233,11 @@ class StepStatistics(Observer):
 
     def _noise(self, found: dict[str, float], big: float, targets: int) -> dict[str, Any]:
         """The gradient noise scale and its two parts; None if the step has fewer than two micro-batches."""
-        count = found["noise/count"]
-        if count < 2:
+        if (count := found["noise/count"]) < 2:
             return {"gradient_noise_scale": None, "gradient_noise": None}
         signal, noise = noise_of(big, targets, found["noise/square"] / count, found["noise/inverse"] / count)
         scale = noise / signal if signal > 0 else None
         return {"gradient_noise_scale": scale, "gradient_noise": {"signal": signal, "noise": noise}}
-
-    # --- frequency of tokens
 
     def _frequencies(self) -> tuple[torch.Tensor, list[str]]:
         """The bin of each token of the vocabulary, by its count in the training data, and the bins' labels."""
@@ -298,14 +258,7 @@ def square_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def noise_of(big: float, targets: float, small: float, inverse: float) -> tuple[float, float]:
-    """|G|^2 and S as in the module's docstring.
-
-    Args:
-        big: |g|^2 of the step.
-        targets: T, its targets.
-        small: mean of the micro-batches' |g_m|^2.
-        inverse: mean of 1 / t_m.
-    """
+    """|G|^2 and S of the module's docstring, from |g|^2, T, and the micro-batches' mean |g_m|^2 and mean 1 / t_m."""
     noise = (small - big) / (inverse - 1 / targets)
     return big - noise / targets, noise
 
@@ -321,26 +274,17 @@ def targets_until(batches: StepBatches, step: int) -> int:
 
 def token_counts(store: TokenStore, vocabulary: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     """How often each token occurs in a store [vocabulary]; estimated from evenly spread pieces of a large store."""
-    size = len(store)
-    counts = np.zeros(vocabulary)
+    size, counts = len(store), np.zeros(vocabulary)
     length = -(-min(size, _SAMPLED_TOKENS) // _PIECES)
-    starts = range(0, size, length) if size <= _SAMPLED_TOKENS else range(0, size - length, size // _PIECES)
-    seen = 0
-    for start in starts:
-        piece = store.tokens[start : start + length]
-        counts += np.bincount(piece, minlength=vocabulary)
-        seen += len(piece)
-    return counts * (size / max(seen, 1))
+    for start in range(0, size, length) if size <= _SAMPLED_TOKENS else range(0, size - length, size // _PIECES):
+        counts += np.bincount(store.tokens[start : start + length], minlength=vocabulary)
+    return counts * (size / max(counts.sum(), 1))
 
 
 def frequency_bins(counts: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The bin of each count: 0 for 0, 1 for 1 to 9, 2 for 10 to 99, ..."""
-    bins = np.zeros(len(counts), dtype=np.int64)
-    some = counts > 0
-    # Not by logarithms: rounding may put that of 1,000 below 3.
-    powers = 10.0 ** np.arange(1, 19)
-    bins[some] = 1 + np.searchsorted(powers, np.maximum(counts[some], 1), side="right")
-    return bins
+    powers = 10.0 ** np.arange(1, 19)  # not logarithms: rounding may put that of 1,000 below 3
+    return np.where(counts > 0, 1 + np.searchsorted(powers, counts, side="right"), 0)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

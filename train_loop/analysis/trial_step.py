@@ -1,9 +1,24 @@
-"""A trial step: it allocates and computes what a step does, but changes nothing."""
+"""Ways to run a model that change nothing: evaluation, and a trial step."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
+
+from train_loop.models.building import without_compile
+
+
+@contextmanager
+def evaluating(objective: nn.Module) -> Iterator[None]:
+    """A context without dropout, gradients and compiled layers; afterwards the module's mode is what it was."""
+    training = objective.training
+    objective.eval()
+    try:
+        with torch.no_grad(), without_compile(objective):
+            yield
+    finally:
+        objective.train(training)
 
 
 @contextmanager

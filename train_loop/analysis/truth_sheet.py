@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from train_loop import compat, versions
 from train_loop.analysis.step_statistics import targets_until
-from train_loop.analysis.trial_step import without_effect
+from train_loop.analysis.trial_step import evaluating, without_effect
 from train_loop.config.schema import Config
 from train_loop.data.loader import IGNORED
 from train_loop.distributed import launch
@@ -34,8 +34,7 @@ from train_loop.training.state import Run, StepBatches, StepContext, TrainState
 def measure(run: Run) -> dict[str, Any]:
     """The truth sheet of a run that has been set up. All processes must call this.
 
-    Raises:
-        InputError: if bitwise reproducibility was asked for and a kernel can't provide it.
+    Raises InputError if bitwise reproducibility was asked for and a kernel can't provide it.
     """
     config, context, state = run.config, run.context, run.state
     accelerator, model = context.accelerator, state.model
@@ -48,11 +47,15 @@ def measure(run: Run) -> dict[str, Any]:
         if "deterministic" not in str(error):
             raise
         raise InputError(f"run.reproducible bitwise fails with this model on this device ({one_line(error)})") from None
+    parallelism = "FSDP2" if accelerator.is_fsdp2 else "DDP" if accelerator.num_processes > 1 else "one process"
+    total, peak = run.batches.total_steps, config.optimizer.learning_rate
+    steps = {"first_step": 0, "after_warmup": min(config.schedule.warmup_steps, total - 1), "last_step": total - 1}
+    rates = {name: learning_rate(step, total, peak, config.schedule) for name, step in steps.items()}
     return {
         "processes": {
             "asked": launch.asked_for() or 1,
             "present": accelerator.num_processes,
-            "parallelism": _parallelism(accelerator),
+            "parallelism": parallelism,
             "each": describe_ranks(accelerator),
         },
         "precision": {"asked": config.run.mixed_precision, **dtypes, "loss_scaling": accelerator.scaler is not None},
@@ -61,7 +64,7 @@ def measure(run: Run) -> dict[str, Any]:
         "loss": {"path": accelerator.unwrap_model(context.objective).loss_path, **loss},
         "documents": {"isolated": config.data.isolate_documents, "cross": cross},
         "batch": _batch(run.batches),
-        "learning_rate": _learning_rates(config, run.batches.total_steps),
+        "learning_rate": {"schedule": config.schedule.name, "warmup_steps": config.schedule.warmup_steps} | rates,
         "model": {
             "class": type(model).__name__,
             "attention": str(model.config._attn_implementation),
@@ -76,11 +79,7 @@ def measure(run: Run) -> dict[str, Any]:
 
 
 def check(sheet: dict[str, Any]) -> None:
-    """Stop if a sheet shows that something is not what was asked for.
-
-    Raises:
-        InputError: with both, and how to fix it.
-    """
+    """Raise InputError if a sheet shows that something is not what was asked for: with both, and how to fix it."""
     found, precision, loss = sheet["processes"], sheet["precision"], sheet["loss"]
     if found["asked"] > found["present"]:
         raise InputError(f"truth sheet: asked for {found['asked']} processes, but only {found['present']} present")
@@ -123,26 +122,23 @@ def cannot_isolate(name: str, attention: str) -> str:
 def table(sheet: dict[str, Any]) -> str:
     """A sheet as lines of text to read."""
     found, precision, parameters, batch = (sheet[name] for name in ("processes", "precision", "parameters", "batch"))
+    model, documents, rates = (sheet[name] for name in ("model", "documents", "learning_rate"))
     hosts = Counter(each["host"] for each in found["each"])
     devices = Counter(each["name"] for each in found["each"])
-    rates = sheet["learning_rate"]
+    weights, gradients, moments = (" and ".join(precision[name]) for name in ("parameters", "gradients", "moments"))
+    bitwise = sheet["reproducible"] == "bitwise"
     idle = max(0, found["present"] - batch["micro_batches_per_step"])
-    started = f"{found['present']} of {found['asked']} asked for, {found['parallelism']}, on "
-    computing = f"{precision['asked']} asked for; computes in {precision['compute']}, weights "
-    computing += f"{_kinds(precision['parameters'])}, gradients {_kinds(precision['gradients'])}, moments "
-    built = f"{sheet['model']['class']}, attention {sheet['model']['attention']}"
-    micro_batches = f"{batch['micro_batches_per_step']} micro-batches of {batch['micro_batch_size']}"
     rows = {
-        "processes": started + ", ".join(f"{host} ({count})" for host, count in hosts.items()),
+        "processes": f"{found['present']} of {found['asked']} asked for, {found['parallelism']}, on "
+        + ", ".join(f"{host} ({count})" for host, count in hosts.items()),
         "devices": ", ".join(f"{count} x {name}" for name, count in devices.items())
         + f", {found['each'][0]['threads']} CPU threads each",
-        "precision": computing + _kinds(precision["moments"]) + (", loss scaled" if precision["loss_scaling"] else ""),
-        "reproducible": "to the bit, on any number of processes"
-        if sheet["reproducible"] == "bitwise"
-        else "to rounding",
-        "model": built
-        + (", compiled" if sheet["model"]["compiled"] else "")
-        + (", activations recomputed" if sheet["model"]["activation_checkpointing"] else ""),
+        "precision": f"{precision['asked']} asked for; computes in {precision['compute']}, weights {weights}, "
+        f"gradients {gradients}, moments {moments}" + (", loss scaled" if precision["loss_scaling"] else ""),
+        "reproducible": "to the bit, on any number of processes" if bitwise else "to rounding",
+        "model": f"{model['class']}, attention {model['attention']}"
+        + (", compiled" if model["compiled"] else "")
+        + (", activations recomputed" if model["activation_checkpointing"] else ""),
         "parameters": f"{parameters['total']:,}"
         + "".join(f"; tied: {' = '.join(names)}" for names in parameters["tied"])
         + (f"; frozen: {len(parameters['frozen'])}" if parameters["frozen"] else ""),
@@ -151,9 +147,10 @@ def table(sheet: dict[str, Any]) -> str:
             for group in parameters["groups"]
         ),
         "loss": f"{sheet['loss']['path']}, {sheet['loss']['difference']:.1e} from the model's own",
-        "documents": ("isolated" if sheet["documents"]["isolated"] else "packed")
-        + (": one influences the next" if sheet["documents"]["cross"] else ": none influences another"),
-        "a step": f"{batch['sequences_per_step']} sequences of {batch['block_size']} in {micro_batches}, at most "
+        "documents": ("isolated" if documents["isolated"] else "packed")
+        + (": one influences the next" if documents["cross"] else ": none influences another"),
+        "a step": f"{batch['sequences_per_step']} sequences of {batch['block_size']} in "
+        f"{batch['micro_batches_per_step']} micro-batches of {batch['micro_batch_size']}, at most "
         f"{batch['micro_batches_per_process']} per process"
         + (f"; {idle} processes have nothing to do: lower batch.micro_batch_size" if idle else ""),
         "the run": f"{batch['steps']:,} steps, {batch['steps_per_epoch']:,} per epoch; {batch['targets']:,} targets, "
@@ -165,9 +162,9 @@ def table(sheet: dict[str, Any]) -> str:
 
 
 def documents_cross(accelerator: Accelerator, objective: nn.Module, config: Config) -> bool:
-    """Whether a document's tokens change the losses of another document in the same block, or of another row.
+    """Whether changing all tokens of a document changes the losses of another one in its block, or of another row.
 
-    It changes every token of one document to find out. All processes must call this.
+    All processes must call this.
     """
     length = config.data.block_size
     if length < 3:
@@ -182,29 +179,24 @@ def documents_cross(accelerator: Accelerator, objective: nn.Module, config: Conf
         positions = torch.arange(length, device=inputs.device).repeat(2, 1)
         positions[:, border:] -= border
     changed = inputs.clone()
-    vocabulary = len(accelerator.unwrap_model(objective).model.get_input_embeddings().weight)
-    changed[0, :border] = (changed[0, :border] + 1) % vocabulary
-    first, other, again = (_nll(objective, each, targets, positions) for each in (inputs, changed, inputs))
+    changed[0, :border] = (changed[0, :border] + 1) % _vocabulary(accelerator, objective)
+    with evaluating(objective):
+        first, other, again = (
+            float(objective(each, targets, positions, statistics=True).nll) for each in (inputs, changed, inputs)
+        )
     return abs(first - other) > 2 * abs(first - again)  # a GPU may not give the same bits twice
+
+
+def _vocabulary(accelerator: Accelerator, objective: nn.Module) -> int:
+    return len(accelerator.unwrap_model(objective).model.get_input_embeddings().weight)
 
 
 def _tokens(accelerator: Accelerator, objective: nn.Module, rows: int, length: int) -> torch.Tensor:
     """Made-up token ids [rows, length], the same on every process."""
-    vocabulary = len(accelerator.unwrap_model(objective).model.get_input_embeddings().weight)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocabulary, (rows, length), generator=generator).to(accelerator.device)
+    shape, generator = (rows, length), torch.Generator().manual_seed(0)
+    return torch.randint(0, _vocabulary(accelerator, objective), shape, generator=generator).to(accelerator.device)
 
 
-@torch.no_grad()
-def _nll(objective: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None) -> float:
-    training = objective.training
-    objective.eval()
-    statistics = objective(inputs, targets, positions, statistics=True)
-    objective.train(training)
-    return float(statistics.nll)
-
-
-@torch.no_grad()
 def _loss_difference(context: StepContext, model: PreTrainedModel, block_size: int) -> dict[str, Any]:
     """The training loss of a made-up batch, and the loss that the model itself computes from labels."""
     accelerator, objective = context.accelerator, context.objective
@@ -213,12 +205,10 @@ def _loss_difference(context: StepContext, model: PreTrainedModel, block_size: i
     inputs = _tokens(accelerator, objective, 2, block_size)
     targets = inputs.roll(-1, 1)
     targets[:, -1] = IGNORED
-    training = objective.training
-    objective.eval()
-    value = float(objective(inputs, targets)) / int((targets != IGNORED).sum())
-    with unsharded(accelerator, objective), accelerator.autocast():
-        own = float(model(input_ids=inputs, labels=inputs, use_cache=False).loss)
-    objective.train(training)
+    with evaluating(objective):
+        value = float(objective(inputs, targets)) / int((targets != IGNORED).sum())
+        with unsharded(accelerator, objective), accelerator.autocast():
+            own = float(model(input_ids=inputs, labels=inputs, use_cache=False).loss)
     tolerance = PRECISIONS[accelerator.mixed_precision].same_loss
     return {"value": value, "own": own, "difference": abs(value / own - 1), "tolerance": tolerance}
 
@@ -228,22 +218,20 @@ def _dtypes(context: StepContext, state: TrainState, block_size: int) -> dict[st
     computed: list[str] = []
     modules = state.model.modules()
     layer = next(each for each in modules if isinstance(each, nn.Linear) or type(each).__name__ == "Conv1D")
-    handle = layer.register_forward_hook(lambda module, inputs, output: computed.append(_name(output.dtype)))
     inputs = _tokens(context.accelerator, context.objective, 1, block_size)
     with without_effect(state.optimizer) as step:
-        context.objective(inputs, inputs).backward()
-        found = (parameter.grad for parameter in state.parameters)
-        gradients = Counter(_name(gradient.dtype) for gradient in found if gradient is not None)
+        with layer.register_forward_hook(lambda module, inputs, output: computed.extend(_dtype_counts([output]))):
+            context.objective(inputs, inputs).backward()
+        gradients = _dtype_counts(each.grad for each in state.parameters if each.grad is not None)
         step()
         states = state.optimizer.state.values()
-        moments = Counter(_name(each[name].dtype) for each in states for name in ("exp_avg", "exp_avg_sq"))
-    handle.remove()
-    return {
-        "compute": computed[0],
-        "parameters": Counter(_name(parameter.dtype) for parameter in context.objective.parameters()),
-        "gradients": gradients,
-        "moments": moments,
-    }
+        moments = _dtype_counts(each[name] for each in states for name in ("exp_avg", "exp_avg_sq"))
+    parameters = _dtype_counts(context.objective.parameters())
+    return {"compute": computed[0], "parameters": parameters, "gradients": gradients, "moments": moments}
+
+
+def _dtype_counts(tensors: Iterable[torch.Tensor]) -> dict[str, int]:
+    return Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
 
 
 def _parameters(state: TrainState) -> dict[str, Any]:
@@ -251,7 +239,6 @@ def _parameters(state: TrainState) -> dict[str, Any]:
     every: dict[int, list[str]] = {}
     for name, parameter in state.model.named_parameters(remove_duplicate=False):
         every.setdefault(id(parameter), []).append(name)
-    sizes = {id(parameter): parameter.numel() for parameter in state.model.parameters()}
     frozen = {id(parameter) for parameter in state.model.parameters() if not parameter.requires_grad}
     groups = [
         {
@@ -263,7 +250,7 @@ def _parameters(state: TrainState) -> dict[str, Any]:
     ]
     held = Counter(map(id, state.parameters))
     return {
-        "total": sum(sizes.values()),
+        "total": sum(parameter.numel() for parameter in state.model.parameters()),
         "tied": [names for names in every.values() if len(names) > 1],
         "groups": groups,
         "frozen": _names(every, frozen),
@@ -289,26 +276,5 @@ def _batch(batches: StepBatches) -> dict[str, Any]:
     }
 
 
-def _learning_rates(config: Config, total: int) -> dict[str, Any]:
-    schedule, peak = config.schedule, config.optimizer.learning_rate
-    steps = {"first_step": 0, "after_warmup": min(schedule.warmup_steps, total - 1), "last_step": total - 1}
-    rates = {name: learning_rate(step, total, peak, schedule) for name, step in steps.items()}
-    return {"schedule": schedule.name, "warmup_steps": schedule.warmup_steps, **rates}
-
-
-def _parallelism(accelerator: Accelerator) -> str:
-    if accelerator.is_fsdp2:
-        return "FSDP2"
-    return "DDP" if accelerator.num_processes > 1 else "one process"
-
-
 def _names(every: dict[int, list[str]], chosen: Iterable[int]) -> list[str]:
     return sorted(every[each][0] for each in chosen if each in every)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _kinds(dtypes: dict[str, int]) -> str:
-    return " and ".join(dtypes)

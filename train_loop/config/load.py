@@ -21,32 +21,16 @@ ONE_MODEL = "model: give exactly one of model.name_or_path and model.architectur
 # Settings that do not change what a run computes. A run may resume with different values of these. Any other difference
 # means that the folder belongs to a different run.
 KEYS_FREE_ON_RESUME = (
-    "run.output_dir",
-    "run.resume",
-    "run.log_with",
-    "run.keep_memory",
-    "run.preflight_timeout_seconds",
-    "run.timeout_seconds",
-    "batch.micro_batch_size",
-    "data.cache_dir",
-    "data.num_workers",
-    "train.max_bad_steps",
-    "evaluation",
-    "sample",
-    "checkpoint",
-    "export",
-    "study",
-    "model.activation_checkpointing",
-    "model.compile",
+    *("run.output_dir", "run.resume", "run.log_with", "run.keep_memory"),
+    *("run.preflight_timeout_seconds", "run.timeout_seconds"),
+    *("batch.micro_batch_size", "data.cache_dir", "data.num_workers", "train.max_bad_steps"),
+    *("model.activation_checkpointing", "model.compile"),
+    *("evaluation", "sample", "checkpoint", "export", "study"),
 )
 
 
 def config_from_arguments(arguments: Sequence[str]) -> Config:
-    """Read `--config FILE --section.key value ...` into a checked `Config`.
-
-    Raises:
-        InputError: for a missing file, an unknown key, a wrong type, or settings that contradict each other.
-    """
+    """Read `--config FILE --section.key value ...` into a checked `Config`; raises InputError as `load_config` does."""
     path, overrides = split_arguments(arguments)
     config = Config() if path is None else _read(path)
     for key, text in overrides:
@@ -89,11 +73,7 @@ def _completed(config: Config, path: str | None) -> Config:
 
 
 def check_config(config: Config) -> None:
-    """Refuse settings that contradict each other.
-
-    Raises:
-        InputError: names the keys, and says what would work.
-    """
+    """Raise InputError for settings that contradict each other: it names the keys, and says what would work."""
     model, tokenizer, data, batch = config.model, config.tokenizer, config.data, config.batch
     if model.name_or_path is not None and model.architecture is not None:
         raise InputError(ONE_MODEL)
@@ -120,20 +100,18 @@ def check_config(config: Config) -> None:
             raise InputError(f"{key} only works with data.source {source}, but data.source is {data.source}")
     if data.streaming and "[" in data.split + (data.validation_split or ""):
         raise InputError("data.split: a stream cannot be sliced; use data.max_documents, or data.streaming false")
-    if isinstance(batch.micro_batch_size, int) and batch.micro_batch_size > batch.sequences_per_step:
-        raise InputError(
-            f"batch.micro_batch_size {batch.micro_batch_size} is larger than "
-            f"batch.sequences_per_step {batch.sequences_per_step}"
-        )
+    size, whole = batch.micro_batch_size, batch.sequences_per_step
+    if isinstance(size, int) and size > whole:
+        raise InputError(f"batch.micro_batch_size {size} is larger than batch.sequences_per_step {whole}")
     if "flash" in (config.model.attention or "") and config.run.mixed_precision not in ("bf16", "fp16"):
         raise InputError(
             f"model.attention {config.model.attention}: needs half precision; say --run.mixed_precision bf16, or "
             "--model.attention sdpa"
         )
     if config.run.reproducible == "bitwise":
+        precision = config.run.mixed_precision
         for key, chosen in (
-            ("run.mixed_precision fp16", config.run.mixed_precision == "fp16"),
-            ("run.mixed_precision fp8", config.run.mixed_precision == "fp8"),
+            (f"run.mixed_precision {precision}", precision in ("fp16", "fp8")),
             ("model.compile", model.compile),
         ):
             if chosen:
@@ -170,13 +148,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def shared_settings(config: Config) -> dict[str, Any]:
     """The settings that all processes of a run must share, by key. Paths may differ between hosts."""
-    values = to_dict(config)
-    for section, key in (
-        *(("run", "output_dir"), ("model", "name_or_path"), ("tokenizer", "name_or_path"), ("data", "name")),
-        *(("data", "files"), ("data", "validation_files"), ("data", "cache_dir"), ("data", "num_workers")),
-    ):
-        del values[section][key]
-    return dict(flatten(values))
+    per_host = (
+        *("run.output_dir", "model.name_or_path", "tokenizer.name_or_path", "data.name"),
+        *("data.files", "data.validation_files", "data.cache_dir", "data.num_workers"),
+    )
+    return {key: value for key, value in flatten(to_dict(config)) if key not in per_host}
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

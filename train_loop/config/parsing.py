@@ -46,11 +46,7 @@ _YamlLoader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """YAML text as plain values, with the scalars of YAML 1.2.
-
-    Raises:
-        InputError: gives `where`, line and column of the mistake.
-    """
+    """YAML 1.2 text as plain values; an InputError gives `where`, line and column of a mistake."""
     try:
         return yaml.load(text, _YamlLoader)
     except yaml.YAMLError as error:
@@ -60,11 +56,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The sections of a YAML file.
-
-    Raises:
-        InputError: if the file cannot be read or has no sections.
-    """
+    """The sections of a YAML file; InputError if it cannot be read or has no sections."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -124,8 +116,7 @@ def nearest(name: str, valid: Sequence[str]) -> str:
 def fill(settings: Any, values: dict[str, Any], where: str, prefix: str = "", root: Any = None) -> None:
     """Set the fields of a dataclass from a mapping, section by section.
 
-    Raises:
-        InputError: for an unknown key (and names the nearest one) or a wrong type; `where` says in which file.
+    Raises InputError for an unknown key (and names the nearest one) or a wrong type; `where` says in which file.
     """
     root = root or type(settings)
     kinds = {key_of(each.name): each.type for each in dataclasses.fields(settings)}
@@ -144,11 +135,7 @@ def fill(settings: Any, values: dict[str, Any], where: str, prefix: str = "", ro
 
 
 def override(settings: Any, key: str, text: str) -> None:
-    """Set one setting, given its dotted name, to what was typed on the command line.
-
-    Raises:
-        InputError: as `fill` does.
-    """
+    """Set the setting with a dotted name to what was typed on the command line; raises InputError as `fill` does."""
     where = f"command line: --{key}"
     kinds = dict(keys(type(settings)))
     section_name, _, name = key.partition(".")
@@ -168,24 +155,15 @@ def override(settings: Any, key: str, text: str) -> None:
 
 def _plain_types(kind: Any) -> set[Any]:
     """The plain types in a type: {list, str} of list[str], {int, "epoch" literal's str} of int | Literal[...]."""
-    if get_origin(kind) is None:
-        return {kind}
-    if get_origin(kind) is Annotated:
-        return _plain_types(get_args(kind)[0])
-    if get_origin(kind) is Literal:
-        return {Literal}
-    if get_origin(kind) in (dict, tuple):
-        return {get_origin(kind)}
-    inner = set().union(*(_plain_types(each) for each in get_args(kind)))
-    return inner | ({list} if get_origin(kind) is list else set())
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (None, dict, tuple, Literal):
+        return {origin or kind}
+    plain = set().union(*map(_plain_types, inner[:1] if origin is Annotated else inner))
+    return plain | {list} if origin is list else plain
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
-    """`value` as the type `kind`. A whole number also passes as a float, and a string as a list of strings.
-
-    Raises:
-        InputError: says what was expected and what was found.
-    """
+    """`value` as the type `kind`. A whole number also passes as a float, and a string as a list of strings."""
     problem = InputError(f"{where}: expected {describe(kind)}, got {value!r}")
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):

@@ -1,7 +1,5 @@
 """All settings of a run: nested dataclasses that a YAML file fills and the command line overrides.
 
-    config_from_arguments(["--config", "file.yaml", "--optimizer.learning_rate", "3e-4"])  ->  Config
-
 `train-loop train --help` prints their docstrings, which give the units. `config/load.py` reads them.
 """
 

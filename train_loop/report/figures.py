@@ -52,8 +52,7 @@ _STYLE: dict[Any, Any] = {
 def write(data: dict[str, Any], folder: Path) -> list[Path]:
     """Draw every figure that there is data for into `folder`, and return the files.
 
-    Raises:
-        InputError: if matplotlib is missing or the folder can't be written to.
+    Raises InputError if matplotlib is missing or the folder can't be written to.
     """
     try:
         import matplotlib
@@ -100,22 +99,14 @@ def _paint_lines(
     several, drawn = len(runs) > 1, 0
     for place, run in enumerate(runs):
         for order, (key, kind, factor) in enumerate(curves):
-            curve = run["curves"].get(key)
-            if curve is None:
+            if (curve := run["curves"].get(key)) is None:
                 continue
-            raw = len(curve["step"]) > 60
+            style: dict[str, Any] = {"linewidth": 0.8} if len(curve["step"]) > 60 else {"linewidth": 1.4, "marker": "."}
+            style["color"] = COLORS[(place if several else order) % len(COLORS)]
+            style["linestyle"] = "--" if several and order else "-"
             name = ", ".join(each for each in (run["name"] if several else "", kind) if each)
-            color = COLORS[(place if several else order) % len(COLORS)]
             # matplotlib reads formulas between dollar signs, and leaves out labels that begin with an underscore.
-            axes.plot(
-                curve["step"],
-                _floats(curve["value"], factor),
-                color=color,
-                label=" " + name.replace("$", r"\$"),
-                linewidth=0.8 if raw else 1.4,
-                marker=None if raw else ".",
-                linestyle="--" if several and order else "-",
-            )
+            axes.plot(curve["step"], _floats(curve["value"], factor), label=" " + name.replace("$", r"\$"), **style)
             drawn += 1
     axes.set(xlabel="step", ylabel=label)
     if logarithmic:
@@ -129,14 +120,11 @@ def _paint_lines(
 
 def _paint_time(run: dict[str, Any], axes: Any) -> bool:
     """Draw the parts of a step's time as stacked areas."""
-    time = run["time"]
-    if time is None:
+    if (time := run["time"]) is None:
         return False
-    parts = [part for part in (*STEP_PARTS, "other") if any(time["parts"][part])]
-    layers = [_floats(time["parts"][part], 1e3) for part in parts]
-    axes.stackplot(
-        time["step"], layers, labels=parts, colors=[COLORS[(*STEP_PARTS, "other").index(part)] for part in parts]
-    )
+    colors = dict(zip((*STEP_PARTS, "other"), COLORS, strict=False))
+    parts = {part: _floats(time["parts"][part], 1e3) for part in colors if any(time["parts"][part])}
+    axes.stackplot(time["step"], list(parts.values()), labels=parts, colors=[colors[part] for part in parts])
     axes.set(xlabel="step", ylabel="time of a step (ms)")
     axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.22))
     return True
@@ -149,10 +137,9 @@ def _paint_heat(run: dict[str, Any], group: str, table: str, rows: str, label: s
         return False
     values = [_floats(row) for row in found["tables"][table]]
     numbers = [value for row in values for value in row if value == value]
-    spread = min(numbers) > 0 and max(numbers) / min(numbers) > 20
-    edges = [0, *found["step"]]
+    norm = "log" if min(numbers) > 0 and max(numbers) / min(numbers) > 20 else "linear"
     places = [place - 0.5 for place in range(len(values) + 1)]
-    mesh = axes.pcolormesh(edges, places, values, cmap="cividis", norm="log" if spread else "linear", rasterized=True)
+    mesh = axes.pcolormesh([0, *found["step"]], places, values, cmap="cividis", norm=norm, rasterized=True)
     stride = -(-len(values) // 16)
     axes.set_yticks(range(0, len(values), stride), found["rows"][::stride])
     axes.invert_yaxis()

@@ -7,6 +7,7 @@ forbids all requests.
 
 import html
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,20 +27,11 @@ def page(data: dict[str, Any], live: bool = False) -> str:
         "SCRIPT": "\n".join(_asset(name) for name in ("charts.js", "page.js")),
         "DATA": as_json(data | {"live": live}),
     }
-    text = _asset("page.html")
-    for name, value in parts.items():
-        before, after = text.split(f"<!--{name}-->")
-        parts[name] = before + value
-        text = after
-    return "".join([*parts.values(), text])
+    return re.sub("<!--([A-Z]+)-->", lambda found: parts[found[1]], _asset("page.html"))
 
 
 def write(data: dict[str, Any], path: Path) -> None:
-    """Write the page completely or not at all.
-
-    Raises:
-        InputError: if the file can't be written.
-    """
+    """Write the page completely or not at all; InputError if the file can't be written."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         temporary.write_text(page(data), encoding="utf-8")

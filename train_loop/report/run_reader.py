@@ -27,18 +27,12 @@ LOGS = ("metrics.jsonl", "study.jsonl")
 
 
 class RunFiles:
-    """What the files of one run hold.
-
-    Args:
-        folder: the run's folder.
+    """What the files in a run's folder hold; InputError if it does not hold a run.
 
     Attributes:
         steps: the columns of the steps' lines; see `COLUMNS`.
         events: the other lines of both logs by kind (evaluation, sample, statistics, probe), in order.
         documents: config, truth, ledger and status; each is a dictionary, or None if it can't be read.
-
-    Raises:
-        InputError: if the folder does not hold a run.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -47,37 +41,27 @@ class RunFiles:
             raise InputError(f"run {folder}: no such folder")
         if not any((self.folder / name).exists() for name in SMALL_FILES + LOGS):
             raise InputError(f"run {folder}: holds no run (none of {', '.join(SMALL_FILES + LOGS)})")
-        self.steps: dict[str, array[float]] = {}
-        self.events: dict[str, list[dict[str, Any]]] = {}
-        self.documents: dict[str, dict[str, Any] | None] = {}
-        self._logs = {name: _Followed(self.folder / name) for name in LOGS}
-        self._damaged: list[str] = []
-        self._forget()
+        self._start_over()
         self.refresh()
 
-    def _forget(self) -> None:
-        """Drop what was read from the logs."""
+    def _start_over(self) -> None:
         self.steps = {name: array("d") for name in COLUMNS}
-        self.events = {}
+        self.events: dict[str, list[dict[str, Any]]] = {}
+        self._logs = {name: _Followed(self.folder / name) for name in LOGS}
 
     def refresh(self) -> None:
         """Read what is new."""
         if any(log.is_another() for log in self._logs.values()):
-            self._forget()
-            self._logs = {name: _Followed(self.folder / name) for name in LOGS}
+            self._start_over()
         for log in self._logs.values():
             for event in log.more():
-                self._take(event)
-        self._damaged = []
+                if event["event"] == "step":
+                    for name, column in self.steps.items():
+                        column.append(number(event.get(name)))
+                else:
+                    self.events.setdefault(event["event"], []).append(event)
+        self._damaged: list[str] = []
         self.documents = {Path(name).stem: self._document(name) for name in SMALL_FILES}
-
-    def _take(self, event: dict[str, Any]) -> None:
-        """Add an event to the columns or to the other events."""
-        if event["event"] == "step":
-            for name, column in self.steps.items():
-                column.append(number(event.get(name)))
-        else:
-            self.events.setdefault(event["event"], []).append(event)
 
     def _document(self, name: str) -> dict[str, Any] | None:
         """The contents of a small file; None if it is missing or can't be read."""
@@ -97,10 +81,8 @@ class RunFiles:
     @property
     def notes(self) -> list[str]:
         """What could not be read, one line for each."""
-        lines = [
-            f"{name}: {log.unreadable} damaged lines left out" for name, log in self._logs.items() if log.unreadable
-        ]
-        return self._damaged + lines
+        damaged = {name: log.unreadable for name, log in self._logs.items() if log.unreadable}
+        return self._damaged + [f"{name}: {count} damaged lines left out" for name, count in damaged.items()]
 
     def stamp(self) -> tuple[Any, ...]:
         """A value that changes whenever a file does."""
@@ -138,22 +120,15 @@ class _Followed:
         self.read += sum(map(len, whole))
         self._last = whole[-1] if whole else self._last
         for line in whole:
-            event = _event(line)
-            if event is None:
-                self.unreadable += 1
-            else:
+            try:
+                event = json.loads(line)
+            except (ValueError, RecursionError):
+                event = None
+            known = isinstance(event, dict) and isinstance(event.get("event"), str)
+            if known and not math.isnan(number(event.get("step"))):
                 yield event
-
-
-def _event(line: bytes) -> dict[str, Any] | None:
-    """The event on a line, which needs a kind and a step; None if the line is damaged."""
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str) or math.isnan(number(event.get("step"))):
-        return None
-    return event
+            else:
+                self.unreadable += 1
 
 
 def _stat(path: Path) -> tuple[int, int, int, int] | None:
@@ -167,11 +142,7 @@ def _stat(path: Path) -> tuple[int, int, int, int] | None:
 
 def number(value: Any) -> float:
     """A finite number as it is; anything else as NaN."""
-    if isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, int | float):
-        return math.nan
     try:
-        return float(value) if math.isfinite(value) else math.nan
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
     except OverflowError:
         return math.nan

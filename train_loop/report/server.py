@@ -6,6 +6,7 @@ read. The server only answers this machine, and only under its own names, so tha
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -47,35 +48,24 @@ class Live:
 def server(runs: Sequence[RunFiles], port: int) -> ThreadingHTTPServer:
     """A server for these runs' page at http://127.0.0.1:port/, not started yet. Port 0 takes any free port.
 
-    Raises:
-        InputError: if the port is not available.
+    Raises InputError if the port is not available.
     """
     if not 0 <= port <= 65535:
         raise InputError(f"--serve {port}: the port must be between 0 (any free one) and 65535")
-    live = Live(runs)
-
-    class Handler(_Handler):
-        source = live
-
+    handler = type("Handler", (_Handler,), {"source": Live(runs)})
     try:
-        return ThreadingHTTPServer((HOST, port), Handler)
+        return ThreadingHTTPServer((HOST, port), handler)
     except OSError as error:
         raise InputError(f"--serve {port}: {one_line(error)}; choose another port, or 0 for any free one") from None
 
 
 def serve(runs: Sequence[RunFiles], port: int, ready: Callable[[str], None]) -> None:
-    """Serve until the user interrupts. `ready` is called with the address.
-
-    Raises:
-        InputError: if the port is not available.
-    """
+    """Serve, as `server` does, until the user interrupts. `ready` is called with the address."""
     with server(runs, port) as serving:
         serving.daemon_threads = True
         ready(f"http://{HOST}:{serving.server_port}/")
-        try:
+        with suppress(KeyboardInterrupt):
             serving.serve_forever()
-        except KeyboardInterrupt:
-            pass
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -105,10 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
         if status != 304:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        try:
+        with suppress(BrokenPipeError, ConnectionResetError):  # the client may have gone
             self.wfile.write(body)
-        except (BrokenPipeError, ConnectionResetError):  # the client has gone
-            pass
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Log nothing: a line every two seconds would be of no use."""
