@@ -71,12 +71,11 @@ def linear_cross_entropy(
 
 def checkpoint_activations(model: PreTrainedModel, on: bool) -> None:
     """Have a model's activations computed again in the backward pass, or not; Transformers 5.23 has these names."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(
-            {"use_reentrant": False}
-        ) if on else model.activation_checkpointing_disable()
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
     else:
-        model.gradient_checkpointing_enable({"use_reentrant": False}) if on else model.gradient_checkpointing_disable()
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def checkpoints_activations(model: PreTrainedModel) -> bool:

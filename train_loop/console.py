@@ -8,7 +8,6 @@ The blocks are the whole run's loss so far, from its first step on the left to t
 import math
 import sys
 import time
-from types import TracebackType
 
 from tqdm import tqdm
 
@@ -70,21 +69,16 @@ class Progress:
         self.curve = Sparkline()
         self.last_look = 0.0
         self.started = self.last_line = time.monotonic()
-        terminal = shown and sys.stderr.isatty()
-        scaled = unit == "B"
-        self.bar = (
-            tqdm(total=total, initial=start, desc=title, unit=unit, unit_scale=scaled, dynamic_ncols=True)
-            if terminal
-            else None
-        )
-        self.lines = shown and not terminal
+        self.bar: tqdm | None = None
+        if shown and sys.stderr.isatty():
+            scaled = unit == "B"
+            self.bar = tqdm(total=total, initial=start, desc=title, unit=unit, unit_scale=scaled, dynamic_ncols=True)
+        self.lines = shown and self.bar is None
 
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self.bar is not None:
             if self.values:
                 self.bar.set_postfix_str(self._values(), refresh=False)

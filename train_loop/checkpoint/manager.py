@@ -79,21 +79,17 @@ class CheckpointManager:
         main = self.accelerator.is_main_process
         held = storage.shards(model, optimizer, main)
         parts = self.accelerator.num_processes if self.accelerator.is_fsdp2 else 1
-        self.step = int(state["step"])
-        self._problem = None
+        self.step, self._problem = int(state["step"]), None
         self._number += 1
-        state = state | {"parts": parts}
         if parts == 1 and not main:
             return
+        rest = (state | {"parts": parts}, protected_steps, before)
         if self.background:
-            held = self._copied(held)
             # No daemon: the interpreter waits for it at the end.
-            self._thread = threading.Thread(
-                target=self._write, args=(held, state, protected_steps, before), name="checkpoint"
-            )
+            self._thread = threading.Thread(target=self._write, args=(self._copied(held), *rest), name="checkpoint")
             self._thread.start()
         else:
-            self._write(held, state, protected_steps, before)
+            self._write(held, *rest)
 
     def wait(self) -> str | None:
         """Wait until the checkpoint that was begun last is whole. All processes must call this.
@@ -102,8 +98,7 @@ class CheckpointManager:
             What went wrong, the same on all processes, or None.
         """
         run_on_all_ranks(self.accelerator, "checkpoint", self._join)
-        problem = broadcast_from_main(self.accelerator, self._problem)
-        if problem is not None:
+        if (problem := broadcast_from_main(self.accelerator, self._problem)) is not None:
             self.step = None
         return problem
 

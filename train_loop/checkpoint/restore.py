@@ -22,10 +22,7 @@ _SECONDS_TO_APPEAR = 30  # a network's file system may show a new file late
 
 
 def restore(
-    accelerator: Accelerator,
-    found: storage.CheckpointRef,
-    model: nn.Module,
-    optimizer: storage.Optimizer | None = None,
+    accelerator: Accelerator, found: storage.CheckpointRef, model: nn.Module, optimizer: storage.Optimizer | None = None
 ) -> None:
     """Put a checkpoint's weights into a model, and its moments and fp16's loss scale to where an optimizer is given.
 
@@ -44,7 +41,7 @@ def restore(
 
     if optimizer is not None and accelerator.scaler is not None and found.state.get("loss_scale"):
         accelerator.scaler.load_state_dict(found.state["loss_scale"])
-    blind = _hosts_without(accelerator, found.folder / "manifest.json")
+    blind = _hosts_without(accelerator, (found.folder / "manifest.json").is_file())
     if not blind:
         return read()
     if accelerator.is_fsdp2:
@@ -60,12 +57,9 @@ def restore(
             problem = str(error)
     if problem := broadcast_from_main(accelerator, problem):
         raise ValueError(problem)
-    for tensor in storage.in_memory(model, optimizer, broadcast_from_main(accelerator, _with_moments(optimizer))):
+    with_moments = broadcast_from_main(accelerator, optimizer is not None and bool(optimizer.state))
+    for tensor in storage.in_memory(model, optimizer, with_moments):
         torch.distributed.broadcast(tensor, src=0)
-
-
-def _with_moments(optimizer: storage.Optimizer | None) -> bool:
-    return optimizer is not None and bool(optimizer.state)
 
 
 def check_disk(accelerator: Accelerator, path: Path) -> None:
@@ -86,19 +80,14 @@ def check_disk(accelerator: Accelerator, path: Path) -> None:
         if time.monotonic() - began > _SECONDS_TO_APPEAR or not path.parent.is_dir():
             break
         time.sleep(0.5)
-    blind = _hosts(accelerator, seen)
-    if blind:
+    if blind := _hosts_without(accelerator, seen):
         raise InputError(
             f"run.output_dir {path.parent} is not one folder for all hosts ({', '.join(blind)} is without what process "
             "0 wrote): with FSDP2 every host writes its part of a checkpoint there; put it on a disk that all share"
         )
 
 
-def _hosts_without(accelerator: Accelerator, path: Path) -> list[str]:
-    return _hosts(accelerator, path.is_file())
-
-
-def _hosts(accelerator: Accelerator, seen: bool) -> list[str]:
+def _hosts_without(accelerator: Accelerator, seen: bool) -> list[str]:
     """The hosts of those processes that have not seen something."""
     if accelerator.num_processes == 1:
         return [] if seen else [socket.gethostname()]

@@ -72,10 +72,8 @@ class RunFolder:
                     raise InputError(f"run.output_dir {self.path}: holds {name.name} of something else; name another")
             return
         if config.run.resume == "never":
-            raise InputError(
-                f"run.output_dir {self.path}: holds a run already, and run.resume is never; "
-                "name another folder, or continue it with --run.resume auto"
-            )
+            cure = "name another folder, or continue it with --run.resume auto"
+            raise InputError(f"run.output_dir {self.path}: holds a run already, and run.resume is never; {cure}")
         old = parse_yaml(stored.read_text(encoding="utf-8"), f"{stored}: ")
         changed = differences(old, to_dict(config)) if isinstance(old, dict) else ["config.yaml is damaged"]
         if changed:
@@ -101,10 +99,8 @@ class RunFolder:
                     part.save_pretrained(temporary)
                 os.rename(temporary, self.architecture)
         except OSError as error:
-            raise InputError(
-                f"run.output_dir {self.path}: cannot be written to ({one_line(error)}); "
-                "name another folder, or make room"
-            ) from None
+            problem = f"cannot be written to ({one_line(error)}); name another folder, or make room"
+            raise InputError(f"run.output_dir {self.path}: {problem}") from None
 
     def _claim(self, config: Config, ledger: dict[str, Any], truth: dict[str, Any]) -> None:
         path = self.path / "ledger.json"
@@ -121,9 +117,8 @@ class RunFolder:
 
     def set_status(self, state: str, step: int, reason: str = "") -> None:
         """Write status.json; on a full disk, only say so."""
+        content = json.dumps({"state": state, "step": step, "reason": reason}) + "\n"
         try:
-            write_atomically(
-                self.path / "status.json", json.dumps({"state": state, "step": step, "reason": reason}) + "\n"
-            )
+            write_atomically(self.path / "status.json", content)
         except OSError as error:
             say(f"status.json: {one_line(error)}; the run's state is {state}, step {step}")

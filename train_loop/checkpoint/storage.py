@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +92,7 @@ def shards(model: nn.Module, optimizer: Optimizer, main: bool = True) -> Shards:
     for kind, tensors in (("model", weights), ("optimizer", moments)):
         for name, tensor in tensors.items():
             piece = _shard(tensor.detach())
-            writes = main if piece.of is None else _first_copy(tensor) and len(piece.values)
-            if writes:
+            if main if piece.of is None else _first_copy(tensor) and len(piece.values):
                 found[kind][name] = piece
     return found
 
@@ -181,7 +180,11 @@ def prune(
         elif _step_of(each) <= step:
             past.append(each)
     for old in past[keep:]:
-        if _step_of(old) not in protected_steps and not _for_study(old):
+        try:
+            for_study = bool(_found(old).state.get("for_study"))
+        except (OSError, ValueError, AttributeError):
+            for_study = False
+        if _step_of(old) not in protected_steps and not for_study:
             _remove(old)
 
 
@@ -287,8 +290,7 @@ def in_memory(model: nn.Module, optimizer: Optimizer | None, with_moments: bool)
         if parameter not in state:
             state[parameter] = {moment: torch.zeros_like(parameter.detach()) for moment in _MOMENTS}
             state[parameter]["step"] = torch.zeros((), device=parameter.device)
-        for name in ("step", *_MOMENTS):
-            yield state[parameter][name]
+        yield from (state[parameter][name] for name in ("step", *_MOMENTS))
 
 
 def tensors(found: CheckpointRef, kind: str = "model") -> dict[str, torch.Tensor]:
@@ -318,13 +320,12 @@ class _Parts:
             whole = where[0][2].get_tensor(name)
             return whole if end is None else whole[first:end]
         end = self.shapes[name][0] if end is None else end
-        return torch.cat(
-            [
-                file.get_slice(name)[max(first, begins) - begins : min(end, ends) - begins]
-                for begins, ends, file in sorted(where, key=lambda each: each[0])
-                if begins < end and ends is not None and first < ends
-            ]
-        )
+        rows = [
+            file.get_slice(name)[max(first, begins) - begins : min(end, ends) - begins]
+            for begins, ends, file in sorted(where, key=lambda each: each[0])
+            if begins < end and ends is not None and first < ends
+        ]
+        return torch.cat(rows)
 
     def read_into(self, tensor: torch.Tensor, name: str) -> None:
         """Fill a tensor, or the rows that this process holds of it."""
@@ -353,10 +354,8 @@ def _shard(tensor: torch.Tensor) -> Shard:
 def _first_copy(tensor: torch.Tensor) -> bool:
     """Whether this process is the first of those that hold the same rows (hybrid sharding has several)."""
     assert isinstance(tensor, DTensor)
-    coordinates: Sequence[int] = tensor.device_mesh.get_coordinate() or []
-    return not any(
-        place for place, kind in zip(coordinates, tensor.placements, strict=True) if isinstance(kind, Replicate)
-    )
+    places = zip(tensor.device_mesh.get_coordinate() or [], tensor.placements, strict=True)
+    return not any(place for place, kind in places if isinstance(kind, Replicate))
 
 
 def _inner(optimizer: Optimizer) -> torch.optim.Optimizer:
@@ -378,13 +377,6 @@ def _step_of(folder: Path) -> int:
 def _newest_first(folder: Path) -> list[Path]:
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and re.fullmatch(r"step-\d{8,}", path.name)]
     return sorted(found, key=_step_of, reverse=True)
-
-
-def _for_study(folder: Path) -> bool:
-    try:
-        return bool(_found(folder).state.get("for_study"))
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def _remove(folder: Path) -> None:

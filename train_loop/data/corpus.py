@@ -19,7 +19,7 @@ from train_loop.config.schema import DataConfig
 from train_loop.data.formats import Document
 from train_loop.data.sources import files, hub, stdlib
 from train_loop.data.token_store import TRAIN, VALIDATION
-from train_loop.rng import key as random_key
+from train_loop.rng import uniform
 
 _SOURCES: dict[str, ModuleType] = {"stdlib": stdlib, "files": files, "hub": hub}
 
@@ -36,9 +36,7 @@ class Corpus:
         Raises:
             InputError: for a source that cannot be read; the message names file and place.
         """
-        for found, document in self.splits():
-            if found == split:
-                yield document
+        return (document for found, document in self.splits() if found == split)
 
     def splits(self) -> Iterator[tuple[str, Document]]:
         """Every document of the corpus with the split it belongs to, in one pass over the source."""
@@ -52,11 +50,9 @@ class Corpus:
             chosen = held_out_documents(data.test_size, data.split_seed)
             following = next(chosen)
             for index, document in enumerate(main):
+                yield VALIDATION if index == following else TRAIN, document
                 if index == following:
                     following = next(chosen)
-                    yield VALIDATION, document
-                else:
-                    yield TRAIN, document
 
     def key(self) -> dict[str, Any]:
         """What this corpus is made from, cheaply: names, sizes and times of change, not contents.
@@ -85,9 +81,8 @@ def held_out_documents(test_size: float, seed: int) -> Iterator[int]:
     length = 1 / test_size
     last = -1
     for stratum in itertools.count():
-        draw = (random_key("split", seed, stratum) >> 10) / 2**53
         # Strata whose length is no whole number share an index at their border: it must not be yielded twice.
-        last = max(last + 1, int((stratum + draw) * length))
+        last = max(last + 1, int((stratum + uniform("split", seed, stratum)) * length))
         yield last
 
 

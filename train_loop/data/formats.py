@@ -21,9 +21,6 @@ class Document(NamedTuple):
         return "".join(self.blocks)
 
 
-# --- the text of a row ----------------------------------------------------------------------------------------------
-
-
 def text_of(row: Any, text_field: str, join: str, place: str) -> str:
     """The text at a dotted path of a row; the strings of a list are joined, a null is no text.
 

@@ -16,8 +16,6 @@ from transformers import PreTrainedTokenizerFast
 from train_loop.errors import InputError
 
 TRAIN, VALIDATION = "train", "validation"
-
-
 _DOCUMENT = np.dtype([("token_end", "<u8"), ("name_end", "<u8")])
 
 
@@ -56,10 +54,8 @@ class Ledger:
 
     def check(self) -> None:
         """Raises ArithmeticError where the ledger does not add up: a mistake in this package, not in the data."""
-        tokens, accounted = (
-            self.text_tokens + self.eos_tokens,
-            self.trained_targets + self.first_tokens + self.dropped_tokens,
-        )
+        tokens = self.text_tokens + self.eos_tokens
+        accounted = self.trained_targets + self.first_tokens + self.dropped_tokens
         if tokens != accounted or self.eos_tokens != self.documents:
             raise ArithmeticError(f"the ledger does not add up: {tokens} tokens against {accounted} accounted for")
 
@@ -107,8 +103,7 @@ class TokenStore:
     def document_at(self, token: int) -> tuple[str, int]:
         """Name of the document that a token of the stream belongs to, and the token's place in it."""
         index = int(np.searchsorted(self.document_ends, token, side="right"))
-        start = int(self.document_ends[index - 1]) if index else 0
-        name_start = int(self._documents["name_end"][index - 1]) if index else 0
+        start, name_start = map(int, self._documents[index - 1]) if index else (0, 0)
         with open(self.folder / "names.bin", "rb") as names:
             names.seek(name_start)
             name = names.read(int(self._documents["name_end"][index]) - name_start)
@@ -136,9 +131,6 @@ class Prepared:
         """The ledgers of both splits as plain values."""
         splits = {TRAIN: self.train, VALIDATION: self.validation}
         return {"fingerprint": self.fingerprint} | {split: asdict(store.ledger) for split, store in splits.items()}
-
-
-# --- windows --------------------------------------------------------------------------------------------------------
 
 
 def window_count(tokens: int, block_size: int) -> int:

@@ -64,19 +64,14 @@ def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         InputError: when the texts are too small for so many entries.
     """
     tokenizer = untrained()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    size = tokenizer.get_vocab_size()
-    if size < vocab_size:
-        raise InputError(
-            f"tokenizer.train_vocab_size {vocab_size}: the training documents yield only {size} entries; "
-            f"use at most {size}"
-        )
+    if (size := tokenizer.get_vocab_size()) < vocab_size:
+        only = f"the training documents yield only {size} entries; use at most {size}"
+        raise InputError(f"tokenizer.train_vocab_size {vocab_size}: {only}")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
 
 
@@ -107,8 +102,8 @@ def encode_batches(core: Tokenizer, batches: Iterable[list[str]]) -> Iterator[li
     """
 
     def encode(texts: list[str]) -> list[npt.NDArray[np.uint32]]:
-        encoded = core.encode_batch_fast(texts, add_special_tokens=False)
         # An array.array takes a list of ints three times as fast as numpy does.
+        encoded = core.encode_batch_fast(texts, add_special_tokens=False)
         return [np.frombuffer(array("I", each.ids), dtype=np.uint32) for each in encoded]
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -225,7 +220,7 @@ def strings(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str]
     Where several tokens make up one character, the last of them has it and the others have nothing.
     """
     found: list[str] = []
-    start, read = 0, 0  # decoded again for context, and already read
+    start = read = 0  # decoded again for context, and already read
 
     def text(first: int, end: int) -> str:
         return str(tokenizer.decode(list(ids[first:end]), clean_up_tokenization_spaces=False))

@@ -10,10 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    broadcast_object_list,
-    gather_object,
-)
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -41,8 +38,7 @@ def run_on_all_ranks(accelerator: Accelerator, purpose: str, work: Callable[[], 
     """
     if accelerator.num_processes == 1:
         return work()
-    store = torch.distributed.distributed_c10d._get_default_store()
-    processes = accelerator.num_processes
+    store, processes = torch.distributed.distributed_c10d._get_default_store(), accelerator.num_processes
     mistake, kind, result = "", "", None
     try:
         result = work()
@@ -50,8 +46,7 @@ def run_on_all_ranks(accelerator: Accelerator, purpose: str, work: Callable[[], 
         mistake, kind = str(error), type(error).__name__
         if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):  # which of the hosts?
             mistake += f" (on {socket.gethostname()})"
-    arrived = store.add(f"{purpose}/done", 0)
-    round_ = arrived // processes  # the same work may be done again later
+    round_ = store.add(f"{purpose}/done", 0) // processes  # the same work may be done again later
     if mistake:
         store.set(f"{purpose}/{round_}/mistake", json.dumps([kind, mistake]))
     store.add(f"{purpose}/done", 1)

@@ -90,7 +90,7 @@ class FixedPointSum:
         if math.isfinite(peak) and fitting > self._room:
             self.begin(self.terms, fitting)
             return False
-        norms = []
+        norms = []  # in units of 1 / scale, the step of the integers
         for parameter, part in zip(self.parameters, self.parts, strict=True):
             parameter.grad = torch.empty_like(parameter, memory_format=torch.contiguous_format)
             gradient = parameter.grad.flatten()
@@ -100,7 +100,7 @@ class FixedPointSum:
                 values.copy_(exact.div_(self.scale * targets))
             if not math.isfinite(peak):
                 parameter.grad.fill_(math.nan)
-        norm = float(torch.stack(norms).norm())  # in units of 1 / scale, the step of the integers
+        norm = float(torch.stack(norms).norm())
         # Each of the terms was rounded by at most half a step, by a twelfth of its square on average.
         error = math.sqrt(len(self.total) * self.terms / 12)
         self.rounding = error / norm if norm else math.inf if peak else 0.0

@@ -81,8 +81,11 @@ class Heartbeat:
         if self.world_size == 1:
             yield
             return
-        self._deadline = time.monotonic() + self._patience
-        self._start()
+        self._store_heard = time.monotonic()
+        self._heard = [self._store_heard] * self.world_size
+        self._deadline = self._store_heard + self._patience
+        for thread in self._threads:
+            thread.start()
         try:
             yield
         except RuntimeError as error:
@@ -146,12 +149,6 @@ class Heartbeat:
         except RuntimeError:  # the store is gone, and with it those who had it
             pass
 
-    def _start(self) -> None:
-        self._store_heard = time.monotonic()
-        self._heard = [self._store_heard] * self.world_size
-        for thread in self._threads:
-            thread.start()
-
     def _end(self) -> None:
         """End the threads; one that waits for a store which does not answer is left."""
         self._ended.set()
@@ -167,17 +164,15 @@ class Heartbeat:
             number += 1
             try:
                 self._store.set(keys[self.rank], f"{number} {self.step()}")
-                texts = [text.decode() for text in self._store.multi_get(keys)]
-                self._take_in(texts)
+                self._take_in([text.decode() for text in self._store.multi_get(keys)])
                 if self._store.check(["failure"]) and self._failure is None:
                     self._failed_at, self._failure = time.monotonic(), self._store.get("failure").decode()
                 if self._deadline is not None and time.monotonic() > self._deadline and (line := self._unreached()):
                     self._leave(line)
+                if self._failure is not None and time.monotonic() - self._failed_at > _GRACE_SECONDS:
+                    self._leave(self._failure)
             except RuntimeError:  # the store is gone: its own thread sees to that
-                self._ended.wait(self._interval)
-                continue
-            if self._failure is not None and time.monotonic() - self._failed_at > _GRACE_SECONDS:
-                self._leave(self._failure)
+                pass
             self._ended.wait(self._interval)
 
     def _take_in(self, texts: list[str]) -> None:
@@ -197,11 +192,9 @@ class Heartbeat:
                 self._leave(self._no_store())
 
     def _no_store(self) -> str:
-        seconds = time.monotonic() - self._store_heard
-        return (
-            f"lost {self._name(0)}, with the store at {self._address}: not reached from {socket.gethostname()} for "
-            f"{seconds:.0f} s; {GOES_ON}"
-        )
+        seconds, here = time.monotonic() - self._store_heard, socket.gethostname()
+        lost = f"lost {self._name(0)}, with the store at {self._address}"
+        return f"{lost}: not reached from {here} for {seconds:.0f} s; {GOES_ON}"
 
     def _silent(self, seconds: float) -> str | None:
         """The line that names a process which has ended, or was not heard of for so long."""

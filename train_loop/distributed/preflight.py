@@ -93,9 +93,14 @@ class Preflight:
         """
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         is_ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        attempt, patience = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), timedelta(seconds=self._patience)
+
+        def connect() -> TCPStore:
+            first = is_ours and self.rank == 0
+            return TCPStore(host, port, None, first, patience, wait_for_workers=False, multi_tenant=True)
+
         try:
-            store = self._open(host, port, is_ours)
+            store = connect()
             if attempt and not is_ours:
                 key = f"attempt {attempt}"
                 if self.rank == 0:
@@ -105,7 +110,7 @@ class Preflight:
                 port = int(store.get(key))
                 os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
                 is_ours = True
-                store = self._open(host, port, is_ours)
+                store = connect()
             number = store.add(f"peers/{self.rank}", 1)  # a process may do several runs, one after the other
         except RuntimeError as error:
             raise LostError(
@@ -114,44 +119,34 @@ class Preflight:
             ) from None
         return PrefixStore(f"peers/{number}", store), f"{host}:{port}", is_ours and self.rank == 0
 
-    def _open(self, host: str, port: int, is_ours: bool) -> TCPStore:
-        patience = timedelta(seconds=self._patience)
-        first = is_ours and self.rank == 0
-        return TCPStore(host, port, None, first, patience, wait_for_workers=False, multi_tenant=True)
-
     def _exchange(self, own: dict[str, Any]) -> list[dict[str, Any]]:
         """Exchange reports; the first process compares them."""
         began = time.monotonic()
         self.store.set(f"alive/{self.rank}", "0")
         self.store.set(f"report/{self.rank}", json.dumps(own))
 
-        def there(process: int) -> bool:
-            return bool(self.store.check([f"report/{process}"]))
-
-        def wait(keys: list[str]) -> bool:
+        def wait(*keys: str) -> bool:
             while not all(self.store.check([key]) for key in keys):
                 if time.monotonic() - began > self._patience:
                     return False
                 time.sleep(0.1)
             return True
 
-        everybody = range(self.world_size)
-        if self.rank == 0:
-            if wait([f"report/{process}" for process in everybody]):
-                reports = [json.loads(self.store.get(f"report/{process}")) for process in everybody]
-                roster = [{name: each[name] for name in ("host", "pid", "local")} for each in reports]
-                mistake = difference(reports)
-                verdict: dict[str, Any] = {"mistake": mistake} if mistake else {"roster": roster}
-            else:
-                verdict = {"lost": self._missing([process for process in everybody if not there(process)], own)}
-            self.store.set("verdict", json.dumps(verdict))
+        keys = [f"report/{process}" for process in range(self.world_size)]
+        if self.rank and wait(keys[0]):
+            began = time.monotonic()  # the first process may have come a moment ago, and waits for others
+        if not wait(*(["verdict"] if self.rank else keys)):
+            missing = [process for process, key in enumerate(keys) if not self.store.check([key])]
+            verdict: dict[str, Any] = {"lost": self._missing(missing or [0], own)}
+        elif self.rank:
+            verdict = json.loads(self.store.get("verdict"))
         else:
-            if wait(["report/0"]):
-                began = time.monotonic()  # the first process may have come a moment ago, and waits for others
-            if wait(["verdict"]):
-                verdict = json.loads(self.store.get("verdict"))
-            else:
-                verdict = {"lost": self._missing([process for process in everybody if not there(process)] or [0], own)}
+            reports = [json.loads(self.store.get(key)) for key in keys]
+            roster = [{name: each[name] for name in ("host", "pid", "local")} for each in reports]
+            mistake = difference(reports)
+            verdict = {"mistake": mistake} if mistake else {"roster": roster}
+        if self.rank == 0:
+            self.store.set("verdict", json.dumps(verdict))
         if self.owns_store and "roster" not in verdict:
             time.sleep(1)  # let the others read it
         if "lost" in verdict:

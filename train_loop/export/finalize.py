@@ -111,8 +111,8 @@ def _choose(run: Run, folder: RunFolder, evaluations: list[dict[str, Any]]) -> s
         return None, problems
 
     accelerator, main = run.context.accelerator, run.context.accelerator.is_main_process
-    looked = run_on_all_ranks(accelerator, "choose", lambda: look() if main else None)
-    found, problems = broadcast_from_main(accelerator, looked) or (None, [])
+    looked = run_on_all_ranks(accelerator, "choose", lambda: look() if main else (None, []))
+    found, problems = broadcast_from_main(accelerator, looked)
     if found is None:
         problem = "; ".join(problems) or "no evaluation has a finite loss"
         raise TrainingError(f"export.from {run.config.export.from_}: {problem}")

@@ -85,7 +85,7 @@ def generate(
             feed.keep(going)
             choice.keep(going)
         choice.seen(tokens)
-        if not said and any(row.slid_out(context) for row in active):
+        if not said and any(slid_out(len(row.ids), context) for row in active):
             notice(f"the model's context of {context} tokens is full: the oldest ones slide out")
             said = True
         if room > 0:
@@ -143,10 +143,6 @@ class _Row:
         """The random number of the next token."""
         return uniform("sample", *self._key, len(self.ids))
 
-    def slid_out(self, context: int | None) -> int:
-        """Tokens that the model does not see any more."""
-        return slid_out(len(self.ids), context)
-
     def take(self, token: int, log_p: float, ends: set[int], on_token: Callable[[int, int], bool]) -> bool:
         """Add a token, unless it ends the text; whether the text goes on."""
         result, sampling = self.result, self.sampling
@@ -166,7 +162,7 @@ class _Row:
 
 def _start(feed: Feed, rows: list[_Row], context: int | None, max_new_tokens: int) -> tuple[torch.Tensor, int]:
     """Feed what the model sees of each text; the logits after it, and how many more tokens may follow."""
-    windows = [row.ids[row.slid_out(context) :] for row in rows]
+    windows = [row.ids[slid_out(len(row.ids), context) :] for row in rows]
     room = max_new_tokens - len(rows[0].result.tokens) - 1
     if context is not None:
         room = min(room, context - max(map(len, windows)))

@@ -121,14 +121,18 @@ class StaticDecoder:
 
     def start(self, rows: Rows, room: int) -> torch.Tensor:
         """See `Feed`."""
-        ids, mask = _padded(rows, self.model.device)
+        device = self.model.device
+        ids, mask = _padded(rows, device)
         batch, length = ids.shape
         if batch != self._batch or length + room > self._size:
-            self._allocate(batch, length + room)
+            self._batch, self._size, self._replay = batch, length + room, None
+            self._cache = StaticCache(self.model.config, max_cache_len=self._size)
+            self._mask = torch.empty(batch, self._size, dtype=torch.int64, device=device)
+            self._tokens, self._positions = torch.zeros(2, batch, 1, dtype=torch.int64, device=device)
         self._cache.reset()
         self._mask.fill_(1)  # what is not written yet is hidden by causality
         self._mask[:, :length] = mask
-        self._rows = torch.arange(batch, device=ids.device)
+        self._rows = torch.arange(batch, device=device)
         positions = _positions(mask)
         logits = self._forward(ids, positions)
 
@@ -156,14 +160,6 @@ class StaticDecoder:
         """See `Feed`: the others are still computed, but nobody looks."""
         self._rows = self._rows[torch.tensor(rows, device=self._rows.device)]
 
-    def _allocate(self, batch: int, size: int) -> None:
-        self._batch, self._size = batch, size
-        device = self.model.device
-        self._cache = StaticCache(self.model.config, max_cache_len=size)
-        self._mask = torch.ones(batch, size, dtype=torch.int64, device=device)
-        self._tokens, self._positions = torch.zeros(2, batch, 1, dtype=torch.int64, device=device)
-        self._replay = None
-
     def _step(self) -> None:
         self._logits.copy_(self._forward(self._tokens, self._positions))
         self._positions.add_(1)
@@ -187,8 +183,7 @@ Record = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
 
 def recorder(device: torch.device) -> Record | None:
     """What records a step's kernels as a graph of a device's; None where it has no graphs."""
-    graph_type = devices.graph_type(device)
-    if graph_type is None:
+    if (graph_type := devices.graph_type(device)) is None:
         return None
     backend: Any = torch.get_device_module(device)
 
@@ -220,7 +215,7 @@ def takes_positions(model: PreTrainedModel) -> bool:
 
 def _padded(rows: Rows, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows padded on the left, and the mask that hides the padding; int64 [batch, longest row]."""
-    longest = max(len(row) for row in rows)
+    longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask

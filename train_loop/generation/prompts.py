@@ -22,13 +22,11 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     found = list(prompts)
     if file is not None:
         found += _lines(file)
-    elif not found and not sys.stdin.isatty():
-        text = _text("-")
-        found = [text.removesuffix("\n")] if text else []
+    elif not found and not sys.stdin.isatty() and (text := _text("-")):
+        found = [text.removesuffix("\n")]
     if not found:
-        raise InputError(
-            "no prompt to continue; give --prompt TEXT, --prompts FILE, text on standard input, or --interactive"
-        )
+        cure = "give --prompt TEXT, --prompts FILE, text on standard input, or --interactive"
+        raise InputError(f"no prompt to continue; {cure}")
     return found
 
 

@@ -20,7 +20,7 @@ from train_loop.config.sampling import Sampling
 from train_loop.console import say
 from train_loop.data.tokenizer import encoder
 from train_loop.errors import InputError
-from train_loop.generation.decoding import Generated, check_prompt, check_tokens, generate
+from train_loop.generation.decoding import Generated, check_prompt, generate
 from train_loop.generation.kv_cache import Decoder, Feed, StaticDecoder, recorder, takes_positions
 from train_loop.ops.packed_linear import pack
 
@@ -102,7 +102,6 @@ class Sampler:
             InputError: for an empty prompt where the tokenizer has no token to begin with, and for one beyond the
                 model's context.
         """
-        check_tokens(self.model, sampling)
         ids = []
         for number, prompt in enumerate(prompts, 1):
             try:
@@ -111,26 +110,20 @@ class Sampler:
             except InputError as error:
                 which = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "prompt"
                 raise InputError(f"{which}{str(error).removeprefix('prompt')}") from None
-        return self._sample(ids, sampling, batch_size, on_text, stop)
 
-    def _sample(
-        self,
-        ids: list[list[int]],
-        sampling: Sampling,
-        batch_size: int,
-        on_text: Callable[[str], None],
-        stop: Callable[[], bool],
-    ) -> Iterator[list[Continuation]]:
-        wanted = [(prompt, sample) for prompt in ids for sample in range(sampling.samples)]
-        # A model that cannot be told positions gets rows of one length at a time.
-        alike = (lambda each: 0) if takes_positions(self.model) else (lambda each: len(each[0]))
-        done: list[Continuation] = []
-        for _, group in itertools.groupby(wanted, alike):
-            while batch := list(itertools.islice(group, batch_size)):
-                done += self._together(batch, sampling, on_text, stop)
-                while len(done) >= sampling.samples:
-                    yield done[: sampling.samples]
-                    done = done[sampling.samples :]
+        def continuations() -> Iterator[list[Continuation]]:
+            wanted = [(prompt, sample) for prompt in ids for sample in range(sampling.samples)]
+            # A model that cannot be told positions gets rows of one length at a time.
+            alike = (lambda each: 0) if takes_positions(self.model) else (lambda each: len(each[0]))
+            done: list[Continuation] = []
+            for _, group in itertools.groupby(wanted, alike):
+                while batch := list(itertools.islice(group, batch_size)):
+                    done += self._together(batch, sampling, on_text, stop)
+                    while len(done) >= sampling.samples:
+                        yield done[: sampling.samples]
+                        done = done[sampling.samples :]
+
+        return continuations()
 
     def _together(
         self,
@@ -139,10 +132,9 @@ class Sampler:
         on_text: Callable[[str], None],
         stop: Callable[[], bool],
     ) -> list[Continuation]:
-        texts = [Text(self.tokenizer, prompt, sampling.stop, on_text) for prompt, _ in batch]
-        prompts, samples = [prompt for prompt, _ in batch], [sample for _, sample in batch]
-        eos = self.tokenizer.eos_token_id
-        training = self.model.training
+        prompts, samples = zip(*batch, strict=True)
+        texts = [Text(self.tokenizer, prompt, sampling.stop, on_text) for prompt in prompts]
+        eos, training = self.tokenizer.eos_token_id, self.model.training
         self.model.eval()
         try:
             found = generate(
@@ -211,11 +203,8 @@ class Text:
         if found:
             self._text, self._ended = self._text[: min(found)], True
         # What may be the beginning of such a string waits.
-        held = max(
-            (size for string in self._stop for size in range(1, len(string)) if self._text.endswith(string[:size])),
-            default=0,
-        )
-        self._hand_on(len(self._text) - (0 if self._ended else held))
+        begun = [size for string in self._stop for size in range(1, len(string)) if self._text.endswith(string[:size])]
+        self._hand_on(len(self._text) - (0 if self._ended else max(begun, default=0)))
 
     def _hand_on(self, end: int) -> None:
         if end > self._handed_on:

@@ -102,7 +102,7 @@ class MetricsLog:
         self.accelerator = accelerator
         self._events: EventFile | None = None
         self._study: EventFile | None = None
-        kept, watched = Found(), Found()
+        kept = watched = Found()
         if accelerator.is_main_process:
             kept = find(path, step, {"evaluation", "sample"})
             self._events = EventFile(path, kept.end)
@@ -171,10 +171,8 @@ class MetricsLog:
 
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The events of a metrics.jsonl or study.jsonl; a last line that a killed process left half written is left out."""
-    if not path.exists():
-        return []
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             events.append(json.loads(line))
         except json.JSONDecodeError:

@@ -150,13 +150,11 @@ def operations_per_token(model: PreTrainedModel, block_size: int) -> int | None:
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of the best of several large matrix products, of whichever library is used here."""
-    rate = 0.0
     for side in _SIDES:
         seconds = _fastest(*(torch.randn(side, side, dtype=dtype, device=device) for _ in range(2)))
-        rate = 2 * side**3 / seconds
         if seconds >= _LONG_ENOUGH:
             break
-    return rate
+    return 2 * side**3 / seconds
 
 
 def _fastest(x: torch.Tensor, y: torch.Tensor) -> float:

@@ -23,10 +23,8 @@ def start_trackers(accelerator: Accelerator, run: Path, step: int, settings: dic
         settings: flat and plain, for those that show them.
     """
     identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
-    options = {
-        "tensorboard": {"purge_step": step + 1},
-        "wandb": {"id": identity, "name": run.name, "resume": "allow"},
-    }
+    wandb = {"id": identity, "name": run.name, "resume": "allow"}
+    options = {"tensorboard": {"purge_step": step + 1}, "wandb": wandb}
     accelerator.init_trackers("train_loop", config=settings, init_kwargs=options)
 
 

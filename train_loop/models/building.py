@@ -126,10 +126,10 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrained
 
     Unless it says otherwise, the vocabulary is the tokenizer's and the context one block.
     """
-    architecture, attention = config.model.architecture or {}, config.model.attention
+    attention = config.model.attention
 
     def build(attention: str | None) -> PreTrainedModel:
-        model_config = _model_config(dict(architecture), tokenizer, config.data.block_size)
+        model_config = _model_config(dict(config.model.architecture or {}), tokenizer, config.data.block_size)
         seed_torch(torch.device("cpu"), "weights", config.run.seed)
         with compat.residual_weights_scaled():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -145,9 +145,8 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrained
         raise
     except Exception as error:  # whatever a library makes of numbers that don't fit each other
         _blame_attention(attention, build, error)
-        raise InputError(
-            f"model.architecture: {config.model.architecture}: no such model can be built ({one_line(error)})"
-        ) from None
+        problem = f"no such model can be built ({one_line(error)})"
+        raise InputError(f"model.architecture: {config.model.architecture}: {problem}") from None
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     model.generation_config = GenerationConfig(**ids)
     return model
@@ -165,10 +164,8 @@ def _blame_attention(attention: str | None, build: Callable[[str | None], PreTra
         build(None)
     except Exception:
         return
-    raise InputError(
-        f"model.attention {attention}: not with this model, device or installation ({one_line(error)}); say sdpa or "
-        "eager, or leave it out"
-    ) from None
+    problem = f"not with this model, device or installation ({one_line(error)})"
+    raise InputError(f"model.attention {attention}: {problem}; say sdpa or eager, or leave it out") from None
 
 
 def _is_causal(model_type: str) -> bool:
@@ -191,12 +188,8 @@ def _model_config(
         if name not in fields:
             raise InputError(f"model.architecture: {model_type} has no {name}; {nearest(name, sorted(fields))}")
     context = default.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-    settings = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.eos_token_id,
-    }
+    settings = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id}
+    settings |= dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     if context in fields and not {context, "max_position_embeddings"} & architecture.keys():
         settings[context] = block_size
     return AutoConfig.for_model(model_type, **(settings | architecture))
@@ -216,11 +209,8 @@ def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, block
     """
     context, vocabulary = context_length(model), len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     if context is not None and block_size > context:
-        raise InputError(
-            f"data.block_size {block_size} is beyond the context of {source}, {context} tokens; use at most {context}"
-        )
+        beyond = f"is beyond the context of {source}, {context} tokens; use at most {context}"
+        raise InputError(f"data.block_size {block_size} {beyond}")
     if len(tokenizer) > vocabulary:
-        raise InputError(
-            f"the tokenizer has {len(tokenizer)} entries, but {source} only {vocabulary} embeddings; "
-            "use the tokenizer that belongs to the model"
-        )
+        problem = f"has {len(tokenizer)} entries, but {source} only {vocabulary} embeddings"
+        raise InputError(f"the tokenizer {problem}; use the tokenizer that belongs to the model")

@@ -50,6 +50,9 @@ def use_products(model: PreTrainedModel) -> None:
                 layer.forward = _Remade(layer.approximate)  # type: ignore[assignment, method-assign]
 
 
+_MadeFrom = tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]
+
+
 class _Remade:
     """The forward pass of a GELU whose output knows how to be made again."""
 
@@ -81,11 +84,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        made_from: tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor] | None,
+        context: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, made_from: _MadeFrom | None
     ) -> torch.Tensor:
         context.remake, kept = (None, x) if made_from is None else made_from
         context.save_for_backward(kept, weight)

@@ -114,8 +114,8 @@ def attention(
     Returns:
         [batch, queries, heads, width], and no weights.
     """
-    plain = not any(others.get(name) is not None for name in ("position_bias", "cache", "softcap"))
-    if not plain or not _is_worth_it(query, dropout):
+    more = any(others.get(name) is not None for name in ("position_bias", "cache", "softcap"))
+    if more or not _is_worth_it(query, dropout):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **others
         )

@@ -77,12 +77,12 @@ def stamp(path: str) -> tuple[str, int, int]:
 
 
 def _documents_of(path: str, data: DataConfig) -> Iterator[Document]:
-    suffix = Path(path).suffix.lower()
+    read = _READERS[Path(path).suffix.lower()]
     try:
-        if suffix == ".txt":
+        if read is None:
             yield Document(path, TextFile(path))
             return
-        for place, row in _READERS[suffix](path):
+        for place, row in read(path):
             yield Document(f"{path}:{place}", (text_of(row, data.text_field, data.join, f"{path}, {place}"),))
     except OSError as error:
         raise _unreadable(path, error) from None
