@@ -88,7 +88,7 @@ BAD_DATA: dict[str, tuple[dict[str, bytes], dict[str, object], str]] = {
     "blocks beyond the context": (
         {f"{n}.txt": b"some words and more " * 9 for n in range(9)},
         {"data.block_size": 65},
-        "data.block_size 65 is beyond the context",
+        "data.block_size 65 exceeds the context",
     ),
     "a tokenizer larger than the vocabulary": (
         {f"{n}.txt": b"some words and more " * 9 for n in range(9)},

@@ -234,10 +234,10 @@ def test_attention_in_half_precision_trains_samples_and_is_verified(
         (
             "flash_attention_2",
             "bf16",
-            "model.attention flash_attention_2: not with this model, device or installation (",
+            "model.attention flash_attention_2: fails with this model, device or installation (",
         ),
-        ("flex_attention", "no", "model.attention flex_attention: not with this model, device or installation ("),
-        ("sdpaa", "no", "model.attention sdpaa: not with this model, device or installation ("),
+        ("flex_attention", "no", "model.attention flex_attention: fails with this model, device or installation ("),
+        ("sdpaa", "no", "model.attention sdpaa: fails with this model, device or installation ("),
     ],
 )
 @pytest.mark.parametrize("pretrained", [False, True])

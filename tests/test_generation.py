@@ -217,8 +217,8 @@ def test_a_full_context_works_and_older_tokens_slide_out(built: Any) -> None:
     for _ in range(30):
         text.append(int(built(torch.tensor([text[slid_out(len(text), CONTEXT) :]])).logits[0, -1].argmax()))
     assert prompt + found == text
-    assert notices == ["the model's context of 32 tokens is full: the oldest ones slide out"]
-    with pytest.raises(InputError, match="33 tokens are beyond the model's context of 32"):
+    assert notices == ["the model's context of 32 tokens is full: the oldest tokens slide out"]
+    with pytest.raises(InputError, match="33 tokens exceed the model's context of 32"):
         one(built, [*prompt, 1], Sampling())
 
 

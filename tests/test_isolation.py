@@ -142,7 +142,7 @@ def test_the_truth_sheet_says_whether_documents_cross(
     assert command("train", *arguments) == 0
     sheet = json.loads((tmp_path / "run" / "truth.json").read_text())
     assert sheet["documents"] == {"isolated": isolate, "cross": not isolate}
-    expected = "isolated: none reaches another" if isolate else "packed: one crosses into the next"
+    expected = "isolated: none influences another" if isolate else "packed: one influences the next"
     assert expected in command.err
     ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())["train"]
     assert sum(event["tokens"] for event in events(tmp_path / "run", "step")) == ledger["trained_targets"]

@@ -67,7 +67,7 @@ def test_a_folder_is_loaded_in_fp32(model_folder: Path, tmp_path: Path) -> None:
         ({"model_type": "gpt2", "n_embd": 33, "n_head": 2}, "no such model can be built"),
         ({"model_type": "gpt2", "n_embd": "many"}, "no such model can be built"),
         ({"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1, "vocab_size": 300}, "320 entries, but"),
-        ({"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1, "n_positions": 31}, "block_size 32 is beyond"),
+        ({"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1, "n_positions": 31}, "block_size 32 exceeds"),
     ],
 )
 def test_mistakes_in_an_architecture(tokenizer_folder: Path, architecture: dict[str, Any], expected: str) -> None:
@@ -78,7 +78,7 @@ def test_mistakes_in_an_architecture(tokenizer_folder: Path, architecture: dict[
 
 def test_mistakes_in_a_folder(model_folder: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     loaded = tokenizer.load(str(tokenizer_folder))
-    with pytest.raises(InputError, match=r"block_size 65 is beyond the context of model .*, 64 tokens; use at most 64"):
+    with pytest.raises(InputError, match=r"block_size 65 exceeds the context of model .*, 64 tokens; use at most 64"):
         building.build(configured(name_or_path=str(model_folder), block_size=65), loaded)
     with pytest.raises(InputError, match="cannot be loaded"):
         building.build(configured(name_or_path=str(tmp_path)), loaded)

@@ -181,7 +181,7 @@ def test_samples_and_log_probabilities_in_json(command: Command, model_folder: P
         (["--prompt", "a", "--batch_size", "0"], "--batch_size 0: must be at least 1"),
         (["--prompts", "nowhere.txt"], "--prompts nowhere.txt: cannot be read"),
         (["--prompts", "{folder}/bad.jsonl"], "bad.jsonl, line 2: expected an object like"),
-        (["--prompt", "the " * 70], "tokens are beyond the model's context of 64; shorten it"),
+        (["--prompt", "the " * 70], "tokens exceed the model's context of 64; shorten it"),
         (["--prompt", "a", "--prompt", "the " * 70], "prompt 2 of 2: "),
         (["--prompt", "a", "--banned_tokens", "3", "999"], "banned_tokens [999]: not in the vocabulary"),
         (["--prompt", "a", "--temperature", "0", "--samples", "2"], "samples 2: at temperature 0"),

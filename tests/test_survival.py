@@ -207,7 +207,7 @@ def test_too_little_memory_in_the_middle_of_a_run_halves_too(
 
     monkeypatch.setattr(loop, "train_step", train_step)
     assert command("train", *without, "--batch.micro_batch_size", "auto") == 0
-    assert "out of memory with 8 sequences; goes on with 4" in command.err
+    assert "out of memory with 8 sequences; continuing with 4" in command.err
     expected, found = (events(tmp_path / name, "step") for name in ("whole", "run"))
     assert [event["step"] for event in found] == list(range(1, 11))
     assert [event["loss"] for event in found] == pytest.approx([event["loss"] for event in expected], rel=1e-5)

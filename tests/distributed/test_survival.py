@@ -129,7 +129,7 @@ def test_a_size_that_is_found_by_trying_needs_processes_that_try_alone(ddp: Worl
     truth = json.loads((ddp.root / "auto" / "truth.json").read_text())
     assert truth["batch"]["micro_batch_size"] == 3  # a process's share of six
     assert fsdp2.outcomes["auto"].codes == [2, 2]
-    assert "batch.micro_batch_size auto does not go with FSDP2" in fsdp2.outcomes["auto"].err
+    assert "batch.micro_batch_size auto does not work with FSDP2" in fsdp2.outcomes["auto"].err
 
 
 def test_other_processes_in_the_middle_of_a_run(tmp_path: Path, make: Make) -> None:

@@ -109,7 +109,7 @@ def test_a_step_is_told_where_its_text_comes_from(command: Command, run: Path, t
 def test_a_table_for_people(command: Command, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert command("inspect", "--run", run, "--step", 60) == 0
     logged = events(run, "step")[59]
-    assert f"the replayed loss is the logged one bit for bit, {logged['loss']}" in command.out
+    assert f"the replayed loss equals the logged one bit for bit, {logged['loss']}" in command.out
     assert "replayed from" in command.out and "step 50" in command.out and "layer 1" in command.out
     assert "\x1b" not in command.out and "\u202e" not in command.out and "\x07" not in command.out
     (found,) = inspected(command, "--run", run, "--step", 60)

@@ -58,7 +58,7 @@ def test_a_sheet_says_what_is(command: Command, settings: Settings, tmp_path: Pa
     rates, logged = sheet["learning_rate"], [event["learning_rate"] for event in steps]
     assert (rates["first_step"], rates["after_warmup"], rates["last_step"]) == (logged[0], logged[5], logged[-1])
     for line in (
-        "1 of 1 asked",
+        "1 of 1 asked for",
         "weights float32",
         "tied: " if name in first else "parameters",
         "3 micro-batches of 3",
@@ -101,13 +101,13 @@ def change(*path: str | int, to: object) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("contradiction", "expected"),
     [
-        (change("processes", "asked", to=4), "asked for 4 processes, 1 are present"),
-        (change("precision", "parameters", to={"bfloat16": 3}), "parameters are bfloat16 where float32 belongs"),
+        (change("processes", "asked", to=4), "asked for 4 processes, but only 1 present"),
+        (change("precision", "parameters", to={"bfloat16": 3}), "parameters are bfloat16 but should be float32"),
         (change("precision", "gradients", to={"float16": 3}), "gradients are float16"),
         (change("precision", "moments", to={"float32": 3, "bfloat16": 1}), "moments are float32, bfloat16"),
-        (change("precision", "asked", to="bf16"), "should compute in bfloat16, but the model does in float32"),
+        (change("precision", "asked", to="bf16"), "should compute in bfloat16, but the model computes in float32"),
         (change("parameters", "in_no_group", to=["lm_head.weight"]), "lm_head.weight"),
-        (change("parameters", "in_several_groups", to=["wte.weight"]), "more than once ['wte.weight']"),
+        (change("parameters", "in_several_groups", to=["wte.weight"]), "holds ['wte.weight'] more than once"),
         (change("loss", "difference", to=1e-3), "the model's own"),
         (change("loss", "difference", to=float("nan")), "the model's own"),
         (change("documents", to={"isolated": True, "cross": True}), "lets one document influence another"),
@@ -133,7 +133,7 @@ def test_weights_in_half_precision_stop_the_run(
 ) -> None:
     build = building.build
     monkeypatch.setattr(building, "build", lambda *arguments: build(*arguments).bfloat16())
-    refused(command, settings(), tmp_path, "parameters are bfloat16 where float32 belongs")
+    refused(command, settings(), tmp_path, "parameters are bfloat16 but should be float32")
 
 
 def test_a_loss_that_is_not_the_models_own_stops_the_run(

@@ -1,21 +1,20 @@
-"""What passes through a model on its way from tokens to losses: activations, attention, logits, and the losses by
-position and by frequency.
+"""Looks inside a model, from tokens to losses: activations, attention, logits, losses by position and by frequency.
 
-    step's windows -> model, as it is before the update, dropout off, no gradients -> sums over all positions
+    step's windows -> model before the update, without dropout or gradients -> sums over all positions
 
-A forward pass of its own looks at a step's windows, so the one that trains is left alone: whatever compiles it, saves
-memory in it or draws its dropout masks sees no hook. It costs about a third of a step. All sums are float64 and are
-added up over the processes, so they are those of the whole step; a position counts if it has a target.
+A separate forward pass looks at a step's windows and leaves the training pass alone: there, nothing that compiles the
+model, saves memory or draws dropout masks sees a hook. It costs about a third of a step. All sums are float64 and are
+added up over the processes, so they cover the whole step; a position counts if it has a target.
 
 Definitions, for a layer with output x [positions, width]:
 
     activation_rms         root of the mean of x^2
     activation_outliers    max |x| / activation_rms
-    attention_entropy      mean over queries of -sum_k p_k ln p_k, in nats, for each head; of at most 64 evenly spaced
-                           queries a window, since all of them would need memory for a matrix of block x block
-    dead_units             share of the units of the layer's one activation function (in a gated one, of the gate)
-                           whose output is above 0 at no position: a ReLU's that is off, a GELU's or SiLU's that never
-                           sees a positive number
+    attention_entropy      mean over queries of -sum_k p_k ln p_k, in nats, for each head; over at most 64 evenly spaced
+                           queries per window, since all of them would need memory for a block x block matrix
+    dead_units             share of the units of the layer's only activation function (in a gated layer, of the gate)
+                           whose output is never above 0: ReLUs that are off, GELUs or SiLUs that never see a positive
+                           number
 """
 
 import sys
@@ -37,15 +36,15 @@ from train_loop.models.building import without_compile
 from train_loop.training.state import StepBatch, StepContext
 
 Sums = dict[str, torch.Tensor]
-"""Named float64 tensors that are added up, or whose maximum is taken, over batches and processes."""
+"""Named float64 tensors to be summed, or maximised, over batches and processes."""
 
 POSITION_BINS = 32
-_QUERIES = 64  # of a window whose attention is looked at
-_ROWS = 256  # of logits that are looked at at once: on a CPU, they had better stay in its cache
+_QUERIES = 64  # queries per window whose attention is measured
+_ROWS = 256  # rows of logits at a time: few enough to stay in a CPU's cache
 
 
 def over_processes(accelerator: Accelerator, sums: Sums, maximum: bool = False) -> Sums:
-    """Sums (or maxima) over all processes, in one exchange; all must have the same names and shapes."""
+    """Sums (or maxima) over all processes, in one exchange; names and shapes must be the same on all of them."""
     if accelerator.num_processes == 1 or not sums:
         return sums
     flat = torch.cat([each.flatten() for each in sums.values()])
@@ -55,9 +54,9 @@ def over_processes(accelerator: Accelerator, sums: Sums, maximum: bool = False) 
 
 
 def layers_of(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
-    """The name of a model's list of layers, and these: the list that holds most of its weights.
+    """The name of a model's list of layers, and the layers: of all its lists, the one with the most weights.
 
-    Empty for a model that has no list.
+    Both are empty for a model without a list.
     """
     lists = [(name, each) for name, each in model.named_modules() if isinstance(each, nn.ModuleList)]
     if not lists:
@@ -70,10 +69,10 @@ class Look:
     """Sums over the positions of some windows, filled by `of_batch`.
 
     Args:
-        layers: of the model.
-        attention: name of its implementation of attention.
-        frequency: bin of each token of the vocabulary [vocabulary] int64; see `StepStatistics`.
-        frequency_bins: how many there are.
+        layers: the model's layers.
+        attention: the name of its attention implementation.
+        frequency: the bin of each token of the vocabulary [vocabulary] int64; see `StepStatistics`.
+        frequency_bins: the number of bins.
 
     Attributes:
         sums, maxima: see `of_step`.
@@ -90,7 +89,7 @@ class Look:
         self._each: list[torch.Tensor] = []
 
     def of_batch(self, objective: nn.Module, batch: Batch) -> None:
-        """Run a batch through the prepared `Objective` and look at it."""
+        """Run a batch through the prepared `Objective`, and add what it shows to the sums and maxima."""
         self._real = batch.targets != IGNORED
         self._packed = batch.positions is not None
         self._each = []
@@ -103,6 +102,7 @@ class Look:
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def _raise(self, name: str, value: torch.Tensor) -> None:
+        """Raise a maximum to `value` where that is larger."""
         value = exact(value)
         self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
 
@@ -118,7 +118,7 @@ class Look:
             self._each.append(torch.stack([nll, entropy, top, z]))
 
     def _of_positions(self, batch: Batch, each: torch.Tensor) -> None:
-        """nll, entropy, top-1 probability and z of each position [4, positions]."""
+        """Add up nll, entropy, top-1 probability and z of each position [4, positions]."""
         real = self._real.flatten()
         values = exact(each[:, real])
         self._add("positions", real.sum())
@@ -175,7 +175,7 @@ class Look:
         flash = "flash" in self.attention
         known = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 4)
         windows = query.shape[0::2] == self._real.shape
-        # FlashAttention is told of packed documents in other ways; sinks are a part of the sum that is no key.
+        # FlashAttention learns of packed documents in other ways; sinks add to the sum without being keys.
         if self._layer is None or not known or not windows or options.get("s_aux") is not None:
             return
         if flash and self._packed:
@@ -187,7 +187,7 @@ class Look:
         grouped = query[:, :, rows].unflatten(1, (key.shape[1], -1)).float()
         scores = grouped @ key[:, :, None].float().transpose(-1, -2) * scaling
         scores = scores.flatten(1, 2)  # [batch, heads, rows, keys]
-        if options.get("softcap") and "sdpa" not in self.attention:  # which leaves it out
+        if options.get("softcap") and "sdpa" not in self.attention:  # sdpa leaves it out
             scores = options["softcap"] * (scores / options["softcap"]).tanh()
         if mask is None:
             later = torch.arange(keys, device=rows.device) - rows[:, None] - (keys - block)
@@ -206,7 +206,7 @@ class Look:
 
 
 def _activation_functions(layer: nn.Module) -> list[nn.Module]:
-    """A layer's activation function, where it has exactly one."""
+    """A layer's activation function, if it has exactly one; otherwise an empty list."""
     homes = ("torch.nn.modules.activation", "transformers.activations")
     found = [each for each in layer.modules() if type(each).__module__ in homes and not list(each.parameters())]
     return found if len(found) == 1 else []
@@ -214,14 +214,14 @@ def _activation_functions(layer: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def _attention(implementation: str, layers: list[nn.Module], see: Callable[..., None]) -> Iterator[None]:
-    """Within this context, `see` is shown the queries and keys of all attention before it is computed as ever."""
+    """A context in which `see` is called with all queries and keys before attention is computed as usual."""
 
     def attend(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any = None, **options: Any) -> Any:
         see(query, key, attention_mask, options)
         usual = eager[type(module).__module__] if original is None else original
         return usual(module, query, key, value, attention_mask, **options)
 
-    # Each file of models has its own.
+    # Each model's file has its own eager attention.
     files = {type(each).__module__ for layer in layers for each in layer.modules()}
     found = {file: getattr(sys.modules[file], "eager_attention_forward", None) for file in files}
     eager = {file: function for file, function in found.items() if function is not None}
@@ -236,13 +236,13 @@ def _attention(implementation: str, layers: list[nn.Module], see: Callable[..., 
 
 @torch.no_grad()
 def of_step(context: StepContext, model: PreTrainedModel, batch: StepBatch, look: Look) -> tuple[Sums, Sums]:
-    """Sums and maxima over all positions of a step's windows, on all processes; all must call this.
+    """Sums and maxima over all positions of a step's windows, on all processes. All processes must call this.
 
     Args:
-        context: of the run.
-        model: with the weights to look at.
-        batch: of the step.
-        look: with nothing in it yet.
+        context: the run's.
+        model: has the weights to look at.
+        batch: the step's.
+        look: a new one, still empty.
     """
     accelerator, objective = context.accelerator, context.objective
     training = objective.training

@@ -1,7 +1,7 @@
-"""How many sequences fit into memory at once, found by trying (`batch.micro_batch_size: auto`).
+"""Finds by trial how many sequences fit into memory at once (`batch.micro_batch_size: auto`).
 
-The global batch stays what it is, so this decides how fast a step is and nothing else. (Dropout masks belong to a
-micro-batch, so they are other masks at another size; a run keeps its size when it is resumed.)
+The global batch stays the same, so this decides how fast a step is and nothing else. (Dropout masks belong to a
+micro-batch, so another size means other masks; a resumed run keeps its size.)
 """
 
 import gc
@@ -29,19 +29,19 @@ def fitting(
     adamw: torch.optim.Optimizer,
     previous: int | None,
 ) -> int:
-    """The size that batch.micro_batch_size auto comes to; that of the checkpoint, if it fits.
+    """The micro-batch size that batch.micro_batch_size auto stands for: the checkpoint's, if it fits.
 
     Args:
-        config: of the run.
+        config: the run's settings.
         accelerator, objective, adamw: see `largest_micro_batch`.
         previous: the size before the run was resumed, or None.
 
     Raises:
-        InputError: with FSDP2, and when not even one sequence fits.
+        InputError: with FSDP2, or if not even one sequence fits.
     """
     if accelerator.is_fsdp2:
         raise InputError(
-            "batch.micro_batch_size auto does not go with FSDP2, where a process that runs out of memory leaves the "
+            "batch.micro_batch_size auto does not work with FSDP2, where a process that runs out of memory leaves the "
             "others waiting; give a number"
         )
     largest = -(-config.batch.sequences_per_step // accelerator.num_processes)
@@ -52,11 +52,11 @@ def fitting(
 
 
 def halve(run: Run, error: RuntimeError) -> None:
-    """Let a run that is out of memory go on with smaller micro-batches from the step that it failed in.
+    """Halve the micro-batches of a run that is out of memory; it goes on from the step in which it failed.
 
     Raises:
-        RuntimeError: the error, where it is another one, or smaller ones are not possible: with several processes, the
-            others wait for this one in the middle of the step.
+        RuntimeError: the error itself, if memory is not the reason, or the size can't be halved: with several
+            processes, the others wait for this one in the middle of the step.
     """
     size, automatic = run.batches.plan.micro_batch_size, run.config.batch.micro_batch_size == "auto"
     if not automatic or size == 1 or run.context.accelerator.num_processes > 1 or not is_out_of_memory(error):
@@ -64,27 +64,27 @@ def halve(run: Run, error: RuntimeError) -> None:
     run.batches.plan = replace(run.batches.plan, micro_batch_size=size // 2)
     run.state.optimizer.zero_grad()
     clear_device_cache(garbage_collection=True)
-    say(f"batch.micro_batch_size auto: out of memory with {size} sequences; goes on with {size // 2}")
+    say(f"batch.micro_batch_size auto: out of memory with {size} sequences; continuing with {size // 2}")
 
 
 def largest_micro_batch(
     accelerator: Accelerator, objective: nn.Module, adamw: torch.optim.Optimizer, block_size: int, largest: int
 ) -> int:
-    """The first of largest, half of it, a quarter, ... sequences that every process can train on at once.
+    """How many sequences every process can train on at once: `largest`, half of it, a quarter, ...
 
     Each process tries a forward and backward pass by itself, with moments and gradients in memory as in a step. All
     processes must call this.
 
     Args:
-        accelerator: the processes, without FSDP2: there a pass needs all of them, and one that runs out of memory
+        accelerator: the processes, without FSDP2, where a pass needs all of them and a process that runs out of memory
             leaves the others waiting.
         objective: the prepared `Objective`.
         adamw: its optimizer; it must not have moments yet.
-        block_size: tokens a sequence.
-        largest: what to begin with, at least 1.
+        block_size: tokens per sequence.
+        largest: the number to begin with, at least 1.
 
     Raises:
-        InputError: when not even one sequence fits.
+        InputError: if not even one sequence fits.
     """
     size = largest
     while size and not _fits(accelerator, objective, adamw, block_size, size):
@@ -93,7 +93,7 @@ def largest_micro_batch(
     size = min(int(each) for each in sizes)
     if size == 0:
         raise InputError(
-            "batch.micro_batch_size auto: not even one sequence fits into memory; lower data.block_size, or say "
+            "batch.micro_batch_size auto: not even one sequence fits into memory; lower data.block_size, or use "
             "--model.activation_checkpointing true"
         )
     if size < largest and accelerator.is_main_process:

@@ -1,7 +1,7 @@
-"""What `inspect` shows of replayed steps: a table and coloured text for a terminal, or a page of its own.
+"""What `inspect` shows of replayed steps: a table and coloured text on a terminal, or an HTML page.
 
-Text comes from anywhere, so it is never taken for anything but text: in a page it is escaped, and on a terminal control
-characters (which could move the cursor or hide a line) are shown by their codes.
+The text can come from anywhere, so it is always treated as plain text: a page escapes it, and a terminal shows control
+characters (which could move the cursor or hide a line) as their codes.
 """
 
 import html
@@ -9,9 +9,9 @@ import json
 import unicodedata
 from typing import Any
 
-_SHOWN = 4  # windows that a terminal gets
-_ON_A_PAGE = 64
-_SHADES = (  # background and foreground of 256 colours, from foreseen to astonishing; nats below
+_SHOWN = 4  # windows shown on a terminal
+_ON_A_PAGE = 64  # windows shown on a page
+_SHADES = (  # the nats that a loss is below; background and foreground in 256 colours, from expected to astonishing
     (0.5, "48;5;194;38;5;16"),
     (1.5, "48;5;229;38;5;16"),
     (3.0, "48;5;222;38;5;16"),
@@ -19,18 +19,18 @@ _SHADES = (  # background and foreground of 256 colours, from foreseen to astoni
     (8.0, "48;5;209;38;5;16"),
     (float("inf"), "48;5;197;38;5;231"),
 )
-_DARKEST = 8.0  # nats, on a page
+_DARKEST = 8.0  # nats from which a page uses the full colour
 
 
 def lines(found: list[dict[str, Any]], colour: bool) -> str:
-    """Replayed steps (see `replay.inspected`) to read on a terminal: two are set side by side, then each one's text."""
+    """Replayed steps (see `replay.inspected`) for a terminal: a table, two of them side by side, then their text."""
     out = [f"{name:16}" + "".join(f"{value:>22}" for value in values) for name, values in _table(found)]
     for each in found:
         if verification := each["verification"]:
             out += ["", f"step {each['step']}: {verdict(verification)}"]
-    shown = found[:1] if any("set" in each for each in found) else found  # the same windows twice
+    shown = found[:1] if any("set" in each for each in found) else found  # both have the same windows
     for each in shown:
-        out += ["", f"step {each['step']}, the most surprising tokens (nats: token, after what, in which document):"]
+        out += ["", f"step {each['step']}, the most surprising tokens (nats, token, text before it, document):"]
         out += [
             f"  {token['loss']:6.2f}  {_quoted(token['token']):16}  {_quoted(token['before'][-40:])}  "
             f"{visible(token['document'])}, token {token['offset']:,}"
@@ -44,14 +44,14 @@ def lines(found: list[dict[str, Any]], colour: bool) -> str:
 
 
 def verdict(verification: dict[str, Any]) -> str:
-    """Whether the replayed loss is the logged one, in words."""
+    """Whether the replayed loss equals the logged one, in words."""
     kind = f" (the run was on {', '.join(verification['kind'])})" if verification["kind"] else ""
     if verification["verdict"] == "bits":
-        return f"the replayed loss is the logged one bit for bit, {verification['logged']}{kind}"
+        return f"the replayed loss equals the logged one bit for bit, {verification['logged']}{kind}"
     off = verification["difference"]
     how_far = f"{off:.1e} relative" if off is not None else "one is not finite"
     if verification["verdict"] == "rounding":
-        return f"the replayed loss is the logged one, {verification['logged']}, to rounding: {how_far}{kind}"
+        return f"the replayed loss equals the logged one, {verification['logged']}, up to rounding: {how_far}{kind}"
     return (
         f"THE REPLAYED LOSS IS NOT THE LOGGED ONE, {verification['logged']}: {how_far}{kind}; settings, "
         "data or code have changed since"
@@ -59,7 +59,7 @@ def verdict(verification: dict[str, Any]) -> str:
 
 
 def _table(found: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Rows of names and values, a value for each replayed step."""
+    """Rows of a name and its values, one for each replayed step."""
 
     def row(name: str, of: Any) -> tuple[str, list[str]]:
         return name, [of(each) for each in found]
@@ -106,14 +106,14 @@ def _text(sequence: dict[str, Any], colour: bool) -> str:
         text = visible(token)
         if colour and loss is not None and text:
             shade = next(code for limit, code in _SHADES if loss < limit or limit == float("inf"))
-            # Each line on its own, or the colour would run to the window's edge.
+            # Colour each line separately, or the colour would run to the window's edge.
             text = "\n".join(f"\x1b[{shade}m{part}\x1b[0m" if part else "" for part in text.split("\n"))
         pieces.append(text)
     return "".join(pieces)
 
 
 def visible(text: str) -> str:
-    """Text with control characters (but for new lines and tabs) and marks of direction shown by their codes."""
+    """Text in which control characters (except new lines and tabs) and direction marks appear as their codes."""
     return "".join(
         f"\\u{ord(char):04x}" if unicodedata.category(char) in ("Cc", "Cf", "Cs") and char not in "\n\t" else char
         for char in text
@@ -125,7 +125,7 @@ def _quoted(text: str) -> str:
 
 
 def page(found: list[dict[str, Any]], title: str) -> str:
-    """Replayed steps as one page of HTML that asks for nothing from anywhere, light or dark as the reader's system."""
+    """Replayed steps as one HTML page that loads nothing from anywhere, light or dark like the reader's system."""
     body = [f"<h1>{_escaped(title)}</h1>"]
     for each in found:
         if verification := each["verification"]:

@@ -1,9 +1,9 @@
-"""A fixed text at each evaluation: what each token costs the model, and what it would have said instead.
+"""Shows the model a fixed text at each evaluation: the loss of each token, and what the model expected in its place.
 
     text -> tokens t_0 ... t_n        loss of t_i: -ln p(t_i | t_0 ... t_i-1), in nats; the five likeliest in its place
 
-The same few words over a whole training show what is learned when. The first token is predicted from nothing, so it has
-neither. With FSDP2 all processes run the forward pass, as each holds a part of the weights.
+The same few words over a whole run show what the model learns when. The first token has neither, as nothing precedes
+it. With FSDP2 all processes run the forward pass, as each holds a part of the weights.
 """
 
 from collections.abc import Callable
@@ -23,32 +23,32 @@ _LIKELIEST = 5
 
 
 def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config: Config) -> None:
-    """Refuse a probe that has nothing to predict, or is beyond the model's context.
+    """Refuse a probe that leaves nothing to predict, or exceeds the model's context.
 
     Raises:
-        InputError: with both numbers. (Of the default, a model with a short context sees the beginning.)
+        InputError: with both numbers. (A model with a short context sees only the beginning of the default text.)
     """
     tokens, context = len(prompt_ids(tokenizer, config.study.probe or "")), context_length(model)
     if tokens < 2:
-        raise InputError("study.probe: has one token only, and so none to predict; give a longer text")
+        raise InputError("study.probe: has only one token, so there is none to predict; give a longer text")
     if context is not None and tokens - 1 > context and config.study.probe != PROBE:
-        raise InputError(f"study.probe: has {tokens} tokens, the model sees {context}; give a shorter text")
+        raise InputError(f"study.probe: has {tokens} tokens, but the model sees only {context}; give a shorter text")
 
 
 class Probe(Observer):
     """Records the probe after each evaluation. All processes must call it.
 
     Args:
-        run: set up; its `study.probe` is the text.
-        write: told the event, the step and the values of each record.
-        probed: the last step after which one was recorded, before the run was resumed.
+        run: a run that is set up; its `study.probe` is the text.
+        write: called with the event, the step and the values of each record.
+        probed: the last step with a recorded probe before the run was resumed.
     """
 
     def __init__(self, run: Run, write: Callable[[str, int, dict[str, Any]], None], probed: int) -> None:
         self.run, self.write, self.probed = run, write, probed
 
     def after_evaluation(self, state: TrainState, record: dict[str, Any]) -> None:
-        """Record what the text's tokens cost the model now."""
+        """Record the current loss of each token of the text."""
         if self.probed != state.step:
             text, tokenizer = self.run.config.study.probe or "", self.run.data.tokenizer
             self.write("probe", state.step, measure(self.run.context, state.model, tokenizer, text))
@@ -58,7 +58,7 @@ class Probe(Observer):
 def measure(
     context: StepContext, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text: str
 ) -> dict[str, Any]:
-    """A text's tokens, their losses and what was likeliest, as study.jsonl has them. All processes must call this."""
+    """A text's tokens, their losses and the likeliest ones, as in study.jsonl. All processes must call this."""
     objective, limit = context.objective, context_length(model)
     ids = prompt_ids(tokenizer, text)[: None if limit is None else limit + 1]
     losses: list[float] = []

@@ -1,13 +1,13 @@
-"""Any step of a run, again: the state is (weights, moments, step), and all else follows from the configuration.
+"""Replays any step of a run: the state is (weights, moments, step), and all else follows from the configuration.
 
     newest whole checkpoint before the step (else the initial weights) -> train the steps between, in memory
         -> the step's windows, each token's loss -> the step itself, watched -> is its loss the one in the log?
 
-Nothing is written to the run's folder. On one process of the same kind, the replayed loss is the logged one to the bit,
-which shows that what one sees is what happened; where the run had several processes, or another machine, it is the same
-to rounding, and how far it is off is said.
+A replay writes nothing to the run's folder. On one process of the same kind, the replayed loss equals the logged one
+to the bit, which shows that the replay is what happened. If the run had several processes, or another machine, the two
+are equal up to rounding, and the output says how far apart they are.
 
-With other settings for that one step (`Replay.instead`), the same state shows what the step would have been.
+With other settings for that one step (`Replay.instead`), the same state shows how the step would have gone.
 """
 
 import gc
@@ -46,8 +46,8 @@ from train_loop.training.state import Run, StepBatch
 from train_loop.training.step import StepResult, train_step
 
 _SURPRISING = 10
-_CONTEXT = 12  # tokens before a surprising one that are shown
-# What another value of would make another step of another run: nothing to compare with.
+_CONTEXT = 12  # tokens shown before a surprising one
+# Another value of one of these would mean another run, with nothing to compare.
 _FIXED = ("data.", "tokenizer.", "model.name_or_path", "run.output_dir", "run.resume", "run.log_with")
 
 
@@ -55,12 +55,12 @@ class Replay:
     """A run's steps, replayed one by one.
 
     Args:
-        folder: of the run.
-        steps: numbers, from 1, of those that will be asked for.
-        set_up: makes a run of a configuration.
+        folder: the run's folder.
+        steps: the numbers, from 1, of the steps to replay.
+        set_up: makes a run from a configuration.
 
     Raises:
-        InputError: where there is no such run or step, or it can't be replayed.
+        InputError: if there is no such run or step, or it can't be replayed.
     """
 
     def __init__(self, folder: Path, steps: Sequence[int], set_up: Callable[[Config], Run]) -> None:
@@ -68,7 +68,7 @@ class Replay:
             raise InputError("inspect: replays on one process; start it without a launcher")
         self.folder = RunFolder(folder)
         if not (folder / "config.yaml").is_file():
-            raise InputError(f"--run {folder}: holds no run (config.yaml is not there)")
+            raise InputError(f"--run {folder}: holds no run (config.yaml is missing)")
         self.logged = {each["step"]: each for each in read_events(self.folder.metrics) if each["event"] == "step"}
         for step in steps:
             if step not in self.logged:
@@ -79,9 +79,9 @@ class Replay:
         self.config = self._settings()
         self.run = self._built(self.config)
         self.at: int | None = None
-        """How many steps the state of `run` has behind it."""
+        """How many steps the state of `run` has finished; None if it has no state to go on from."""
         self.from_step = 0
-        """That of the checkpoint it came from."""
+        """The step of the checkpoint that the state came from."""
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
@@ -92,7 +92,7 @@ class Replay:
 
     def _settings(self) -> Config:
         found = config_from_arguments(["--config", str(self.folder.path / "config.yaml")])
-        try:  # what "auto" came to
+        try:  # the values that "auto" led to
             found.batch.micro_batch_size = int(self.truth["batch"]["micro_batch_size"])
             torch.set_num_threads(int(self.truth["processes"]["each"][0]["threads"]))
         except (KeyError, IndexError, TypeError, ValueError):
@@ -100,7 +100,7 @@ class Replay:
         return found
 
     def _built(self, settings: Config) -> Run:
-        """The run's parts, on the same data, with a folder of its own that is never made."""
+        """The run's parts, on the same data, with a folder of its own that is never created."""
         settings.run.resume, settings.run.log_with, settings.sample.prompts = "auto", [], []
         settings.study.every, settings.study.probe = None, None
         with tempfile.TemporaryDirectory() as empty:
@@ -110,16 +110,16 @@ class Replay:
         if run.data.fingerprint != expected:
             raise InputError(
                 f"--run {self.folder.path}: was trained on other data (fingerprint {str(expected)[:12]}, now "
-                f"{run.data.fingerprint[:12]}): documents or tokenizer have changed since; put them back"
+                f"{run.data.fingerprint[:12]}): the documents or the tokenizer have changed since; put them back"
             )
         run.context.objective.train()
         return run
 
     def go_before(self, step: int) -> None:
-        """Have the state before a step, counted from 1.
+        """Bring `run` to the state before a step, counted from 1.
 
         Raises:
-            InputError: where checkpoints before it are damaged and none is whole.
+            InputError: if checkpoints before it are damaged and none is whole.
         """
         done = step - 1
         damaged: list[str] = []
@@ -129,7 +129,7 @@ class Replay:
             found, problem = storage.of_step(self.folder.checkpoints, known)
             if found is None:
                 damaged.append(problem)
-                say(f"{problem}; passed over")
+                say(f"{problem}; skipped")
                 continue
             self._load(found)
             break
@@ -152,12 +152,12 @@ class Replay:
             restore(self.run.context.accelerator, found, state.model, state.optimizer)
         except ValueError as error:
             raise InputError(f"{error}; model.name_or_path has changed since") from None
-        except (OSError, SafetensorError) as error:  # a run that goes on removes old ones
+        except (OSError, SafetensorError) as error:  # a run that is still going removes old ones
             raise InputError(f"checkpoint {found.folder}: {one_line(error)}; try again") from None
         self.at = self.from_step = state.step = found.step
 
     def step(self, step: int) -> dict[str, Any]:
-        """Everything about a step, counted from 1, as plain values; see `inspected`."""
+        """Replay a step, counted from 1; returns everything about it as plain values, see `inspected`."""
         self.go_before(step)
         found = inspected(self.run, step)
         self.at = step
@@ -168,7 +168,7 @@ class Replay:
 
         Args:
             step: counted from 1.
-            changes: KEY=VALUE for keys of the configuration; dropout=0 turns dropout off whatever its kind.
+            changes: KEY=VALUE for keys of the configuration; dropout=0 turns off all kinds of dropout.
         """
         other, dropout = self._changed(changes)
         self.go_before(step)
@@ -193,10 +193,10 @@ class Replay:
             if not equals:
                 raise InputError(f"--set {change}: give section.key=value, e.g. --set optimizer.learning_rate=1e-4")
             if key.startswith(_FIXED):
-                raise InputError(f"--set {key}: would be another run, not another step of this one")
+                raise InputError(f"--set {key}: would mean another run, not another version of this step")
             if key == "dropout":
                 if text not in ("0", "0.0", "off", "false"):
-                    raise InputError(f"--set dropout={text}: it can be turned off, with dropout=0")
+                    raise InputError(f"--set dropout={text}: dropout can only be turned off, with dropout=0")
                 dropout = False
             else:
                 override(other, key, text)
@@ -204,7 +204,7 @@ class Replay:
         return other, dropout
 
     def _verified(self, found: dict[str, Any]) -> dict[str, Any]:
-        """Whether the replayed loss is the logged one; how far it is off, and what is another kind of run here."""
+        """Whether the replayed loss equals the logged one, how far apart they are, and how this process differs."""
         logged = self.logged[found["step"]]["loss"]
         kind = self._another_kind()
         if logged is None or found["loss"] is None:  # not finite
@@ -216,7 +216,7 @@ class Replay:
         return {"verdict": verdict, "logged": logged, "difference": difference, "kind": kind}
 
     def _another_kind(self) -> list[str]:
-        """In what the run differs from this process, in words."""
+        """How the run differs from this process, in words."""
         sheet, kind = self.truth["processes"], []
         first = sheet["each"][0]
         if sheet["present"] > 1 and self.config.run.reproducible != "bitwise":
@@ -231,14 +231,14 @@ class Replay:
 
 
 def inspected(run: Run, step: int) -> dict[str, Any]:
-    """Take a step with a run that is in the state before it, and tell all about it.
+    """Take a step with a run that is in the state before it, and return everything about it.
 
     Returns:
         step, epoch, loss (as trained, dropout included), targets, learning_rate, grad_norm, clipped, taken;
-        loss_before and loss_after: of the step's own windows, dropout off, before and after the update;
-        sequences: of each window its block, documents (name, offset in tokens, tokens), tokens (text) and their losses
-        as trained (null for what is not predicted); surprising: the tokens with the highest; statistics: see
-        `step_statistics.py`, null where the update was skipped.
+        loss_before and loss_after: on the step's own windows, without dropout, before and after the update;
+        sequences: each window's block, documents (name, offset in tokens, tokens), tokens (text) and their losses as
+        trained (null for a token that is not predicted); surprising: the tokens with the highest losses; statistics:
+        see `step_statistics.py`, null if the update was skipped.
     """
     seen: list[dict[str, Any]] = []
     watch = StepStatistics(run, 1, lambda event, number, values: seen.append(values))
@@ -285,7 +285,7 @@ def _rate(run: Run, index: int) -> float:
 
 @torch.no_grad()
 def _loss(run: Run, batch: StepBatch) -> float:
-    """Mean loss of a step's windows, dropout off."""
+    """The mean loss on a step's windows, without dropout."""
     nll = targets = 0.0
     objective, training = run.context.objective, run.context.objective.training
     objective.eval()
@@ -300,7 +300,7 @@ def _loss(run: Run, batch: StepBatch) -> float:
 
 @torch.no_grad()
 def _token_losses(run: Run, batch: StepBatch) -> list[float | None]:
-    """The loss of each position of a step's windows in their order, with the dropout masks that it is trained with."""
+    """The loss at each position of a step's windows, in order, with the dropout masks of its training."""
     device, found = run.context.accelerator.device, list[float | None]()
 
     def visit(logits: torch.Tensor, targets: torch.Tensor) -> None:
@@ -328,7 +328,7 @@ def _sequences(data: Prepared, batch: StepBatch, size: int) -> list[dict[str, An
 
 
 def _documents(store: TokenStore, first: int, end: int) -> list[dict[str, Any]]:
-    """The documents that the tokens first..end-1 of a store belong to; offset: in tokens, from the document's first."""
+    """The documents that the tokens first..end-1 of a store belong to; offset counts tokens from a document's start."""
     ends = store.document_ends
     found = []
     while first < end:
@@ -340,13 +340,13 @@ def _documents(store: TokenStore, first: int, end: int) -> list[dict[str, Any]]:
 
 
 def _length(ends: Any, token: int) -> int:
-    """Tokens of the document that a token belongs to."""
+    """How many tokens the document of a token has."""
     index = int(ends.searchsorted(token, side="right"))
     return int(ends[index]) - (int(ends[index - 1]) if index else 0)
 
 
 def _surprising(sequences: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The tokens with the highest losses, with what stood before them and where."""
+    """The tokens with the highest losses, the text before them, and where they are."""
     places = [
         (loss, row, column)
         for row, each in enumerate(sequences)
@@ -396,7 +396,7 @@ def _put_back(run: Run, state: dict[str, Any]) -> None:
     tensors = tensors_once(run.state.model)
     shapes = {name: tensor.shape for name, tensor in state["weights"].items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-        raise InputError("--set: makes another model, which the run's weights don't fit")
+        raise InputError("--set: makes another model, and the run's weights don't fit it")
     for name, tensor in tensors.items():
         tensor.copy_(state["weights"][name])
     run.state.optimizer.state.clear()

@@ -1,4 +1,4 @@
-"""An observer that samples a text or two after each evaluation, for the log and to read."""
+"""An observer that samples a text or two after each evaluation, for the log and the reader."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +13,12 @@ from train_loop.training.state import Observer, Run, TrainState
 
 
 class Samples(Observer):
-    """Continues the configured prompts; else one text from its beginning, if the tokenizer has a token for that.
+    """Continues the configured prompts. If there are none, it samples a whole text, if the tokenizer can begin one.
 
     Args:
-        run: set up.
-        write: told each record.
-        known: (step, samples): so many texts after that step were sampled before the run was resumed.
+        run: a run that is set up.
+        write: called with each record.
+        known: (step, samples): how many texts were sampled after that step before the run was resumed.
     """
 
     def __init__(self, run: Run, write: Callable[[dict[str, Any]], None], known: tuple[int, int]) -> None:
@@ -34,7 +34,7 @@ class Samples(Observer):
     def after_evaluation(self, state: TrainState, record: dict[str, Any]) -> None:
         """Sample the texts that the log doesn't have yet."""
         accelerator, main = self.context.accelerator, self.context.accelerator.is_main_process
-        # Sharded weights are gathered layer by layer, so then all processes have to sample along.
+        # Sharded weights are gathered layer by layer, so all processes must take part in sampling.
         together = accelerator.is_fsdp2
         poll = StopPoll(accelerator, self.context.stop, alone=not together)
         done = self.known[1] if self.known[0] == state.step else 0

@@ -1,27 +1,27 @@
 """What a step does inside a model: norms of weights, gradients and updates, the gradient's noise, and what
-`activations.py` sees. One line of study.jsonl for each step that is watched.
+`activations.py` sees. Each watched step becomes one line in study.jsonl.
 
-    before_step      look at the step's windows with the weights as they are; watch the gradients that come
-    train_step       as ever: it is the same step, to the bit, whether it is watched or not
-    after_step       put together what was seen
+    before_step      look at the step's windows with the weights as they are; start to watch gradients
+    train_step       runs as usual: the step is the same, to the bit, watched or not
+    after_step       put the results together
 
 For a parameter w with gradient g (of the step's mean loss, over all processes, before clipping) and AdamW's second
 moment v, after its update:
 
     weight_norm |w|, before the update      grad_norm |g|      update_ratio |w_after - w| / |w|
-    second_moment sqrt(mean v): the size of gradient that the update is divided by
+    second_moment sqrt(mean v): the gradient size that the update is divided by
 
-A layer's are those of all its parameters together. Where FSDP2 shards them, each process adds up its rows.
+A layer's values cover all its parameters together. If FSDP2 shards them, each process adds up its own rows.
 
 The gradient noise scale (McCandlish et al., "An empirical model of large-batch training", 2018, appendix A.1) compares
-the gradients of micro-batches, of t_m targets each, with that of the step, of T:
+the gradients of micro-batches, with t_m targets each, to that of the step, with T targets:
 
     E |g_m|^2 = |G|^2 + S / t_m        E |g|^2 = |G|^2 + S / T
 
-which is solved for the true gradient's |G|^2 ("signal") and the variance a token S ("noise"). S / |G|^2 is the number
-of tokens at which a step's gradient is half noise. One step's estimate scatters widely, and signal may even come out
-negative (then there is no scale): average signal and noise over steps before dividing. Tokens of one window are not
-independent, so it is a yardstick, not a law.
+Both equations together give the true gradient's |G|^2 ("signal") and the variance per token S ("noise"). S / |G|^2 is
+the number of tokens at which a step's gradient is half noise. One step's estimates scatter widely, and the signal may
+even be negative (then there is no scale): average signal and noise over steps before dividing. The tokens of a window
+are not independent, so the scale is a yardstick, not a law.
 """
 
 import math
@@ -43,13 +43,13 @@ from train_loop.devices import exact
 from train_loop.models.parameters import tensors_once
 from train_loop.training.state import Observer, Run, StepBatch, StepBatches, TrainState
 
-_ROW = 4096  # numbers whose squares are added up in fp32: errors of 1e-7, where one sum over millions is off by 1e-3
-_SAMPLED_TOKENS = 1 << 26  # of the training data that are counted; beyond, evenly spread pieces of it stand for all
+_ROW = 4096  # squares added up in fp32 at a time: errors of 1e-7, while one sum over millions is off by 1e-3
+_SAMPLED_TOKENS = 1 << 26  # training tokens that are counted; of more data, evenly spread pieces stand for all
 _PIECES = 64
 
 
 class _MicroBatch(NamedTuple):
-    """Of one micro-batch: its targets [] int64, what its loss was multiplied by for fp16, |g|^2 of each parameter."""
+    """What is known of a micro-batch: its targets [] int64, its fp16 loss scale, |g|^2 of each parameter."""
 
     targets: torch.Tensor
     loss_scale: float
@@ -57,13 +57,13 @@ class _MicroBatch(NamedTuple):
 
 
 class StepStatistics(Observer):
-    """Watches a run's steps, and writes down what was seen of each that was applied. All processes must call it.
+    """Watches a run's steps, and records each one that was applied. All processes must call it.
 
     Args:
-        run: set up.
-        every: the steps whose number this divides are watched.
-        write: told the event, the step and the values of each record.
-        norms: gradient norms of the steps before the run was resumed, as far as they count for `clipped_share`.
+        run: a run that is set up.
+        every: the observer watches steps whose number is a multiple of this.
+        write: called with the event, the step and the values of each record.
+        norms: gradient norms from before the run was resumed, as far as they count for `clipped_share`.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class StepStatistics(Observer):
         self._clipped = deque((self._clips(norm) for norm in norms), maxlen=every)
 
     def before_step(self, state: TrainState, batch: StepBatch) -> None:
-        """Look at a step that is about to be taken, if it is one to watch."""
+        """Look at the coming step, if it is one to watch."""
         self._release()
         if (state.step + 1) % self.every:
             return
@@ -102,7 +102,7 @@ class StepStatistics(Observer):
         self._batch = batch
         attention = str(state.model.config._attn_implementation)
         self._seen = of_step(self.context, state.model, batch, Look(self.layers, attention, frequency, len(labels)))
-        # Told after the hooks of FSDP2, which put the whole weights there for the forward pass.
+        # Called after FSDP2's hooks, which put the whole weights in place for the forward pass.
         self._handles = [
             self.context.objective.register_forward_pre_hook(self._begin_micro_batch),
             state.optimizer.register_step_pre_hook(lambda *_: self._before_update()),
@@ -119,7 +119,7 @@ class StepStatistics(Observer):
             self._watch_gradients(state.model, set())
 
     def after_step(self, state: TrainState, record: dict[str, Any]) -> None:
-        """Write down what was seen of the step, unless it was not applied."""
+        """Record the step, if it was applied."""
         self._clipped.append(self._clips(record["grad_norm"]))
         if self._sums and self._batch is not None and not record.get("skipped"):
             self.write("statistics", state.step, self._values(self._batch, record["grad_norm"]))
@@ -141,14 +141,14 @@ class StepStatistics(Observer):
             return
         if self._batch is not None and len(self._micro_batches) == len(
             self._batch.micro_batches
-        ):  # the step is computed once more
+        ):  # the step runs again
             self._micro_batches = []
         scaler = self.context.accelerator.scaler
         loss_scale = 1.0 if scaler is None else scaler.get_scale()
         self._micro_batches.append(_MicroBatch((arguments[1] != IGNORED).sum(), loss_scale, []))
 
     def _watch_gradients(self, module: nn.Module, hooked: set[int]) -> None:
-        """Be told each micro-batch's gradients, before they are added to others and sent to other processes."""
+        """Hook each micro-batch's gradients, before they are added to others and sent to other processes."""
         for parameter in module.parameters():
             if parameter.requires_grad and not isinstance(parameter, DTensor) and id(parameter) not in hooked:
                 hooked.add(id(parameter))
@@ -175,7 +175,7 @@ class StepStatistics(Observer):
                 self._sums[f"{name}/moment"] = exact(_local(state[parameter]["exp_avg_sq"])).sum() * share
 
     def _share(self, tensor: torch.Tensor) -> float:
-        """What to multiply a sum over what this process holds by, so that all processes' sum is the tensor's."""
+        """The factor for this process's sum over its part of a tensor, so that all processes' sums add up right."""
         if not isinstance(tensor, DTensor):
             return 1 / self.context.accelerator.num_processes
         copies = 1
@@ -183,12 +183,12 @@ class StepStatistics(Observer):
             copies *= size if isinstance(placement, Replicate) else 1
         return 1 / copies
 
-    # --- what came of it
+    # --- results
 
     def _values(self, batch: StepBatch, grad_norm: float) -> dict[str, Any]:
         sums = over_processes(self.context.accelerator, self._sums | self._noise_sums())
         limit = self.context.max_grad_norm
-        # What clip_grad_norm_ multiplied the gradients by.
+        # What clipping multiplied the gradients by.
         clip = 1.0 if limit is None else min(1.0, limit / (grad_norm + 1e-6))
         found = {name: float(value) for name, value in sums.items()}
         gradients = {name: found.get(f"{name}/gradient", 0.0) / clip**2 for name in self.parameters}
@@ -257,8 +257,8 @@ class StepStatistics(Observer):
     # --- noise
 
     def _noise_sums(self) -> Sums:
-        """Over this process's micro-batches: |g_m|^2 of the mean loss of each, 1 / t_m, and how many there are."""
-        weight = self.context.accumulator.weight  # what their summed losses were multiplied by
+        """Sums over this process's micro-batches: |g_m|^2 of each one's mean loss, 1 / t_m, and their number."""
+        weight = self.context.accumulator.weight  # the factor for their summed losses
         total = exact(torch.zeros(3, device=self.context.accelerator.device))
         for targets, loss_scale, squares in self._micro_batches:
             if count := int(targets):
@@ -277,7 +277,7 @@ class StepStatistics(Observer):
     # --- frequency of tokens
 
     def _frequencies(self) -> tuple[torch.Tensor, list[str]]:
-        """The bin of each token of the vocabulary by its count in the training data, and the bins' labels."""
+        """The bin of each token of the vocabulary, by its count in the training data, and the bins' labels."""
         if self._frequency is None:
             vocabulary = len(self.state.model.get_input_embeddings().weight)  # type: ignore[arg-type]
             bins = frequency_bins(token_counts(self.batches.windows.store, vocabulary))
@@ -295,7 +295,7 @@ def square_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def noise_of(big: float, targets: float, small: float, inverse: float) -> tuple[float, float]:
-    """|G|^2 and S of the module's docstring.
+    """|G|^2 and S as in the module's docstring.
 
     Args:
         big: |g|^2 of the step.
@@ -308,7 +308,7 @@ def noise_of(big: float, targets: float, small: float, inverse: float) -> tuple[
 
 
 def targets_until(batches: StepBatches, step: int) -> int:
-    """Targets of the first `step` steps of a run."""
+    """The number of targets in the first `step` steps of a run."""
     plan, windows = batches.plan, batches.windows
     epochs, rest = divmod(step, plan.steps_per_epoch)
     places = np.arange(min(rest * plan.sequences_per_step, plan.blocks_per_epoch), dtype=np.uint64)
@@ -317,7 +317,7 @@ def targets_until(batches: StepBatches, step: int) -> int:
 
 
 def token_counts(store: TokenStore, vocabulary: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """How often each token stands in a store [vocabulary]; estimated from evenly spread pieces where it is large."""
+    """How often each token occurs in a store [vocabulary]; estimated from evenly spread pieces of a large store."""
     size = len(store)
     counts = np.zeros(vocabulary)
     length = -(-min(size, _SAMPLED_TOKENS) // _PIECES)
@@ -334,12 +334,12 @@ def frequency_bins(counts: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[
     """The bin of each count: 0 for 0, 1 for 1 to 9, 2 for 10 to 99, ..."""
     bins = np.zeros(len(counts), dtype=np.int64)
     some = counts > 0
-    # Not by logarithms, which may put 1,000 below 3.
+    # Not by logarithms: rounding may put that of 1,000 below 3.
     powers = 10.0 ** np.arange(1, 19)
     bins[some] = 1 + np.searchsorted(powers, np.maximum(counts[some], 1), side="right")
     return bins
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor."""
+    """The part of a tensor that this process holds."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()

@@ -1,4 +1,4 @@
-"""A step on trial: it allocates and computes what a step does, and changes nothing."""
+"""A trial step: it allocates and computes what a step does, but changes nothing."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,8 +8,8 @@ import torch
 
 @contextmanager
 def without_effect(optimizer: torch.optim.Optimizer) -> Iterator[Callable[[], None]]:
-    """Within this context, the function it gives takes an optimizer step that changes no weight: with a gradient of
-    zero, at a rate of zero. It allocates the moments, which are gone again afterwards, as are all gradients.
+    """A context whose function takes an optimizer step that changes no weight: its gradients and its rate are zero.
+    The step allocates the moments; on leaving the context, they are gone, and so are all gradients.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
 

@@ -1,11 +1,11 @@
-"""The truth sheet: what a run *is*, measured before its first step, beside what was asked for.
+"""The truth sheet: what a run *is*, measured before its first step, next to what was asked for.
 
     measure(run) -> sheet (plain values, truth.json) -> check(sheet) stops where the two contradict each other
                                                      -> table(sheet) to read
 
-Dtypes are those of tensors that a real forward, backward and optimizer step have left behind; whether one document can
-influence another is found out by changing one; the loss is compared with the one the model computes by itself. The
-model and the optimizer are afterwards as they were before.
+The dtypes are those of tensors that a real forward, backward and optimizer step leave behind. Changing one document
+shows whether it can influence another. The loss is compared with the one that the model computes itself. Afterwards,
+the model and the optimizer are as they were before.
 """
 
 from collections import Counter
@@ -35,7 +35,7 @@ def measure(run: Run) -> dict[str, Any]:
     """The truth sheet of a run that has been set up. All processes must call this.
 
     Raises:
-        InputError: where bitwise reproducibility was asked for and a kernel can't give it.
+        InputError: if bitwise reproducibility was asked for and a kernel can't provide it.
     """
     config, context, state = run.config, run.context, run.state
     accelerator, model = context.accelerator, state.model
@@ -47,7 +47,7 @@ def measure(run: Run) -> dict[str, Any]:
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
-        raise InputError(f"run.reproducible bitwise: not with this model on this device ({one_line(error)})") from None
+        raise InputError(f"run.reproducible bitwise fails with this model on this device ({one_line(error)})") from None
     return {
         "processes": {
             "asked": launch.asked_for() or 1,
@@ -76,59 +76,59 @@ def measure(run: Run) -> dict[str, Any]:
 
 
 def check(sheet: dict[str, Any]) -> None:
-    """Stop where a sheet says that something is not what was asked for.
+    """Stop if a sheet shows that something is not what was asked for.
 
     Raises:
-        InputError: with both, and what would do.
+        InputError: with both, and how to fix it.
     """
     found, precision, loss = sheet["processes"], sheet["precision"], sheet["loss"]
     if found["asked"] > found["present"]:
-        raise InputError(f"truth sheet: asked for {found['asked']} processes, {found['present']} are present")
+        raise InputError(f"truth sheet: asked for {found['asked']} processes, but only {found['present']} present")
     for what in ("parameters", "gradients", "moments"):
         if set(precision[what]) != {"float32"}:
             raise InputError(
-                f"truth sheet: {what} are {', '.join(precision[what])} where float32 belongs; "
-                "weights and moments must not be rounded: leave precision to run.mixed_precision"
+                f"truth sheet: {what} are {', '.join(precision[what])} but should be float32; "
+                "weights and moments must not be rounded; leave precision to run.mixed_precision"
             )
     computing = PRECISIONS[precision["asked"]].dtype
     if precision["compute"] != computing:
         raise InputError(
             f"truth sheet: run.mixed_precision {precision['asked']} should compute in {computing}, "
-            f"but the model does in {precision['compute']}; this model or device can't; use run.mixed_precision no"
+            f"but the model computes in {precision['compute']}; this model or device can't; use run.mixed_precision no"
         )
     parameters = sheet["parameters"]
     if parameters["in_no_group"] or parameters["in_several_groups"]:
         raise InputError(
-            f"truth sheet: the optimizer does not hold {parameters['in_no_group']}, and more than once "
-            f"{parameters['in_several_groups']}; this is a mistake in train_loop, please report it"
+            f"truth sheet: the optimizer does not hold {parameters['in_no_group']}, and holds "
+            f"{parameters['in_several_groups']} more than once; this is a bug in train_loop, please report it"
         )
     if not loss["difference"] <= loss["tolerance"]:
         raise InputError(
-            f"truth sheet: the training loss is {loss['value']:.6f} ({loss['path']}), the model's own "
-            f"{loss['own']:.6f}; the model adds something to its loss (of its experts, say) that train_loop does not "
-            "know; turn that off in its configuration"
+            f"truth sheet: the training loss is {loss['value']:.6f} ({loss['path']}), but the model's own is "
+            f"{loss['own']:.6f}; the model adds something to its loss (for its experts, say) that train_loop does not "
+            "know about; turn that off in its configuration"
         )
     if sheet["documents"]["isolated"] and sheet["documents"]["cross"]:
         raise InputError(cannot_isolate(sheet["model"]["class"], sheet["model"]["attention"]))
 
 
 def cannot_isolate(name: str, attention: str) -> str:
-    """What to say where documents were found to influence each other although they should not."""
+    """The error message for documents that influence each other although they should not."""
     return (
         f"data.isolate_documents: {name} with attention {attention} lets one document influence another; "
-        "say --model.attention sdpa (or eager), choose another model, or --data.isolate_documents false"
+        "use --model.attention sdpa (or eager), choose another model, or set --data.isolate_documents false"
     )
 
 
 def table(sheet: dict[str, Any]) -> str:
-    """A sheet as lines to read."""
+    """A sheet as lines of text to read."""
     found, precision, parameters, batch = (sheet[name] for name in ("processes", "precision", "parameters", "batch"))
     hosts = Counter(each["host"] for each in found["each"])
     devices = Counter(each["name"] for each in found["each"])
     rates = sheet["learning_rate"]
     idle = max(0, found["present"] - batch["micro_batches_per_step"])
-    started = f"{found['present']} of {found['asked']} asked, {found['parallelism']}, on "
-    computing = f"{precision['asked']} asked; computes in {precision['compute']}, weights "
+    started = f"{found['present']} of {found['asked']} asked for, {found['parallelism']}, on "
+    computing = f"{precision['asked']} asked for; computes in {precision['compute']}, weights "
     computing += f"{_kinds(precision['parameters'])}, gradients {_kinds(precision['gradients'])}, moments "
     built = f"{sheet['model']['class']}, attention {sheet['model']['attention']}"
     micro_batches = f"{batch['micro_batches_per_step']} micro-batches of {batch['micro_batch_size']}"
@@ -152,12 +152,12 @@ def table(sheet: dict[str, Any]) -> str:
         ),
         "loss": f"{sheet['loss']['path']}, {sheet['loss']['difference']:.1e} from the model's own",
         "documents": ("isolated" if sheet["documents"]["isolated"] else "packed")
-        + (": one crosses into the next" if sheet["documents"]["cross"] else ": none reaches another"),
+        + (": one influences the next" if sheet["documents"]["cross"] else ": none influences another"),
         "a step": f"{batch['sequences_per_step']} sequences of {batch['block_size']} in {micro_batches}, at most "
-        f"{batch['micro_batches_per_process']} a process"
+        f"{batch['micro_batches_per_process']} per process"
         + (f"; {idle} processes have nothing to do: lower batch.micro_batch_size" if idle else ""),
-        "the run": f"{batch['steps']:,} steps, {batch['steps_per_epoch']:,} an epoch; {batch['targets']:,} targets, "
-        f"{batch['targets_per_epoch']:,} an epoch",
+        "the run": f"{batch['steps']:,} steps, {batch['steps_per_epoch']:,} per epoch; {batch['targets']:,} targets, "
+        f"{batch['targets_per_epoch']:,} per epoch",
         "learning rate": f"{rates['first_step']:.3g} at first, {rates['after_warmup']:.3g} after "
         f"{rates['warmup_steps']} steps of warm-up, {rates['last_step']:.3g} at the end ({rates['schedule']})",
     }
@@ -165,9 +165,9 @@ def table(sheet: dict[str, Any]) -> str:
 
 
 def documents_cross(accelerator: Accelerator, objective: nn.Module, config: Config) -> bool:
-    """Whether a document's tokens change the losses of another one's in the same block, or of another row.
+    """Whether a document's tokens change the losses of another document in the same block, or of another row.
 
-    Found by changing every token of one document; all processes must call this.
+    It changes every token of one document to find out. All processes must call this.
     """
     length = config.data.block_size
     if length < 3:
@@ -176,7 +176,7 @@ def documents_cross(accelerator: Accelerator, objective: nn.Module, config: Conf
     inputs = _tokens(accelerator, objective, 2, length)
     targets = inputs.roll(-1, 1)
     targets[:, -1] = IGNORED
-    targets[0, :border] = IGNORED  # only the second document of row 0, and row 1, are looked at
+    targets[0, :border] = IGNORED  # only the second document of row 0 and row 1 count
     positions = None
     if config.data.isolate_documents:
         positions = torch.arange(length, device=inputs.device).repeat(2, 1)
@@ -206,7 +206,7 @@ def _nll(objective: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, posi
 
 @torch.no_grad()
 def _loss_difference(context: StepContext, model: PreTrainedModel, block_size: int) -> dict[str, Any]:
-    """The training loss of a made-up batch, and the one that the model computes by itself from labels."""
+    """The training loss of a made-up batch, and the loss that the model itself computes from labels."""
     accelerator, objective = context.accelerator, context.objective
     if block_size < 2:  # the model's own loss leaves out a row's first token, and there is no other
         return {"value": 0.0, "own": 0.0, "difference": 0.0, "tolerance": 0.0}
@@ -247,7 +247,7 @@ def _dtypes(context: StepContext, state: TrainState, block_size: int) -> dict[st
 
 
 def _parameters(state: TrainState) -> dict[str, Any]:
-    """Every parameter by the optimizer's group that holds it, found by identity."""
+    """Every parameter, by the optimizer group that holds it; matched by identity."""
     every: dict[int, list[str]] = {}
     for name, parameter in state.model.named_parameters(remove_duplicate=False):
         every.setdefault(id(parameter), []).append(name)

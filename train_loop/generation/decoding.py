@@ -1,9 +1,9 @@
-"""Continuing prompts together, one token of each at a time.
+"""Continues prompts together, one token of each at a time.
 
-    prompts -> logits of the next tokens -> filters -> draw -> feed what was drawn -> logits ...
+    prompts -> logits of the next tokens -> filters -> draw -> feed the drawn tokens -> logits ...
 
-Every draw has a random number of its own, keyed by (seed, prompt, sample, position): a prompt's continuation is the
-same alone, in any batch, and in any order, as far as rounding leaves the logits the same.
+Every draw has its own random number, keyed by (seed, prompt, sample, position). So a prompt's continuation is the same
+alone, in any batch and in any order, as long as rounding leaves the logits the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,8 +27,8 @@ class Generated:
 
     Args:
         tokens: ids, without the one that ended the text.
-        log_probabilities: theirs, natural, under the model's own distribution, before any filter (when asked for).
-        finish_reason: "stop" by a token or by who called, "length" after max_new_tokens.
+        log_probabilities: the tokens' natural ones under the model's distribution, before any filter (if asked for).
+        finish_reason: "stop" if a token or the caller ended the text, "length" after max_new_tokens.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -46,19 +46,19 @@ def generate(
     on_token: Callable[[int, int], bool] = lambda row, token: False,
     notice: Callable[[str], None] = lambda line: None,
 ) -> list[Generated]:
-    """Continue each prompt until it ends; the others go on.
+    """Continue each prompt until its text ends, whatever the others do.
 
     Args:
-        feed: decoder of a model in the mode (train or eval) that it is to be used in.
+        feed: decoder of a model that is already in the right mode (train or eval).
         prompts: token ids, at least one each, at most the model's context.
         sampling: how tokens are chosen.
-        eos: id of the end-of-text token, which ends a text; None never does.
-        samples: which sample of its prompt each row is, from 0; None: each the first.
+        eos: id of the end-of-text token, which ends a text; None if there is none.
+        samples: each row's sample number, from 0, among those of its prompt; None: all are 0.
         on_token: called with each row's number and new token; True ends the text there.
-        notice: called with a line of what the user should know.
+        notice: called with a line that the user should see.
 
     Raises:
-        InputError: for a prompt beyond the model's context, and for tokens that are not in its vocabulary.
+        InputError: for a prompt longer than the model's context, and for tokens that are not in its vocabulary.
     """
     check_tokens(feed.model, sampling)
     for prompt in prompts:
@@ -86,11 +86,11 @@ def generate(
             choice.keep(going)
         choice.seen(tokens)
         if not said and any(slid_out(len(row.ids), context) for row in active):
-            notice(f"the model's context of {context} tokens is full: the oldest ones slide out")
+            notice(f"the model's context of {context} tokens is full: the oldest tokens slide out")
             said = True
         if room > 0:
             logits, room = feed.step(tokens), room - 1
-        else:  # the longest row slides, or did not live to
+        else:  # the longest row is full, or ended before it was
             logits, room = _start(feed, active, context, sampling.max_new_tokens)
 
 
@@ -102,14 +102,14 @@ def check_prompt(model: PreTrainedModel, prompt: Sequence[int]) -> None:
     """
     context = context_length(model)
     if context is not None and len(prompt) > context:
-        raise InputError(f"prompt: {len(prompt)} tokens are beyond the model's context of {context}; shorten it")
+        raise InputError(f"prompt: {len(prompt)} tokens exceed the model's context of {context}; shorten it")
 
 
 def check_tokens(model: PreTrainedModel, sampling: Sampling) -> None:
-    """Refuse tokens to ban or to stop at that a model does not have, and bans that leave none.
+    """Refuse to ban or to stop at tokens that a model does not have, and to ban all tokens.
 
     Raises:
-        InputError: naming them.
+        InputError: names the tokens.
     """
     vocabulary = model.config.get_text_config().vocab_size
     for name, ids in (("banned_tokens", sampling.banned_tokens), ("stop_tokens", sampling.stop_tokens)):
@@ -120,10 +120,10 @@ def check_tokens(model: PreTrainedModel, sampling: Sampling) -> None:
 
 
 def slid_out(length: int, context: int | None) -> int:
-    """How many of a text's oldest tokens the model does not see any more.
+    """How many of a text's oldest tokens the model no longer sees.
 
-    A quarter of the context slides out at a time, and the rest is fed again, at positions from 0. That goes with every
-    architecture, and costs about three tokens more for one. It depends on the text's length alone.
+    A quarter of the context slides out at a time, and the rest is fed again, at positions from 0. This works with every
+    architecture, and costs about three extra tokens for each new one. It depends on the text's length only.
     """
     if context is None or length <= context:
         return 0
@@ -132,7 +132,7 @@ def slid_out(length: int, context: int | None) -> int:
 
 
 class _Row:
-    """A text that grows."""
+    """A growing text."""
 
     def __init__(self, number: int, prompt: Sequence[int], sample: int, sampling: Sampling) -> None:
         self.number, self.ids, self.sampling = number, list(prompt), sampling
@@ -140,11 +140,11 @@ class _Row:
         self._key = (sampling.seed, key("prompt", *prompt), sample)
 
     def uniform(self) -> float:
-        """The random number of the next token."""
+        """The random number for the next token."""
         return uniform("sample", *self._key, len(self.ids))
 
     def take(self, token: int, log_p: float, ends: set[int], on_token: Callable[[int, int], bool]) -> bool:
-        """Add a token, unless it ends the text; whether the text goes on."""
+        """Add a token, unless it ends the text; returns whether the text goes on."""
         result, sampling = self.result, self.sampling
         if token in ends:
             result.finish_reason = "stop"
@@ -161,7 +161,7 @@ class _Row:
 
 
 def _start(feed: Feed, rows: list[_Row], context: int | None, max_new_tokens: int) -> tuple[torch.Tensor, int]:
-    """Feed what the model sees of each text; the logits after it, and how many more tokens may follow."""
+    """Feed what the model sees of each text; returns the logits after it and how many more tokens may follow."""
     windows = [row.ids[slid_out(len(row.ids), context) :] for row in rows]
     room = max_new_tokens - len(rows[0].result.tokens) - 1
     if context is not None:
@@ -170,7 +170,7 @@ def _start(feed: Feed, rows: list[_Row], context: int | None, max_new_tokens: in
 
 
 class _Choice:
-    """The choice of the next tokens of a batch, and what it has to know of the texts so far."""
+    """Chooses the next tokens of a batch, and remembers what it needs of the texts so far."""
 
     def __init__(self, sampling: Sampling, rows: list[_Row], ends: set[int], logits: torch.Tensor) -> None:
         self._sampling = sampling
@@ -185,7 +185,7 @@ class _Choice:
                 self._seen[place, row.ids] = True
 
     def make(self, logits: torch.Tensor, rows: list[_Row]) -> tuple[torch.Tensor, list[float]]:
-        """Tokens int64 [batch], and their log-probabilities, of which only those that were asked for are computed."""
+        """Tokens int64 [batch], and their log-probabilities, which are zeros unless they were asked for."""
         sampling = self._sampling
         filtered = logits
         if self._seen is not None:
@@ -205,6 +205,6 @@ class _Choice:
             self._seen.scatter_(1, tokens[:, None], True)
 
     def keep(self, rows: list[int]) -> None:
-        """Go on with some of the rows alone."""
+        """Go on with these rows only."""
         if self._seen is not None:
             self._seen = self._seen[rows]

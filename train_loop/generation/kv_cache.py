@@ -1,7 +1,7 @@
-"""Feeding a model token by token: keys and values of what it has seen stay in a cache, so each token is fed once.
+"""Feeds a model token by token: keys and values of what it has seen stay in a cache, so each token is fed once.
 
-Rows of different lengths are padded on the left, so that their last tokens, after which the next ones come, stand in
-one column. A mask hides the padding, and positions count from each row's own first token:
+Rows of different lengths are padded on the left, so that their last tokens, which the next ones follow, share one
+column. A mask hides the padding, and positions count from each row's own first token:
 
     ids        . . a b      mask  0 0 1 1      positions  0 0 0 1
                c d e f            1 1 1 1                 0 1 2 3
@@ -22,29 +22,29 @@ Rows = Sequence[Sequence[int]]
 
 
 class Feed(Protocol):
-    """What generation needs of a model: to take tokens and tell the logits [batch, vocabulary] of those to come."""
+    """What generation needs from a model: it takes tokens and returns logits [batch, vocabulary] of the next ones."""
 
     model: PreTrainedModel
 
     def start(self, rows: Rows, room: int) -> torch.Tensor:
-        """Forget everything, feed these rows; up to `room` tokens a row may follow. The logits after each row."""
+        """Start over with these rows; up to `room` tokens per row may follow. Returns the logits after each row."""
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Feed one more token a row, int64 [batch]. The logits after it."""
+        """Feed one more token per row, int64 [batch]. Returns the logits after it."""
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with some of the rows alone, by number, in this order."""
+        """Go on with the rows of these numbers only, in this order."""
 
 
 class Decoder:
-    """Feeds any causal language model, with a cache that grows."""
+    """Feeds any causal language model, with a growing cache."""
 
     def __init__(self, model: PreTrainedModel, use_cache: bool = True) -> None:
-        """Decoder of a model in the mode (train or eval) that it is to be used in.
+        """Decoder of a model that is already in the right mode (train or eval).
 
         Args:
             model: the language model.
-            use_cache: False computes all positions again for every token, for comparison.
+            use_cache: False recomputes all positions for every token, for comparison.
         """
         self.model = model
         self._use_cache = use_cache
@@ -74,7 +74,7 @@ class Decoder:
         if layers and all(hasattr(layer, "batch_select_indices") for layer in layers):
             self._cache.batch_select_indices(index)
         else:
-            self._cache = None  # a state of another kind: it is computed again
+            self._cache = None  # another kind of state, which is recomputed
 
     def _forward(self) -> torch.Tensor:
         new = 1 if self._cache is not None else self._ids.shape[1]
@@ -88,9 +88,9 @@ class Decoder:
 
 
 class StaticDecoder:
-    """Feeds a model through a cache of fixed size, so that every step is the same work on the same memory.
+    """Feeds a model through a cache of fixed size, so that every step does the same work on the same memory.
 
-    Then a GPU can record the step once and replay it as a whole, instead of waiting for Python to launch each of its
+    A GPU can then record the step once and replay it as a whole, instead of waiting for Python to launch each of its
     hundreds of small kernels.
     """
 
@@ -99,7 +99,7 @@ class StaticDecoder:
 
         Args:
             model: the language model, in eval mode.
-            record: what becomes of a step before it is taken for the first time, such as a `recorder`.
+            record: turns a step into a replay before its first use, as a `recorder` does.
         """
         self.model = model
         self._record = record
@@ -109,7 +109,7 @@ class StaticDecoder:
 
     @staticmethod
     def fits(model: PreTrainedModel) -> bool:
-        """Whether a step of this model depends on nothing but tensors."""
+        """Whether a step of this model depends on tensors only."""
         parameters = _parameters(model)
         return (
             compat.static_cache_counts()
@@ -130,7 +130,7 @@ class StaticDecoder:
             self._mask = torch.empty(batch, self._size, dtype=torch.int64, device=device)
             self._tokens, self._positions = torch.zeros(2, batch, 1, dtype=torch.int64, device=device)
         self._cache.reset()
-        self._mask.fill_(1)  # what is not written yet is hidden by causality
+        self._mask.fill_(1)  # causality hides what is not written yet
         self._mask[:, :length] = mask
         self._rows = torch.arange(batch, device=device)
         positions = _positions(mask)
@@ -157,7 +157,7 @@ class StaticDecoder:
         return self._logits[self._rows]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """See `Feed`: the others are still computed, but nobody looks."""
+        """See `Feed`; the other rows are still computed, but not used."""
         self._rows = self._rows[torch.tensor(rows, device=self._rows.device)]
 
     def _step(self) -> None:
@@ -182,7 +182,7 @@ Record = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
 
 
 def recorder(device: torch.device) -> Record | None:
-    """What records a step's kernels as a graph of a device's; None where it has no graphs."""
+    """Records a step's kernels as a graph of the device; None if the device has no graphs."""
     if (graph_type := devices.graph_type(device)) is None:
         return None
     backend: Any = torch.get_device_module(device)
@@ -190,7 +190,7 @@ def recorder(device: torch.device) -> Record | None:
     def record(step: Callable[[], None], rewind: Callable[[], None]) -> Callable[[], None]:
         side = backend.Stream()
         side.wait_stream(backend.current_stream())
-        with backend.stream(side):  # libraries allocate at their first calls, which a recording does not allow
+        with backend.stream(side):  # libraries allocate in their first calls, which a recording does not allow
             for _ in range(3):
                 step()
                 rewind()
@@ -209,7 +209,7 @@ def _parameters(model: PreTrainedModel) -> Any:
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
-    """Whether rows of different lengths can share a batch: positions and mask are for the model to be told."""
+    """Whether rows of different lengths can share a batch: the model must take positions and a mask."""
     return {"position_ids", "attention_mask"} <= _parameters(model).keys()
 
 
@@ -222,5 +222,5 @@ def _padded(rows: Rows, device: torch.device) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
-    """Each token's position in its own row, int64 [batch, length]; padding counts as the first."""
+    """Each token's position in its own row, int64 [batch, length]; padding gets position 0."""
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)

@@ -2,8 +2,8 @@
 
     logits [batch, vocabulary] -> penalty, bans -> / temperature -> top-k -> top-p -> min-p -> typical -> draw
 
-What a filter removes gets the logit minus infinity, so filters chain; every one but `ban` leaves at least one token.
-Each gives what Transformers' processor of the same name gives, to the bit.
+Removed tokens get the logit minus infinity, so filters chain; every filter except `ban` leaves at least one token.
+Each filter gives the same result as its counterpart in Transformers, to the bit.
 """
 
 import torch
@@ -15,7 +15,7 @@ _REMOVED = -float("inf")
 
 
 def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Make tokens that occurred before less likely (Keskar et al., 2019, section 4.1).
+    """Make tokens that have already occurred less likely (Keskar et al., 2019, section 4.1).
 
     Args:
         logits: [batch, vocabulary].
@@ -50,7 +50,7 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     """Remove all but the nucleus from logits [batch, vocabulary] (Holtzman et al., 2020).
 
     The nucleus is the smallest set of likeliest tokens whose probability reaches p, in [0, 1]. From the least likely
-    upwards, tokens go as long as all that have gone so far sum to at most 1 - p.
+    upwards, tokens are removed as long as the removed ones together have at most 1 - p.
     """
     ascending, indices = logits.sort(dim=-1)
     removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
@@ -59,7 +59,7 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Remove tokens less likely than p, in [0, 1], times the likeliest, from logits [batch, vocabulary].
+    """Remove tokens less likely than p, in [0, 1], times the likeliest one from logits [batch, vocabulary].
 
     (Nguyen et al., 2024.) Where the model is sure, few tokens pass; where it is not, many.
     """
@@ -70,11 +70,11 @@ def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
 def keep_typical(logits: torch.Tensor, mass: float) -> torch.Tensor:
     """Remove all but the locally typical tokens from logits [batch, vocabulary] (Meister et al., 2022).
 
-    A token is the more typical, the closer its information, -log p, is to the distribution's entropy. The most typical
-    ones stay, until their probability reaches `mass`, in (0, 1); the likeliest token may go.
+    The closer a token's information, -log p, is to the distribution's entropy, the more typical the token. The most
+    typical ones stay, until their probability reaches `mass`, in (0, 1); the likeliest token may be removed.
     """
     log_p = logits.log_softmax(dim=-1)
-    entropy = -(log_p.exp() * log_p).nansum(dim=-1, keepdim=True)  # 0 * -inf, a removed token's, counts as 0
+    entropy = -(log_p.exp() * log_p).nansum(dim=-1, keepdim=True)  # a removed token's 0 * -inf counts as 0
     distance = (-log_p - entropy).abs()
     ascending, indices = distance.sort(dim=-1)
     reached = logits.gather(-1, indices).softmax(dim=-1).cumsum(dim=-1)
@@ -85,17 +85,17 @@ def keep_typical(logits: torch.Tensor, mass: float) -> torch.Tensor:
 def draw(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Draw a token for each row by inverting its cumulative distribution: the first whose sum exceeds the number.
 
-    One random number decides a row, whatever rows are beside it, and on any device.
+    One random number decides a row, whatever the other rows and the device are.
 
     Args:
         logits: [batch, vocabulary].
         uniform: float64 [batch], in [0, 1), on any device.
 
     Returns:
-        Token numbers, int64 [batch].
+        Token ids, int64 [batch].
     """
     reached = exact(logits).softmax(dim=-1).cumsum(dim=-1)
-    # The last sum is 1, rounding aside; times 1 - 2^-53, the largest of these numbers, it is still less than itself.
+    # The last sum is 1, up to rounding. Even times 1 - 2^-53, the largest of these numbers, it is less than itself.
     bounds = uniform.to(reached.device)[:, None] * reached[:, -1:]
     return torch.searchsorted(reached, bounds, right=True)[:, 0].to(logits.device)
 
@@ -104,8 +104,8 @@ def choose(sampling: Sampling, logits: torch.Tensor, uniforms: torch.Tensor) -> 
     """The next tokens, int64 [batch].
 
     Args:
-        sampling: how.
-        logits: [batch, vocabulary], without what is banned.
+        sampling: the settings.
+        logits: [batch, vocabulary], with banned tokens removed.
         uniforms: float64 [batch], in [0, 1), on any device.
     """
     if sampling.temperature == 0:
@@ -124,14 +124,14 @@ def choose(sampling: Sampling, logits: torch.Tensor, uniforms: torch.Tensor) -> 
 def _likeliest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What `keep_top_k` keeps, without the rest: logits and token ids, both [batch, k].
 
-    What follows has k numbers to sort, not a whole vocabulary. Where ties leave more than k tokens (or k = 0 all), the
-    logits [batch, vocabulary] and None.
+    Later filters then sort k numbers, not a whole vocabulary. If ties leave more than k tokens (or k = 0 leaves all),
+    it returns the logits [batch, vocabulary] and None.
     """
     if k == 0 or k >= logits.shape[-1]:
         return logits, None
     values, tokens = logits.topk(k, dim=-1)
     if bool(((logits >= values[:, -1:]).sum(dim=-1) > k).any()):
         return keep_top_k(logits, k), None
-    # In the vocabulary's order: where rounding makes two of nearly equal logits change places, no draw changes.
+    # In the vocabulary's order: if rounding makes two nearly equal logits change places, no draw changes.
     tokens, order = tokens.sort(dim=-1)
     return values.gather(-1, order), tokens

@@ -1,4 +1,4 @@
-"""Where the prompts of `train-loop sample` come from: options, a file, standard input, or someone who types."""
+"""Where the prompts of `train-loop sample` come from: options, a file, standard input, or the keyboard."""
 
 import json
 import sys
@@ -10,14 +10,14 @@ from train_loop.errors import InputError, one_line
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
-    """All prompts that were given; if none was, standard input is one.
+    """All prompts that were given; if there are none, standard input is the prompt.
 
     Args:
         prompts: from the command line.
-        file: a prompt a line, or where it ends in .jsonl, in each line's "prompt"; "-" is standard input.
+        file: one prompt per line, or if it ends in .jsonl, each line's "prompt"; "-" is standard input.
 
     Raises:
-        InputError: for a file that can't be read, and where there is no prompt.
+        InputError: if the file can't be read, or there is no prompt.
     """
     found = list(prompts)
     if file is not None:
@@ -34,7 +34,7 @@ def _text(file: str) -> str:
     try:
         return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
-        if file == "-" and isinstance(error, OSError):  # closed
+        if file == "-" and isinstance(error, OSError):  # standard input is closed
             return ""
         name = "standard input" if file == "-" else file
         raise InputError(f"--prompts {name}: cannot be read as text ({one_line(error)})") from None
@@ -59,16 +59,16 @@ def _lines(file: str) -> Iterator[str]:
 def converse(answer: Callable[[str], None]) -> None:
     """Answer what is typed, line by line, until the end of the input.
 
-    Lines can be edited, and earlier ones brought back. Ctrl-C breaks off a text, Ctrl-D ends. What is wrong with one
-    prompt is said, and the next one asked for.
+    Lines can be edited, and earlier ones recalled. Ctrl-C stops a text, Ctrl-D quits. If there is something wrong with
+    a prompt, it says so and asks for the next one.
     """
     try:
-        import readline  # noqa: F401  (importing it is what gives `input` editing and history)
+        import readline  # noqa: F401  (importing it gives `input` editing and history)
     except ImportError:  # not on every platform
         pass
     terminal = sys.stdin.isatty()
     if terminal:
-        say("type a prompt (\\n is a line break); Ctrl-C breaks off a text, Ctrl-D ends")
+        say("type a prompt (\\n is a line break); Ctrl-C stops a text, Ctrl-D quits")
     while True:
         try:
             prompt = input("> " if terminal else "").replace("\\n", "\n")

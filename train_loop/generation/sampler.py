@@ -1,9 +1,9 @@
-"""Sampling text from a causal language model:
+"""Samples text from a causal language model:
 
-    from train_loop.sampler import Sampler
+    from train_loop import Sampler
     print(Sampler.load("runs/quickstart/model")("    def __init__(self", temperature=0.4))
 
-Prompts become tokens, `generation.py` continues them together, and tokens become text again as they come.
+Prompts become tokens, `decoding.py` continues them together, and the tokens become text again as they arrive.
 """
 
 import itertools
@@ -27,9 +27,9 @@ from train_loop.ops.packed_linear import pack
 
 @dataclass(frozen=True)
 class Continuation:
-    """What continues a prompt, without the prompt: its text, and the tokens that it was decoded from.
+    """The continuation of a prompt, without the prompt: its text, and the tokens that it was decoded from.
 
-    A string that ended the text is in the tokens (they are whole), but not in the text.
+    If a string ended the text, the tokens (which are whole) include it, but the text does not.
     """
 
     text: str
@@ -46,12 +46,12 @@ class Sampler:
         feed: Feed | None = None,
         notice: Callable[[str], None] = say,
     ) -> None:
-        """Sampler of a model that may go on to be trained.
+        """Sampler of a model that may be trained further.
 
         Args:
-            model, tokenizer: what to sample from; the mode (train or eval) is put back after use.
-            feed: how the model is fed; a `Decoder` if null.
-            notice: told what the user should know, such as that the context is full.
+            model, tokenizer: what to sample from; the model's mode (train or eval) is restored after use.
+            feed: how the model is fed; a `Decoder` if None.
+            notice: called with what the user should know, for example that the context is full.
         """
         self.model, self.tokenizer = model, tokenizer
         self._feed = feed or Decoder(model)
@@ -66,7 +66,7 @@ class Sampler:
             name: see `pretrained.load`.
 
         Raises:
-            InputError: when there is no such model.
+            InputError: if there is no such model.
         """
         model, tokenizer = pretrained.load(name)
         model.eval().to(accelerate.PartialState().device)
@@ -94,13 +94,13 @@ class Sampler:
         Args:
             prompts: beginnings of texts; all are checked before the first is continued.
             sampling: how tokens are chosen.
-            batch_size: texts that grow together.
-            on_text: called with each new stretch of text as soon as its characters are whole; of use for one text.
-            stop: asked after each token; True ends all texts there.
+            batch_size: how many texts grow together.
+            on_text: called with each new stretch of text as soon as its characters are whole; useful for one text.
+            stop: called after each token; True ends all texts there.
 
         Raises:
-            InputError: for an empty prompt where the tokenizer has no token to begin with, and for one beyond the
-                model's context.
+            InputError: for an empty prompt if the tokenizer has no token to begin with, and for a prompt longer than
+                the model's context.
         """
         ids = []
         for number, prompt in enumerate(prompts, 1):
@@ -113,7 +113,7 @@ class Sampler:
 
         def continuations() -> Iterator[list[Continuation]]:
             wanted = [(prompt, sample) for prompt in ids for sample in range(sampling.samples)]
-            # A model that cannot be told positions gets rows of one length at a time.
+            # A model that takes no positions gets only rows of one length at a time.
             alike = (lambda each: 0) if takes_positions(self.model) else (lambda each: len(each[0]))
             done: list[Continuation] = []
             for _, group in itertools.groupby(wanted, alike):
@@ -152,7 +152,7 @@ class Sampler:
 
 
 class Text:
-    """Text that grows token by token, handed on as soon as no later token can change it."""
+    """Text that grows token by token, and is passed on as soon as no later token can change it."""
 
     def __init__(
         self,
@@ -161,10 +161,10 @@ class Text:
         stop: Sequence[str] = (),
         on_text: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """A continuation that is empty so far.
+        """A continuation that is still empty.
 
         Args:
-            tokenizer: decodes.
+            tokenizer: decodes the tokens.
             prompt: token ids before it; some tokenizers treat the first word of a text differently.
             stop: strings that end it.
             on_text: called with each new stretch.
@@ -175,7 +175,7 @@ class Text:
         self._text, self._handed_on, self._ended = "", 0, False
 
     def add(self, token: int) -> bool:
-        """Add a token; whether a string has ended the text."""
+        """Add a token; returns whether a string has ended the text."""
         self._ids.append(token)
         self._decode(last=False)
         return self._ended
@@ -202,7 +202,7 @@ class Text:
         found = [at for string in self._stop if (at := self._text.find(string, max(0, before - longest))) >= 0]
         if found:
             self._text, self._ended = self._text[: min(found)], True
-        # What may be the beginning of such a string waits.
+        # Text that may be the beginning of such a string waits.
         begun = [size for string in self._stop for size in range(1, len(string)) if self._text.endswith(string[:size])]
         self._hand_on(len(self._text) - (0 if self._ended else max(begun, default=0)))
 
@@ -213,17 +213,17 @@ class Text:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, core: Any = None) -> list[int]:
-    """A prompt's token ids, special tokens' spellings as ordinary text.
+    """A prompt's token ids; the spelling of a special token counts as ordinary text.
 
     An empty prompt becomes the token that begins texts.
 
     Args:
-        tokenizer: whose tokens.
-        prompt: text.
-        core: `encoder(tokenizer)`, if it is there already.
+        tokenizer: the tokenizer.
+        prompt: the text.
+        core: `encoder(tokenizer)`, if it already exists.
 
     Raises:
-        InputError: when there is no such token.
+        InputError: if the prompt is empty and there is no such token.
     """
     ids: list[int] = (core or encoder(tokenizer)).encode(prompt, add_special_tokens=False).ids
     start = tokenizer.bos_token_id
@@ -233,7 +233,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, core: Any = None
 
 
 def as_json(prompt: str, continuations: Sequence[Continuation], tokenizer: PreTrainedTokenizerFast) -> str:
-    """One line of `train-loop sample --json`: of several samples, a list."""
+    """One line of `train-loop sample --json`; several samples become a list."""
     shown: list[dict[str, Any]] = []
     for each in continuations:
         found = each.generated

@@ -1,7 +1,7 @@
-"""Load a causal language model, or initialise one from scratch: any that Transformers has.
+"""Load any causal language model that Transformers has, or initialise one from scratch.
 
-Weights are fp32 whatever `run.mixed_precision` says: autocast rounds copies of them, the optimizer changes the
-originals.
+Weights are fp32 whatever `run.mixed_precision` says: autocast rounds copies of them, and the optimizer changes
+the originals.
 """
 
 import inspect
@@ -36,7 +36,7 @@ def build(config: Config, tokenizer: PreTrainedTokenizerFast, model: PreTrainedM
     """The model of a configuration, or a given one, in fp32, checked against tokenizer and block size.
 
     Raises:
-        InputError: for a model that cannot be had, a vocabulary or a context that is too small.
+        InputError: if the model cannot be loaded or built, or its vocabulary or context is too small.
     """
     if model is not None:
         source = f"the {type(model).__name__}"
@@ -60,7 +60,7 @@ def build(config: Config, tokenizer: PreTrainedTokenizerFast, model: PreTrainedM
 
 
 def fuse_activations(model: PreTrainedModel) -> None:
-    """Let GPT-2's activation, in place, be torch's one kernel for the same function instead of eight.
+    """Replace GPT-2's activation, in place: torch computes the same function in one kernel instead of eight.
 
     gelu(x) = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) (Hendrycks and Gimpel, 2016)
     """
@@ -74,12 +74,12 @@ def check_positions(model: PreTrainedModel) -> None:
     """Refuse a model that cannot be told where documents begin.
 
     Raises:
-        InputError: naming it.
+        InputError: names the model.
     """
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise InputError(
             f"data.isolate_documents: {type(model).__name__} takes no positions, so it cannot be told where documents "
-            "begin; choose another model, or --data.isolate_documents false"
+            "begin; choose another model, or set --data.isolate_documents false"
         )
 
 
@@ -87,7 +87,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     """Compile a model's layers in place, so that no weight is renamed.
 
     Layers are alike, so one is compiled for all of them, and FSDP2 can still shard them one by one. Dropout draws its
-    masks from torch's own generator, as without compiling. Which shapes are compiled is up to `Objective.compiled`.
+    masks from torch's own generator, as it does uncompiled. `Objective.compiled` says which shapes are compiled.
     """
     names = set(model._no_split_modules or [])
     for layer in [each for each in model.modules() if type(each).__name__ in names] or [model]:
@@ -95,17 +95,17 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 
 def without_compile(model: torch.nn.Module) -> AbstractContextManager[object]:
-    """A context in which compiled layers run as they are: for odd shapes that are not worth compiling."""
-    # Where nothing is compiled, the compiler need not even be loaded, which takes a second.
+    """A context in which compiled layers run uncompiled, for odd shapes that are not worth compiling."""
+    # If nothing is compiled, the compiler need not even be loaded, which takes a second.
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
-    """A model from the Hub or a local folder. Its code is never run, and pickles, which may be code, are not read.
+    """A model from the Hub or a local folder. It never runs code from there, nor reads pickles, which may be code.
 
     Raises:
-        InputError: when there is none.
+        InputError: if the model cannot be loaded.
     """
 
     def build(attention: str | None) -> PreTrainedModel:
@@ -135,15 +135,15 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrained
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 model_config, dtype=torch.float32, attn_implementation=attention
             )
-        if "flash" not in (attention or ""):  # which is for GPUs only
-            model(torch.zeros(1, 1, dtype=torch.long))  # sizes that don't fit each other show themselves in use
+        if "flash" not in (attention or ""):  # FlashAttention is for GPUs only
+            model(torch.zeros(1, 1, dtype=torch.long))  # sizes that don't fit together fail only in use
         return model
 
     try:
         model = build(attention)
     except InputError:
         raise
-    except Exception as error:  # whatever a library makes of numbers that don't fit each other
+    except Exception as error:  # whatever a library raises if numbers don't fit together
         _blame_attention(attention, build, error)
         problem = f"no such model can be built ({one_line(error)})"
         raise InputError(f"model.architecture: {config.model.architecture}: {problem}") from None
@@ -153,7 +153,7 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrained
 
 
 def _blame_attention(attention: str | None, build: Callable[[str | None], PreTrainedModel], error: Exception) -> None:
-    """Say that an implementation of attention is what a model can't have here, where it can be built without.
+    """Blame the attention implementation for an error if the model can be built without it.
 
     Raises:
         InputError: if so.
@@ -164,8 +164,8 @@ def _blame_attention(attention: str | None, build: Callable[[str | None], PreTra
         build(None)
     except Exception:
         return
-    problem = f"not with this model, device or installation ({one_line(error)})"
-    raise InputError(f"model.attention {attention}: {problem}; say sdpa or eager, or leave it out") from None
+    problem = f"fails with this model, device or installation ({one_line(error)})"
+    raise InputError(f"model.attention {attention}: {problem}; use sdpa or eager, or leave it out") from None
 
 
 def _is_causal(model_type: str) -> bool:
@@ -177,7 +177,7 @@ def _model_config(
     architecture: dict[str, Any], tokenizer: PreTrainedTokenizerFast, block_size: int
 ) -> PreTrainedConfig:
     model_type = architecture.pop("model_type")
-    # Asked of one type alone: to go through all of them loads a module for each, which takes longer than all else here.
+    # Ask about one type only: going through all of them loads a module for each, which takes longer than all else here.
     if not _is_causal(str(model_type)):
         close = nearest(str(model_type), [name for name in CONFIG_MAPPING if _is_causal(name)])
         hint = close if close.startswith("did") else "for example gpt2, llama, qwen3 or gpt_neox"
@@ -196,7 +196,7 @@ def _model_config(
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """How many tokens the model can see at once; None where its architecture sets no limit."""
+    """How many tokens the model can see at once; None if its architecture sets no limit."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return context if context is None or context > 0 else None
 
@@ -209,8 +209,8 @@ def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, block
     """
     context, vocabulary = context_length(model), len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     if context is not None and block_size > context:
-        beyond = f"is beyond the context of {source}, {context} tokens; use at most {context}"
+        beyond = f"exceeds the context of {source}, {context} tokens; use at most {context}"
         raise InputError(f"data.block_size {block_size} {beyond}")
     if len(tokenizer) > vocabulary:
-        problem = f"has {len(tokenizer)} entries, but {source} only {vocabulary} embeddings"
+        problem = f"has {len(tokenizer)} entries, but {source} has only {vocabulary} embeddings"
         raise InputError(f"the tokenizer {problem}; use the tokenizer that belongs to the model")

@@ -15,10 +15,10 @@ def digest(model: PreTrainedModel) -> str:
 
 
 def tensors_once(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by name, those that share memory under their first.
+    """Parameters and buffers by name; those that share memory come once, under their first name.
 
-    They come from the state dict, before which FSDP2 puts its shards back: after a forward pass alone, the parameters
-    of its outermost group are whole tensors, of which the optimizer knows nothing.
+    They come from the state dict, because FSDP2 puts its shards back before it makes one: just after a forward pass,
+    the parameters of its outermost group are whole tensors, which the optimizer does not know.
     """
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()

@@ -2,8 +2,8 @@
 
     begin -> for each micro-batch: backward of `scaled(nll)`, `add` -> `finish` -> `accepts` -> `update`
 
-`finish` and `accepts` say whether the step stands. Where it doesn't, they have chosen another scale, and the same
-micro-batches are computed once more.
+`finish` and `accepts` say whether the step stands. If it doesn't, they have already changed the scale, and the same
+micro-batches run again.
 """
 
 import math
@@ -19,12 +19,12 @@ from train_loop.metrics.throughput import Throughput
 
 
 class Accumulator:
-    """Adds gradients up in floating point, in the parameters themselves; data parallelism adds up those of the ranks.
+    """Adds up gradients in floating point, in the parameters themselves; data parallelism adds up the ranks' gradients.
 
     Attributes:
-        weight: what each micro-batch's summed nll is multiplied by. Data parallelism averages over the W ranks, so
-            W / T makes the gradient that of the mean over the step's T targets.
-        sums_ranks: whether the last backward pass of a step adds up the gradients of all ranks.
+        weight: the factor for each micro-batch's summed nll. Data parallelism averages over the W ranks, so the factor
+            W / T gives the gradient of the mean over the step's T targets.
+        sums_ranks: whether a step's last backward pass adds up the gradients of all ranks.
     """
 
     sums_ranks = True
@@ -34,38 +34,38 @@ class Accumulator:
         self.weight = 1.0
 
     def begin(self, targets: int, micro_batches: int) -> None:
-        """Start the sum of a step with so many targets and micro-batches, over all ranks."""
+        """Start the sum of a step; both numbers count over all ranks."""
         self.weight = self.accelerator.num_processes / targets
 
     def scaled(self, nll_sum: torch.Tensor) -> torch.Tensor:
-        """What to differentiate [] for a micro-batch's summed nll []."""
+        """The scalar [] to differentiate for a micro-batch's summed nll []."""
         return nll_sum * self.weight
 
     def add(self) -> None:
-        """Take in the gradient of a micro-batch."""
+        """Add the gradient of a micro-batch to the sum."""
 
     def finish(self, clock: Throughput) -> bool:
-        """Complete the sum, in the parameters' gradients; returns whether the scale fitted."""
+        """Leave the complete sum in the parameters' gradients; returns whether the scale fitted."""
         return True
 
     def accepts(self, loss: float, norm: float) -> bool:
-        """Whether the loss and the gradient's norm are the step's own, and not an effect of the scale."""
+        """Whether the loss and the gradient norm come from the step itself, not from the scale."""
         return True
 
     def update(self, optimizer: torch.optim.Optimizer, applied: bool) -> None:
-        """Change the weights, if the step is applied."""
+        """Update the weights if the step is applied."""
         if applied:
             optimizer.step()
 
     def record(self) -> dict[str, Any]:
-        """What the log says of the sum, where there is something to say."""
+        """What to log about the sum, if anything."""
         return {}
 
 
 class LossScaled(Accumulator):
-    """For fp16, whose smallest number is 6e-8: the loss is multiplied by a scale, and the gradient divided by it.
+    """For fp16, whose smallest number is 6e-8: multiplies the loss by a scale and divides the gradient by it.
 
-    A scale that is too large is no fault of the step, which is computed again at half of it.
+    If the gradient overflows only because the scale is too large, the step runs again at half the scale.
     """
 
     def __init__(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
@@ -75,12 +75,12 @@ class LossScaled(Accumulator):
         self.overflows = 0
 
     def begin(self, targets: int, micro_batches: int) -> None:
-        """Start a sum that has not overflowed yet."""
+        """Start the sum of a step, which has not overflowed yet."""
         super().begin(targets, micro_batches)
         self.overflows = 0
 
     def scaled(self, nll_sum: torch.Tensor) -> torch.Tensor:
-        """The weighted loss [] at the present scale."""
+        """The weighted loss [] at the current scale."""
         return self.scaler.scale(super().scaled(nll_sum))
 
     def finish(self, clock: Throughput) -> bool:
@@ -89,7 +89,7 @@ class LossScaled(Accumulator):
         return True
 
     def accepts(self, loss: float, norm: float) -> bool:
-        """Whether the gradient is finite; if it is not at a scale of 1 or with such a loss, that is the step's own."""
+        """Whether the gradient is finite, or the scale is not to blame: it is at most 1, or the loss is not finite."""
         if math.isfinite(norm) or not math.isfinite(loss) or self.scaler.get_scale() <= 1:
             return True
         self.overflows += 1
@@ -98,18 +98,18 @@ class LossScaled(Accumulator):
         return False
 
     def update(self, optimizer: torch.optim.Optimizer, applied: bool) -> None:
-        """Change the weights, and choose the next step's scale."""
+        """Update the weights if the step is applied, and choose the next step's scale."""
         if applied:
             self.scaler.step(optimizer)
         self.scaler.update()
 
     def record(self) -> dict[str, Any]:
-        """The scale of the next step, and how often this one was computed again."""
+        """The scale of the next step, and how often this step overflowed and ran again."""
         return {"loss_scale": self.scaler.get_scale(), "overflows": self.overflows}
 
 
 class FixedPoint(Accumulator):
-    """For run.reproducible bitwise: adds gradients up as integers, so that their order makes no difference."""
+    """For run.reproducible bitwise: adds up gradients as integers, so that their order makes no difference."""
 
     sums_ranks = False
 
@@ -119,28 +119,28 @@ class FixedPoint(Accumulator):
         self.targets = 1
 
     def begin(self, targets: int, micro_batches: int) -> None:
-        """Start a sum of as many terms as there are micro-batches; it is divided by the targets at the end."""
+        """Start a sum with one term for each micro-batch; `finish` divides it by the targets."""
         self.targets = targets
         self.sum.begin(micro_batches)
 
     def add(self) -> None:
-        """Move the gradient out of the parameters, into the sum."""
+        """Move the gradient from the parameters into the sum."""
         self.sum.add()
 
     def finish(self, clock: Throughput) -> bool:
-        """Put the mean's gradient, over all ranks, back into the parameters."""
+        """Put the gradient of the mean over all ranks back into the parameters."""
         with clock("communication" if self.accelerator.num_processes > 1 else "backward"):
             return self.sum.finish(self.targets)
 
     def record(self) -> dict[str, Any]:
-        """How far the sum may be from the exact one, relative to its norm, where that would be felt."""
+        """How far the sum may be from exact, relative to its norm, if that is more than `TOLERANCE`."""
         return {"fixed_point_rounding": self.sum.rounding} if self.sum.rounding > TOLERANCE else {}
 
 
 def build(
     accelerator: Accelerator, parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, bitwise: bool
 ) -> Accumulator:
-    """The way of adding up that a run's precision and reproducibility ask for."""
+    """The accumulator for a run's precision and reproducibility."""
     if bitwise:
         return FixedPoint(accelerator, parameters)
     return Accumulator(accelerator) if accelerator.scaler is None else LossScaled(accelerator, optimizer)

@@ -1,10 +1,10 @@
-"""Exact evaluation: every target of the validation data counts once, whatever the batches or processes.
+"""Exact evaluation: every target of the validation data counts once, however it is split into batches and processes.
 
     loss = sum nll / sum targets          perplexity = exp(loss)          bits per byte = sum nll / ln 2 / sum bytes
 
-Sums are float64, over per-token losses in fp32. Those of the batches are added up exactly (Shewchuk, 1997; Python's
-fsum), so their order, and with it the number of processes, makes no difference. A mean of batch means would weigh the
-tokens of a short last batch more; a gathered, padded last batch would count some twice. No logits are kept.
+Each batch adds up its fp32 per-token losses in float64. Sums of batches are added up exactly (Shewchuk, 1997; Python's
+fsum), so neither their order nor the number of processes makes a difference. A mean of batch means would overweight the
+tokens of a short last batch; a gathered, padded last batch would count some tokens twice. No logits are kept.
 """
 
 import itertools
@@ -31,20 +31,20 @@ def evaluate(
     batch_size: int,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
-    """Metrics of a model on all windows of a store.
+    """Compute the metrics of a model on all windows of a store.
 
     Args:
         accelerator: devices and processes; each process takes every W-th batch.
-        objective: the prepared `Objective`; its mode (train or eval) is put back afterwards.
+        objective: the prepared `Objective`; its mode (train or eval) is restored afterwards.
         windows: the validation data.
-        batch_size: windows of one forward pass.
-        stop: asked after each batch, on all processes; True ends the evaluation.
+        batch_size: windows in one forward pass.
+        stop: called after each batch, on all processes; True ends the evaluation.
 
     Returns:
-        loss (nats per target), perplexity, bits_per_byte, accuracy, tokens (the number of targets); None if it was
-        ended early.
+        loss (nats per target), perplexity, bits_per_byte, accuracy, tokens (the number of targets); None if the
+        evaluation ended early.
     """
-    # Imported here: the library takes seconds to load, and the first evaluation is late.
+    # Imported here because the library takes seconds to load and the first evaluation comes late.
     from train_loop.metrics.language_model import LanguageModelMetric
 
     sums = measure(accelerator, objective, windows, np.arange(len(windows)), batch_size, stop)
@@ -67,7 +67,7 @@ def measure(
     batch_size: int,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[float, float, float] | None:
-    """Summed nll in nats, correct and all targets of some windows; see `evaluate`."""
+    """Summed nll in nats, correct targets and all targets of some windows; see `evaluate`."""
     batches = cut(blocks, batch_size, accelerator.process_index, accelerator.num_processes)
     training = objective.training
     objective.eval()
@@ -84,7 +84,7 @@ def measure(
     objective.train(training)
     if stopped:
         return None
-    local = [torch.stack(rows).tolist()]  # sent as Python's numbers: not every device has float64
+    local = [torch.stack(rows).tolist()]  # sent as Python numbers: not every device has float64
     gathered = gather_object(local) if accelerator.num_processes > 1 else local
     nll, correct, targets = (math.fsum(column) for column in zip(*itertools.chain(*gathered), strict=True))
     return nll, correct, targets

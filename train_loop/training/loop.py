@@ -1,7 +1,7 @@
-"""The training loop: a step, its record, and what is due after it (an evaluation, a checkpoint, the end).
+"""The training loop: take a step, record it, then do what is due (an evaluation, a checkpoint, the end).
 
-What watches (log, progress, statistics, samples, a user's callbacks) are observers; the loop does not know which there
-are. What steers it is its `History`, which a resumed run has from the log.
+Observers watch the loop (log, progress, statistics, samples, a user's callbacks); it does not know which ones there
+are. Its `History` steers it; a resumed run reads the history from the log.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from train_loop.training.step import StepResult, train_step
 
 @dataclass
 class History:
-    """What the steps so far have come to.
+    """The results of the steps so far.
 
     Attributes:
-        evaluations: their records.
-        skipped: how many steps in a row, up to the last one, changed nothing because they were not finite.
+        evaluations: the records of all evaluations.
+        skipped: how many of the latest steps in a row changed nothing because they were not finite.
     """
 
     evaluations: list[dict[str, Any]] = field(default_factory=list)
@@ -31,30 +31,30 @@ class History:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The evaluation with the lowest loss, the first of equals; None before there is one with a finite loss."""
+        """The evaluation with the lowest loss, the first of them in a tie; None until one has a finite loss."""
         finite = [evaluation for evaluation in self.evaluations if evaluation["loss"] is not None]
         return min(finite, key=lambda evaluation: evaluation["loss"], default=None)
 
     @property
     def since_best(self) -> int:
-        """How many evaluations came after the best one."""
+        """How many evaluations have followed the best one."""
         best = self.best
         return len(self.evaluations) - (0 if best is None else self.evaluations.index(best) + 1)
 
     def has_evaluated(self, step: int) -> bool:
-        """Whether the last evaluation was after so many steps."""
+        """Whether the last evaluation came after `step` steps."""
         return bool(self.evaluations) and self.evaluations[-1]["step"] == step
 
 
 class Save(Protocol):
-    """Saves a state, where there is no checkpoint of it yet; with `wait`, returns when it is whole on disk."""
+    """Saves a state that has no checkpoint yet; with `wait`, returns when the checkpoint is whole on disk."""
 
     def __call__(self, state: TrainState, wait: bool = False) -> None: ...
 
 
 @dataclass
 class Loop:
-    """A run's steps, from its state's to the last; see `train`."""
+    """Takes a run from its current step to its last one; see `train`."""
 
     run: Run
     history: History
@@ -67,7 +67,7 @@ class Loop:
         config, total_steps = self.run.config, self.run.batches.total_steps
         batches = self.run.batches.after(state.step)
         context.objective.train()
-        stopping = self._between_steps(stopping=False)  # what a signal or a crash has left undone
+        stopping = self._between_steps(stopping=False)  # what a signal or a crash left undone
         while not (stopping or self._is_done()):
             with context.clock("data"):
                 batch = next(batches)
@@ -89,7 +89,7 @@ class Loop:
         return self.run.state.step >= self.run.batches.total_steps or self._patience_exhausted()
 
     def _record(self, batch: StepBatch, result: StepResult, rate: float) -> dict[str, Any]:
-        """A step's line of metrics.jsonl."""
+        """A step's line in metrics.jsonl."""
         step, context = self.run.state.step, self.run.context
         record: dict[str, Any] = {"event": "step", "step": step, "epoch": step / self.run.batches.plan.steps_per_epoch}
         record |= {"loss": result.loss, "learning_rate": rate, "grad_norm": result.grad_norm, "tokens": batch.targets}
@@ -99,10 +99,7 @@ class Loop:
         return plain(record | context.accumulator.record())
 
     def _between_steps(self, stopping: bool) -> bool:
-        """Evaluate and save, where that is due; returns whether to stop.
-
-        Whoever is asked to stop does not evaluate any more: that comes first when the run is resumed.
-        """
+        """Evaluate and save if due; returns whether to stop. A stopping run leaves evaluation to the resumed run."""
         step, settings = self.run.state.step, self.run.config.checkpoint
         if self._is_due(self.run.config.evaluation.every) and not stopping:
             stopping = self._evaluate()
@@ -112,7 +109,7 @@ class Loop:
         return stopping
 
     def _is_due(self, every: int | str) -> bool:
-        """Whether something that happens every `every` ("epoch" or steps) happens after this step."""
+        """Whether something with the period `every` ("epoch" or a number of steps) is due after this step."""
         step, period = self.run.state.step, self.run.batches.plan.steps_per_epoch if every == "epoch" else int(every)
         return step > 0 and (step % period == 0 or step == self.run.batches.total_steps)
 
@@ -121,7 +118,7 @@ class Loop:
         return patience is not None and self.history.since_best >= patience
 
     def _evaluate(self) -> bool:
-        """Evaluate, unless the log has that already; returns whether some process was asked to stop meanwhile."""
+        """Evaluate, unless the log has this evaluation; returns whether any process was asked to stop meanwhile."""
         state, context = self.run.state, self.run.context
         if not self.history.has_evaluated(state.step):
             poll = StopPoll(context.accelerator, context.stop)
@@ -137,7 +134,7 @@ class Loop:
         return any_rank_stopping(context.accelerator, context.stop)
 
     def _fail(self, result: StepResult) -> None:
-        """End a run whose steps are not finite any more, with a checkpoint from before them: they changed nothing."""
+        """End a run whose steps are no longer finite. Its checkpoint is from before them, as they changed nothing."""
         state, skipped = self.run.state, self.history.skipped
         failed, state.step = state.step, state.step - skipped
         if state.step:
@@ -149,5 +146,5 @@ class Loop:
 
 
 def for_study(at: str | None, step: int) -> bool:
-    """Whether checkpoint.at asks for a checkpoint after `step` steps: "log" does for 0, 1, 2, 4, 8, ..."""
+    """Whether checkpoint.at asks for a checkpoint after `step` steps; "log" means 0, 1, 2, 4, 8, ..."""
     return at == "log" and step & (step - 1) == 0

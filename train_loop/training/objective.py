@@ -1,15 +1,15 @@
-"""The module that is trained: batch -> summed negative log-likelihood and number of targets.
+"""The module that is trained: batch -> summed negative log-likelihood.
 
     nll = sum over targets t of -log softmax(W h_t)[t]
 
-The sum, not the mean: how many targets a step has is known only when all its micro-batches, on all processes, are
-counted, and `step.py` divides by that. The loss is part of the module that Accelerate wraps, so that wrappers see
-two numbers come out, not a tensor of logits [batch, block, vocabulary] that mixed precision would copy to fp32.
+It returns the sum, not the mean: `step.py` divides by the number of targets in the whole step, in all its
+micro-batches and on all processes. The loss is part of the module that Accelerate wraps, so wrappers see one number
+come out, not a tensor of logits [batch, block, vocabulary] that mixed precision would copy to fp32.
 
-Two ways to the same number. *fused*: the hidden states go through `linear_cross_entropy` (in fp32 on a CPU:
-`cpu.LinearCrossEntropy`), which makes logits for a chunk of positions at a time and never holds them all. *logits*: the
-model's own logits, for architectures that do more to them than one matrix product (scale, cap). Which one is right for
-a model is measured, not looked up.
+Two paths lead to the same number. *fused*: the hidden states go through `linear_cross_entropy` (in fp32 on a CPU:
+`cpu.LinearCrossEntropy`), which computes logits for one chunk of positions at a time and never holds them all.
+*logits*: the model computes its own logits; this is for architectures that need more than one matrix product (scale,
+cap). A measurement, not a list of models, decides which path a model takes.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,17 +28,17 @@ from train_loop.models.building import context_length
 from train_loop.ops import cpu
 
 _CHUNK = 1024  # positions whose logits are held at once
-_LOGIT_BYTES = {"cpu": 2**25}  # and what they take at most where nothing is trained, so that no vocabulary is too large
+_LOGIT_BYTES = {"cpu": 2**25}  # their limit when nothing is trained, so that no vocabulary is too large
 _LOGIT_BYTES_ELSEWHERE = 2**28  # GPUs want larger products
 _CPU_CHUNK = 256
 
 
 Visit = Callable[[torch.Tensor, torch.Tensor], None]
-"""Is shown logits [chunk, vocabulary] float32 and targets [chunk] of some positions."""
+"""Called with logits [chunk, vocabulary] float32 and targets [chunk] of some positions."""
 
 
 class Statistics(NamedTuple):
-    """Of one batch, for exact evaluation: summed nll in nats [] float64, correct and all targets [] int64."""
+    """A batch's sums for exact evaluation: nll in nats [] float64, correct targets and all targets [] int64."""
 
     nll: torch.Tensor
     correct: torch.Tensor
@@ -54,8 +54,8 @@ class Objective(nn.Module):
 
     Attributes:
         loss_path: "fused" or "logits".
-        compiled: where layers are compiled, for which (training, rows, tokens) of inputs; others, such as a short last
-            micro-batch, run as they are, as compiling once more would take longer than they do.
+        compiled: if layers are compiled, the (training, rows, tokens) of the inputs that they are compiled for. Others,
+            such as a short last micro-batch, run uncompiled, because compiling again would take longer.
     """
 
     def __init__(self, model: PreTrainedModel, tied: cpu.TiedGradient | None = None) -> None:
@@ -67,7 +67,7 @@ class Objective(nn.Module):
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """Names of the classes of layers that FSDP shards one by one, where its settings name none."""
+        """Class names of the layers that FSDP shards one by one if its settings name none."""
         return list(self.model._no_split_modules or [])
 
     def forward(
@@ -83,10 +83,10 @@ class Objective(nn.Module):
         Args:
             inputs: token ids [batch, block] int64.
             targets: the next token of each position [batch, block] int64, `IGNORED` where there is none.
-            positions: place of each input in its document [batch, block] int64. Where given, attention stays inside
-                the stretches in which it counts upwards; else each row is one stretch.
+            positions: the place of each input in its document [batch, block] int64. If given, attention stays inside
+                stretches of rising positions; otherwise each row is one stretch.
             statistics: for evaluation, return `Statistics` instead.
-            visit: for study, is shown all logits, a chunk of positions at a time in their order; nothing is returned.
+            visit: for study, called with all logits, one chunk of positions at a time, in order; returns nothing then.
 
         Returns:
             The nll summed over all targets, in nats [] float32.
@@ -126,14 +126,14 @@ class Objective(nn.Module):
         return self.model.base_model(**self._arguments(inputs, positions)).last_hidden_state.flatten(0, 1)
 
     def _logits(self, inputs: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-        """Logits of the model's own making [batch * block, vocabulary]."""
+        """The model's own logits [batch * block, vocabulary]."""
         return self.model(**self._arguments(inputs, positions)).logits.flatten(0, 1)
 
     def _arguments(self, inputs: torch.Tensor, positions: torch.Tensor | None) -> dict[str, Any]:
-        """What a model of Transformers is called with.
+        """The arguments for a Transformers model.
 
-        It keeps documents apart when positions restart and neither a mask nor a cache is there; FlashAttention does so
-        for one row only, and a row boundary is to it as good as a document's.
+        It keeps documents apart if positions restart and it gets neither a mask nor a cache. FlashAttention does so
+        within one row only, so the rows become one; it treats a row boundary like a document boundary.
         """
         if positions is None:
             return {"input_ids": inputs, "use_cache": False}
@@ -162,11 +162,11 @@ class Objective(nn.Module):
         for logits, target in self._chunks(inputs, targets, positions):
             likeliest = logits.argmax(-1)
             correct.append(likeliest == target)
-            # What cross_entropy does, in the place of the logits instead of in a copy.
+            # Does what cross_entropy does, but in place instead of in a copy of the logits.
             logits -= logits.gather(1, likeliest[:, None])
             picked = logits.gather(1, target.clamp(min=0)[:, None])[:, 0]
             nll.append((logits.exp_().sum(-1).log() - picked).masked_fill(target == IGNORED, 0))
-            del logits  # before the next ones come: two chunks' need not be held
+            del logits  # before the next chunk, so that only one is held
         return Statistics(exact(torch.cat(nll)).sum(), torch.cat(correct).sum(), (targets != IGNORED).sum())
 
 
@@ -174,8 +174,8 @@ class Objective(nn.Module):
 def head_is_plain(model: PreTrainedModel) -> bool:
     """Whether the model's logits are one matrix product of its last hidden states, and nothing else.
 
-    Measured with hidden states blown up until logits are in the hundreds: a cap such as Gemma 2's
-    30 tanh(x / 30) can't be seen on the small logits of a fresh model, but would count once it is trained.
+    The test scales up hidden states until logits are in the hundreds: a cap such as Gemma 2's 30 tanh(x / 30) barely
+    changes the small logits of a fresh model, but it matters once the model is trained.
     """
     base, head = model.base_model, model.get_output_embeddings()
     if base is model or not isinstance(head, nn.Linear):
@@ -194,7 +194,7 @@ def head_is_plain(model: PreTrainedModel) -> bool:
     try:
         device = head.weight.device
         tokens = torch.arange(min(4, context_length(model) or 4), device=device)[None]
-        flash = "flash" in str(model.config._attn_implementation)  # which has half precision only
+        flash = "flash" in str(model.config._attn_implementation)  # which needs half precision
         with torch.autocast(device.type, torch.bfloat16) if flash else nullcontext():
             logits = model(input_ids=tokens, use_cache=False).logits
             return bool(seen) and torch.allclose(logits.float(), head(seen[0]).float(), rtol=1e-3, atol=0.1)

@@ -1,4 +1,4 @@
-"""AdamW with decay groups, and the learning rate as a function of the step.
+"""AdamW with decay groups.
 
 AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization", 2019), for each parameter w with gradient g:
 
@@ -18,11 +18,11 @@ from train_loop.config.schema import OptimizerConfig
 
 
 def decay_groups(module: nn.Module, decay_embeddings: bool) -> dict[str, dict[str, nn.Parameter]]:
-    """The trainable parameters by whether they decay: {"decay": {name: parameter}, "no_decay": {...}}.
+    """The trainable parameters, by whether they decay: {"decay": {name: parameter}, "no_decay": {...}}.
 
-    Decided by the type of the module that owns a parameter, not by its name (which differs between architectures):
-    norms have no decay, nor has anything with fewer than two dimensions; embeddings by choice. A tied weight counts
-    once, as what it is first: an embedding.
+    The type of the module that owns a parameter decides, not the parameter's name, which differs between
+    architectures. Norms do not decay, nor does anything with fewer than two dimensions; embeddings decay on request.
+    A tied weight counts once, where it comes first: as an embedding.
     """
     groups: dict[str, dict[str, nn.Parameter]] = {"decay": {}, "no_decay": {}}
     seen: set[int] = set()
@@ -36,14 +36,14 @@ def decay_groups(module: nn.Module, decay_embeddings: bool) -> dict[str, dict[st
                 norm
                 or parameter.ndim < 2
                 or (isinstance(owner, nn.Embedding) and not decay_embeddings)
-                or getattr(parameter, "_no_weight_decay", False)  # a state-space model's own wish
+                or getattr(parameter, "_no_weight_decay", False)  # a state-space model asks for it
             )
             groups["no_decay" if exempt else "decay"][name] = parameter
     return groups
 
 
 def build(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the decay groups of a module, with one fused kernel for all parameters where the device has it."""
+    """AdamW over the decay groups of a module, with one fused kernel for all parameters if the device has one."""
     device = next(module.parameters()).device
     groups = decay_groups(module, config.decay_embeddings)
     decays: list[dict[str, Any]] = [

@@ -6,9 +6,9 @@ from train_loop.config.schema import ScheduleConfig
 
 
 def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleConfig) -> float:
-    """The learning rate of a step, counted from 0, of `total_steps`.
+    """The learning rate of step `step`, counted from 0, out of `total_steps`.
 
-    The shapes are those of Transformers' schedules: a first step of a warm-up has rate 0, and linear and cosine would
+    The shapes are those of Transformers' schedules: the first step of a warm-up has rate 0, and linear and cosine would
     reach 0 one step after the last. wsd (warm-up, stable, decay): Hu et al., "MiniCPM", 2024.
     """
     warmup = schedule.warmup_steps

@@ -1,9 +1,9 @@
-"""The types of the one idea: the state of a run is (weights, optimizer moments, step), and all else follows from it.
+"""The types behind the one idea: a run's state is (weights, optimizer moments, step); all else follows from it.
 
     StepBatches --(seed, step)--> StepBatch --train_step(context, state, batch, learning_rate)--> the next TrainState
 
-Steps are counted by those that are finished: the state before the first step has step 0, and the step under way is
-always `state.step + 1`.
+A state's step is the number of finished steps: before the first step it is 0, and the step under way is always
+`state.step + 1`.
 """
 
 from collections import deque
@@ -27,10 +27,10 @@ from train_loop.training.accumulators import Accumulator
 
 @dataclass
 class TrainState:
-    """All that a step changes, and all that a checkpoint holds.
+    """Everything that a step changes, and everything that a checkpoint holds.
 
     Attributes:
-        model: the language model itself, without what Accelerate wraps around it.
+        model: the language model itself, without Accelerate's wrappers.
         optimizer: AdamW over its parameters, with their moments.
         step: finished optimizer steps.
     """
@@ -41,18 +41,18 @@ class TrainState:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """The parameters that are trained."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one step reads.
+    """The data of one step.
 
     Attributes:
-        index: steps finished before it.
+        index: the number of steps finished before it.
         blocks: ids of its blocks, over all ranks [<= sequences_per_step].
-        micro_batches: those that this rank runs.
+        micro_batches: the ones that this rank runs.
         micro_batch_count, targets: how many the step has, over all ranks.
     """
 
@@ -64,20 +64,20 @@ class StepBatch:
 
     @property
     def denominator(self) -> int:
-        """What the summed loss is divided by: isolated documents may leave blocks of first tokens without a target."""
+        """What the summed loss is divided by: if documents are isolated, a block of first tokens has no target."""
         return max(self.targets, 1)
 
 
 @dataclass
 class StepBatches:
-    """What every step of a run reads: a function of (seed, step), computed without the steps before it.
+    """The data of every step of a run: a function of (seed, step), computed without the steps before it.
 
     Attributes:
         windows: the training data.
         plan: the order of its blocks.
-        total_steps: of the run.
-        rank, world_size: whose micro-batches are loaded.
-        num_workers, pin_memory: of the DataLoader.
+        total_steps: how many steps the run has.
+        rank, world_size: the rank whose micro-batches are loaded, and the number of ranks.
+        num_workers, pin_memory: settings of the DataLoader.
     """
 
     windows: Windows
@@ -89,12 +89,12 @@ class StepBatches:
     pin_memory: bool = False
 
     def __getitem__(self, index: int) -> StepBatch:
-        """The batch of the step after `index` finished ones."""
+        """The batch of the step that follows `index` finished steps."""
         blocks = self.plan.blocks(index)
         return self._batch(index, blocks, list(loader(self.windows, self._share(blocks))))
 
     def after(self, step: int) -> Iterator[StepBatch]:
-        """The batches of all steps after `step` finished ones, the next ones read ahead."""
+        """The batches of all steps that follow `step` finished steps; it reads ahead."""
         ahead: deque[tuple[int, Ids, int]] = deque()
 
         def micro_batches() -> Iterator[MicroBatch]:
@@ -118,14 +118,14 @@ class StepBatches:
 
 @dataclass
 class StepContext:
-    """What a step works with; built once.
+    """What every step works with; built once.
 
     Attributes:
         accelerator: devices, processes, precision.
         objective: the prepared `Objective`, whose `model` is the state's.
         accumulator: how gradients are added up.
-        max_grad_norm: gradients are scaled down to this global norm; None leaves them.
-        seed: the run's; each dropout mask follows from it, the step and the number of the micro-batch.
+        max_grad_norm: gradients are scaled down to this global norm; None leaves them as they are.
+        seed: the run's seed; each dropout mask follows from it, the step and the number of the micro-batch.
         clock: measures the parts of a step.
         stop: whether this process was asked to stop.
     """
@@ -140,28 +140,28 @@ class StepContext:
 
 
 class Observer(Protocol):
-    """Watches a run, on every process, and changes nothing of what is computed. Override what you need.
+    """Watches a run, on every process, and does not change what it computes. Override the methods that you need.
 
-    A record is what metrics.jsonl says of the step or the evaluation, as a dictionary; a number that is not finite is
-    None in it. A resumed run may show its last evaluation once more.
+    A record is the line in metrics.jsonl for the step or the evaluation, as a dictionary; numbers that are not finite
+    are None in it. A resumed run may show its last evaluation again.
     """
 
     def before_step(self, state: TrainState, batch: StepBatch) -> None:
-        """The step after `state.step` is about to be taken."""
+        """Called before the step that follows `state.step` finished steps."""
         return
 
     def after_step(self, state: TrainState, record: dict[str, Any]) -> None:
-        """`state.step` steps are finished; gradients are gone already."""
+        """Called when `state.step` steps are finished; the gradients are already gone."""
         return
 
     def after_evaluation(self, state: TrainState, record: dict[str, Any]) -> None:
-        """The weights after `state.step` steps were evaluated."""
+        """Called when the weights after `state.step` steps have been evaluated."""
         return
 
 
 @dataclass
 class Run:
-    """What a run is made of once it is set up, beside those who watch it."""
+    """The parts of a run that is set up, without its observers."""
 
     config: Config
     data: Prepared
@@ -172,5 +172,5 @@ class Run:
 
     @property
     def evaluation_batch_size(self) -> int:
-        """Sequences of one forward pass in evaluation."""
+        """Sequences in one forward pass of an evaluation."""
         return self.config.evaluation.batch_size or self.batches.plan.micro_batch_size

@@ -1,12 +1,12 @@
-"""One optimizer step, whole: micro-batches, normalisation, clipping, finite check, update.
+"""One whole optimizer step: micro-batches, normalisation, clipping, finite check, update.
 
-What is minimised is the mean over *all* target tokens of the step, on all ranks W and in all micro-batches m:
+A step minimises the mean over *all* its target tokens, on all W ranks and in all micro-batches m:
 
     loss = sum_m nll_m / T          T = targets of the whole step, known from the plan before the first forward pass
 
 Each rank backpropagates its micro-batches' sums; data parallelism then averages gradients over the ranks, that is,
-divides by W. So every sum is scaled by W / T, and the average comes out as the gradient of `loss`, also when the last
-micro-batch is short or a rank had an empty one. A mean per micro-batch or per rank would not.
+divides by W. So every sum is scaled by W / T, and the average is the gradient of `loss`, even if the last micro-batch
+is short or a rank has an empty one. Means per micro-batch or per rank would not give that gradient.
 """
 
 import math
@@ -21,14 +21,14 @@ from torch.distributed.tensor import DTensor
 from train_loop.rng import seed_torch
 from train_loop.training.state import StepBatch, StepContext, TrainState
 
-_PIECE = 1 << 16  # numbers whose squares fp32 adds up to a millionth
+_PIECE = 1 << 16  # fp32 adds up the squares of this many numbers with an error of a millionth
 
 
 class StepResult(NamedTuple):
-    """What a step was.
+    """The result of a step.
 
-    loss in nats per target; grad_norm, of the gradient before clipping; applied: whether the weights were updated;
-    stop: whether a process had been asked to stop.
+    loss: in nats per target; grad_norm: of the gradient before clipping; applied: whether the weights were updated;
+    stop: whether any process was asked to stop.
     """
 
     loss: float
@@ -38,10 +38,10 @@ class StepResult(NamedTuple):
 
 
 def train_step(context: StepContext, state: TrainState, batch: StepBatch, learning_rate: float) -> StepResult:
-    """Take one optimizer step; `state` is the next one afterwards.
+    """Take one optimizer step; afterwards, `state` is the next state.
 
-    Whether it is applied is decided by all ranks together, from the losses of all micro-batches and the norm of the
-    summed gradient: the same numbers everywhere, read from the device at one time.
+    All ranks together decide whether to apply it, from the losses of all micro-batches and the norm of the summed
+    gradient. These numbers are the same everywhere and are read from the device once.
     """
     accumulator, clock, parameters = context.accumulator, context.clock, state.parameters
     accumulator.begin(batch.denominator, batch.micro_batch_count)
@@ -62,7 +62,7 @@ def train_step(context: StepContext, state: TrainState, batch: StepBatch, learni
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate
         accumulator.update(state.optimizer, applied)
-        for parameter in parameters:  # as zero_grad, which is profiled
+        for parameter in parameters:  # like zero_grad, but not profiled
             parameter.grad = None
     state.step += 1
     return StepResult(loss, norm, applied, stop)
@@ -74,14 +74,14 @@ def forward_backward(context: StepContext, batch: StepBatch) -> list[torch.Tenso
     losses = []
     for number, micro_batch in enumerate(batch.micro_batches, 1):
         seed_torch(accelerator.device, "dropout", context.seed, batch.index, micro_batch.number)
-        # Gradients of the ranks are summed once, after the last micro-batch.
+        # The ranks' gradients are summed once, after the last micro-batch.
         last = number == len(batch.micro_batches) and accumulator.sums_ranks
         with nullcontext() if last else accelerator.no_sync(context.objective):
             with clock("forward"):
                 micro_batch = micro_batch.to(accelerator.device)
                 nll_sum = context.objective(micro_batch.inputs, micro_batch.targets, micro_batch.positions)
             with clock("backward"):
-                # What Accelerate's own would do, without a division by its count of accumulated steps, which is 1.
+                # Like Accelerate's backward, without a division by its count of accumulated steps, which is 1.
                 accumulator.scaled(nll_sum).backward()
         with clock("backward"):
             accumulator.add()
@@ -99,15 +99,15 @@ def reduce_scalars(
     if context.accelerator.num_processes > 1:
         with context.clock("waiting"):
             ranks = context.accelerator.gather(ranks)
-    *columns, stops, norms = zip(*ranks.tolist(), strict=True)  # the only time that the device is waited for
+    *columns, stops, norms = zip(*ranks.tolist(), strict=True)  # the only time that the CPU waits for the device
     # Added up exactly, so the order of the ranks makes no difference.
     return math.fsum(nll for column in columns for nll in column), norms[0], any(stops)
 
 
 def clip(parameters: Iterable[nn.Parameter], total_norm: torch.Tensor, norm: float, limit: float | None) -> None:
-    """Scale gradients down to a global norm, where theirs is larger.
+    """Scale gradients down to a global norm if theirs is larger.
 
-    As torch's clip_grads_with_norm_, which multiplies by 1 where there is nothing to clip.
+    Like torch's clip_grads_with_norm_, but without multiplying by 1 if there is nothing to clip.
     """
     if limit is not None and norm + 1e-6 > limit:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -115,10 +115,10 @@ def clip(parameters: Iterable[nn.Parameter], total_norm: torch.Tensor, norm: flo
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """The 2-norm [] of all gradients together, before clipping; sharded where they are.
+    """The 2-norm [] of all gradients together, before clipping; sharded if they are.
 
-    On a CPU, torch adds up a tensor's squares in fp32, one after the other: of 40 million normal numbers the norm comes
-    out 0.3 % too small. Of pieces that are added up in their turn it does not.
+    On a CPU, torch adds up a tensor's squares in fp32, one after another: for 40 million normal numbers the norm comes
+    out 0.3 % too small. Combining the norms of pieces avoids that.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     pieces = [
@@ -126,7 +126,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
         for gradient in gradients
         for piece in (gradient.flatten().split(_PIECE) if _is_long_on_cpu(gradient) else [gradient])
     ]
-    # As torch's get_total_norm, without sorting them by device and type.
+    # Like torch's get_total_norm, without sorting the norms by device and type.
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces)))
 
 
