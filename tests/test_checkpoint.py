@@ -124,7 +124,7 @@ def test_a_pickle_that_the_manifest_vouches_for_is_refused(checkpoints: tuple[Ru
     (newest / "manifest.json").write_text(json.dumps({"files": files, "sha256": storage._digest(files)}))
     found, passed = storage.newest(folder)
     assert found is not None and found.step == 1
-    assert f"{file} is no " in passed[2]
+    assert f"{file} is not " in passed[2]
     with pytest.raises((SafetensorError, UnicodeDecodeError)):  # nor is it loaded by who doesn't look first
         loaded = storage.CheckpointRef(newest, {"parts": 1}) if file in PARTS else storage._found(newest)
         storage.load(loaded, run.state.model, run.state.optimizer)

@@ -230,7 +230,7 @@ def test_attention_in_half_precision_trains_samples_and_is_verified(
 @pytest.mark.parametrize(
     ("attention", "precision", "expected"),
     [
-        ("flash_attention_2", "no", "model.attention flash_attention_2: has half precision only; say --run.mixed_"),
+        ("flash_attention_2", "no", "model.attention flash_attention_2: needs half precision; say --run.mixed_"),
         (
             "flash_attention_2",
             "bf16",

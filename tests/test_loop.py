@@ -72,7 +72,7 @@ def test_the_same_command_again_changes_nothing(
     assert command("train", *settings()) == 0
     assert state() == before and command.out == printed
     assert command("train", *settings(), "--run.resume", "never") == 2
-    assert "holds a run already" in command.err and state() == before
+    assert "already holds a run" in command.err and state() == before
 
 
 def test_the_order_and_the_result_depend_on_the_seed_alone(

@@ -81,7 +81,7 @@ def test_a_roll_call_without_the_first_host_names_it(capsys: pytest.CaptureFixtu
     given = ["--port", str(free_port()), "--number", "1", "--seconds", "1", "127.0.0.1", "beta"]
     assert host_check.main(given) == 1
     said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1 and "host 0 (127.0.0.1) of 2 did not come within 1 s" in said
+    assert len(said.splitlines()) == 1 and "host 0 (127.0.0.1) of 2 did not report within 1 s" in said
     assert time.monotonic() - began < 5
 
 

@@ -110,7 +110,7 @@ def test_what_a_library_newer_than_any_that_was_tried_lacks_is_one_line(
     assert len(command.err.strip().splitlines()) == 1
     assert f"{kind.__name__}: module 'transformers' has no attribute 'Cache' (" in command.err
     cure = f"pip install 'transformers<={newest['transformers']}'"
-    assert f"transformers 77.1.0 is newer than what train_loop was tried with; {cure}" in command.err
+    assert f"transformers 77.1.0 is newer than the versions train_loop was tested with; {cure}" in command.err
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""What older libraries lack, each entry with the version from which on it can go.
+"""What older libraries lack. Each entry names the version of the library that makes it unnecessary.
 
-What a newer library has is used where it is there; else a fallback gives the same numbers. Nothing else in train_loop
-asks for versions or for names that may be missing.
+If a library is new enough, its own function is used; otherwise a fallback gives the same numbers. No other module of
+train_loop checks for versions or for names that may be missing.
 """
 
 import inspect
@@ -30,18 +30,18 @@ def linear_cross_entropy(
     ignored: int,
     chunk: int,
 ) -> torch.Tensor:
-    """The summed nll of targets under softmax(W h + b), without ever holding all logits; torch 2.13 has it.
+    """The summed nll of targets under softmax(W h + b), without ever holding all logits; built into torch 2.13.
 
     Args:
         hidden: [positions, width].
         weight: W [vocabulary, width].
         targets: int64 [positions].
         bias: b [vocabulary].
-        ignored: the target that counts for none.
-        chunk: positions whose logits are held at once.
+        ignored: the target value that does not count.
+        chunk: number of positions whose logits are held at once.
 
     Returns:
-        In nats, [] float32. Under autocast, products are of its type and sums in fp32, forwards and backwards.
+        The sum in nats, [] float32. Under autocast, products have its type and sums are in fp32, forward and backward.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -49,7 +49,7 @@ def linear_cross_entropy(
         # Autocast does not know this function.
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
-        # "none" is summed in fp32; the built-in sum would add up bf16 numbers in bf16.
+        # With "none", the sum below is in fp32. The built-in sum would add up bf16 numbers in bf16.
         nll = F.linear_cross_entropy(
             hidden, weight, targets, linear_bias=bias, reduction="none", ignore_index=ignored, options=options
         )
@@ -70,7 +70,7 @@ def linear_cross_entropy(
 
 
 def checkpoint_activations(model: PreTrainedModel, on: bool) -> None:
-    """Have a model's activations computed again in the backward pass, or not; Transformers 5.23 has these names."""
+    """Turn recomputing activations in the backward pass on or off; Transformers 5.23 has these names."""
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if on:
         getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
@@ -79,29 +79,29 @@ def checkpoint_activations(model: PreTrainedModel, on: bool) -> None:
 
 
 def checkpoints_activations(model: PreTrainedModel) -> bool:
-    """Whether a model's activations are computed again; Transformers 5.23 has this name."""
+    """Whether a model recomputes its activations; Transformers 5.23 has this name."""
     newer = hasattr(model, "is_activation_checkpointing")
     return bool(model.is_activation_checkpointing if newer else model.is_gradient_checkpointing)
 
 
 def cache_name(model: PreTrainedModel) -> str:
-    """What a model calls the cache that it takes and gives: "cache" from Transformers 5.24 on."""
+    """The name of the cache that a model takes and returns: "cache" from Transformers 5.24 on."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def static_cache_counts() -> bool:
-    """Whether caches of fixed size know how far they are filled, so that a step can be recorded; Transformers 5.4 on.
+    """Whether fixed-size caches know how full they are, so that a step can be recorded: from Transformers 5.4 on.
 
-    Without, a cache that grows gives the same tokens, more slowly on a GPU.
+    If they don't, a growing cache gives the same tokens, but more slowly on a GPU.
     """
     return hasattr(StaticLayer(max_cache_len=1), "cumulative_length")
 
 
 @contextmanager
 def residual_weights_scaled() -> Iterator[None]:
-    """Within this context, a fresh GPT-2 has its residual layers' weights scaled by 1 / sqrt(2 layers), as it must.
+    """Within this context, a new GPT-2 has its residual layers' weights scaled by 1 / sqrt(2 layers), as it should.
 
-    Transformers 5 before 5.15 means to, but looks for them under a name that no parameter has.
+    Transformers 5 before 5.15 tries to do so, but looks for a name that no parameter has.
     """
     if release(transformers.__version__) >= (5, 15):
         yield
@@ -127,9 +127,9 @@ def residual_weights_scaled() -> Iterator[None]:
 
 @contextmanager
 def eager_attention(attend: Callable[..., Any], files: Collection[str]) -> Iterator[None]:
-    """Within this context, "eager" attention is `attend`, of models in these files (names of modules).
+    """Within this context, `attend` is the "eager" attention of models in these files (names of modules).
 
-    From Transformers 5.1 on it is looked up where the other implementations are; before, it is a name in each file.
+    From Transformers 5.1 on, it is looked up in the same place as other implementations. Before, each file had its own.
     """
     if hasattr(AttentionInterface, "get_interface"):
         yield
@@ -147,7 +147,7 @@ def eager_attention(attend: Callable[..., Any], files: Collection[str]) -> Itera
 
 @contextmanager
 def stdout_kept_clean() -> Iterator[None]:
-    """Within this context, what C++ prints goes to stderr: gloo says on stdout whom it reached; torch 2.11 does not."""
+    """Within this context, output from C++ goes to stderr: before torch 2.11, gloo reports connections on stdout."""
     if release(torch.__version__) >= (2, 11):
         yield
         return

@@ -1,8 +1,8 @@
-"""Progress of long work on stderr: a tqdm bar on a terminal, a plain line now and then elsewhere.
+"""Progress of long work on stderr: a tqdm bar on a terminal, otherwise a plain line now and then.
 
     training 400/1100, 1 min 02 s, 1 min 48 s left, ▇▅▄▃▃▂▂▂▁▂▁▁▁ loss 4.9127, 6,812 tokens/s
 
-The blocks are the whole run's loss so far, from its first step on the left to the last on the right.
+The blocks show the loss of the whole run so far, from its first step on the left to its last on the right.
 """
 
 import math
@@ -12,25 +12,25 @@ import time
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
-SECONDS_BETWEEN_LOOKS = 0.1  # of the bar, which shows nothing oftener
+SECONDS_BETWEEN_LOOKS = 0.1  # between updates of the bar's values
 _BLOCKS, _PLAIN = "▁▂▃▄▅▆▇█", "_.-=*#"  # low to high
 
 
 class Sparkline:
     """A curve of any length in at most `width` characters.
 
-    Values are kept as means of stretches; where these are twice as many as characters, neighbours become one. So a
-    value costs the same at any length.
+    Values are kept as means of stretches. When there are twice as many stretches as characters, neighbours are merged.
+    So adding a value costs the same at any length.
     """
 
     def __init__(self, width: int = 16) -> None:
         self.width = width
         self._means: list[float] = []
-        self._stretch = 1  # values a mean
+        self._stretch = 1  # values per mean
         self._sum, self._count = 0.0, 0
 
     def add(self, value: float) -> None:
-        """One more value; one that is not finite is left out."""
+        """Add a value; values that are not finite are left out."""
         if not math.isfinite(value):
             return
         self._sum += value
@@ -44,7 +44,7 @@ class Sparkline:
             self._stretch *= 2
 
     def text(self, encoding: str | None) -> str:
-        """The curve, between its lowest and its highest value; in ASCII where the encoding is not UTF-8."""
+        """The curve, scaled from its lowest to its highest value; in ASCII if the encoding is not UTF-8."""
         signs = _BLOCKS if (encoding or "").lower().replace("-", "").startswith("utf8") else _PLAIN
         count, drawn = len(self._means), min(len(self._means), self.width)
         parts = [self._means[count * place // drawn : count * (place + 1) // drawn] for place in range(drawn)]
@@ -57,10 +57,10 @@ class Sparkline:
 
 
 class Progress:
-    """A bar (or lines) with a count, a rate, the time left where a total is known, and a few named values.
+    """A bar (or lines) with a count, a rate, a few named values and, if the total is known, the time left.
 
-    A closed pipe or log file gets a line every ten seconds and one at the end: a bar's control characters would fill
-    it. Silent where `shown` is false, as on every process but the first.
+    A pipe or log file gets a line every ten seconds and one at the end, because a bar's control characters would fill
+    it up. Nothing is printed if `shown` is false, as on every process except the first.
     """
 
     def __init__(self, title: str, unit: str, total: int | None, start: int = 0, shown: bool = True) -> None:
@@ -87,12 +87,12 @@ class Progress:
             self._line()
 
     def update(self, amount: int, values: str = "", curve: float | None = None) -> None:
-        """Count `amount` more.
+        """Increase the count.
 
         Args:
-            amount: of the unit.
-            values: shown beside the count, e.g. `loss 3.21`.
-            curve: the next value of the curve that is drawn before them.
+            amount: by how much, in the unit.
+            values: text to show next to the count, e.g. `loss 3.21`.
+            curve: the next value of the curve that is drawn before this text.
         """
         self.count += amount
         self.values = values or self.values
@@ -122,7 +122,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds to read: 42 s, 3 min 07 s, 2 h 05 min, 3 d 4 h."""
+    """Seconds in readable form: 42 s, 3 min 07 s, 2 h 05 min, 3 d 4 h."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes == 0:
         return f"{rest} s"
@@ -133,10 +133,11 @@ def duration(seconds: float) -> str:
 
 
 def _scaled(count: int, unit: str) -> str:
+    """A count with its unit; bytes in MB, steps without a unit."""
     return f"{count / 1e6:.1f} MB" if unit == "B" else f"{count} {unit}" if unit != "step" else str(count)
 
 
 def say(message: str) -> None:
-    """One line on stderr, above a bar where one is shown."""
+    """Print one line on stderr, above the bar if one is shown."""
     tqdm.write(message, file=sys.stderr)
     sys.stderr.flush()

@@ -1,7 +1,7 @@
-"""What a device can do: asked of the device, not guessed from its name.
+"""What a device can do: we ask the device instead of guessing from its name.
 
-A kind of accelerator that nobody here has seen (xpu, npu, ...) is treated by what it can do. The one kind that is
-special by name is the CPU, which needs no copying, no waiting and no warming up.
+An accelerator that we have never seen (xpu, npu, ...) is treated according to what it can do. Only the CPU is special
+by name, because it needs no copying, no waiting and no warming up.
 """
 
 import functools
@@ -15,7 +15,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 
 def exact(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in float64: on its own device where that has float64, else (on Apple's GPUs, for one) on the CPU."""
+    """A tensor in float64: on its own device if that has float64, otherwise (e.g. on Apple's GPUs) on the CPU."""
     return (tensor if has_float64(tensor.device) else tensor.cpu()).double()
 
 
@@ -27,13 +27,13 @@ def has_float64(device: torch.device) -> bool:
 
 @functools.cache
 def pins_memory(device: torch.device) -> bool:
-    """Whether copies to and from a device can go on by themselves, out of memory of the host that is pinned."""
+    """Whether copies to and from a device can run in the background, from pinned memory of the host."""
     return device.type != "cpu" and _works(lambda: torch.empty(1).pin_memory())
 
 
 @functools.cache
 def has_events(device: torch.device) -> bool:
-    """Whether a device's queue takes events, and tells the time between two."""
+    """Whether a device's queue takes events, and measures the time between two of them."""
     if device.type == "cpu":
         return False
 
@@ -47,25 +47,25 @@ def has_events(device: torch.device) -> bool:
 
 
 def event(device: torch.device) -> Any:
-    """An event in the queue of a device that `has_events`."""
+    """An event in the queue of a device for which `has_events` is true."""
     made: Any = torch.get_device_module(device).Event(enable_timing=True)
     made.record()
     return made
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done all that it was told to do."""
+    """Wait until a device has finished all its work."""
     torch.get_device_module(device).synchronize()
 
 
 def graph_type(device: torch.device) -> Any:
-    """The type of a device's recorded graphs (CUDAGraph, XPUGraph, ...); None where it has none."""
+    """The type of a device's recorded graphs (CUDAGraph, XPUGraph, ...); None if it has none."""
     return getattr(torch.get_device_module(device), f"{device.type.upper()}Graph", None)
 
 
 @functools.cache
 def has_fused_adamw(device: torch.device) -> bool:
-    """Whether AdamW has one kernel for all parameters on a device."""
+    """Whether a device has one AdamW kernel for all parameters."""
 
     def step() -> None:
         parameter = torch.zeros(1, device=device, requires_grad=True)
@@ -77,7 +77,7 @@ def has_fused_adamw(device: torch.device) -> bool:
 
 @functools.cache
 def precisions(device: torch.device) -> tuple[str, ...]:
-    """What run.mixed_precision may be on a device."""
+    """The values that run.mixed_precision may have on a device."""
 
     def multiplies(dtype: torch.dtype) -> bool:
         x = torch.ones(16, 16, device=device)
@@ -91,20 +91,20 @@ def precisions(device: torch.device) -> tuple[str, ...]:
     found = ["no"]
     if multiplies(torch.bfloat16):
         found.append("bf16")
-    if device.type != "cpu":  # where fp16 gains nothing, and autocast does not scale the loss
+    if device.type != "cpu":  # on a CPU, fp16 gains nothing, and autocast does not scale the loss
         found += ["fp16"] if multiplies(torch.float16) else []
         found += ["fp8"] if _works(multiplies_fp8) else []
     return tuple(found)
 
 
 def name(device: torch.device) -> str:
-    """What a device calls itself, or else its kind: NVIDIA H100, CPU, MPS."""
+    """A device's own name, or else its kind: NVIDIA H100, CPU, MPS."""
     named = getattr(torch.get_device_module(device), "get_device_name", None)
     return str(named(device)) if named is not None else device.type.upper()
 
 
 def peak_memory(device: torch.device) -> Callable[[], int]:
-    """What tells the most bytes that tensors have taken on a device, or else (on a CPU) the most of this process."""
+    """A function that returns the peak bytes of tensors on a device, or else (on a CPU) of this process's memory."""
     counted = getattr(torch.get_device_module(device), "max_memory_allocated", None)
     if counted is not None and _works(counted):
         return lambda: int(counted())
@@ -112,7 +112,7 @@ def peak_memory(device: torch.device) -> Callable[[], int]:
 
 
 def _works(attempt: Callable[[], object]) -> bool:
-    """Whether something can be done; devices and builds of torch refuse with various errors."""
+    """Whether an attempt succeeds. Devices and builds of torch refuse with various errors."""
     try:
         attempt()
         return True

@@ -1,4 +1,4 @@
-"""The ways in which a command ends early on purpose, and the exit code of each."""
+"""The ways in which a command ends early on purpose, each with its exit code."""
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -7,18 +7,18 @@ EXIT_STOPPED = 3
 
 
 class InputError(Exception):
-    """A mistake in the user's input: one line that says what, where, and what would do. Exit code 2."""
+    """A mistake in the user's input: one line that says what is wrong, where, and what would fix it. Exit code 2."""
 
 
 class TrainingError(Exception):
-    """A run that cannot go on although its input was fine (say, a loss that stays NaN). Exit code 1."""
+    """A run cannot go on although its input was fine (for example, the loss stays NaN). Exit code 1."""
 
 
 class LostError(TrainingError):
-    """A run that cannot go on because another process or host is gone.
+    """A run cannot go on because another process or host is gone.
 
     Args:
-        speaks: whether this process says so: one of each host does; the first one where that lives.
+        speaks: whether this process prints the reason. One process per host does: the first one that is alive.
     """
 
     def __init__(self, reason: str, speaks: bool | None = None) -> None:
@@ -27,6 +27,6 @@ class LostError(TrainingError):
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception of a library says, on one line of at most 300 characters."""
+    """The message of a library's exception, on one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (text if len(text) <= 300 else f"{text[:297]}...").rstrip(". ")

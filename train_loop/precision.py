@@ -1,13 +1,13 @@
-"""What run.mixed_precision means: the one table of it."""
+"""What run.mixed_precision means: the only table of it."""
 
 from typing import NamedTuple
 
 
 class Precision(NamedTuple):
-    """A precision of forward and backward passes.
+    """A precision of the forward and backward passes.
 
-    dtype: torch's name of what they compute in; same_loss: relative difference that rounding explains between two ways
-    to compute one loss; same_logit: absolute difference likewise, of two logits.
+    dtype: torch's name for the type that they compute in; same_loss: relative difference between two ways to compute a
+    loss that rounding can explain; same_logit: the same for a logit, as an absolute difference.
     """
 
     dtype: str

@@ -1,7 +1,7 @@
-"""Every random number of a run comes from a generator keyed by what it is for: nothing depends on what ran before.
+"""Every random number of a run comes from a generator that is keyed by its purpose. Nothing depends on what ran before.
 
 So dropout masks can be drawn again for any micro-batch of any step, on any process, and a sample does not depend on
-the samples before it.
+earlier samples.
 """
 
 import hashlib
@@ -19,15 +19,15 @@ def key(purpose: str, *numbers: int) -> int:
 
 
 def uniform(purpose: str, *numbers: int) -> float:
-    """A number in [0, 1), of 53 random bits, for one purpose and its numbers; see `key`."""
+    """A number in [0, 1) with 53 random bits, for one purpose and its numbers; see `key`."""
     return (key(purpose, *numbers) >> 10) / 2**53
 
 
 def seed_torch(device: torch.device, purpose: str, *numbers: int) -> None:
-    """Key torch's default generators of the CPU and of a device.
+    """Seed torch's default generators for the CPU and for a device.
 
-    Not `torch.manual_seed`: that seeds every kind of accelerator, and for those not in use it files a note with the
-    call stack each time, which costs as much as a small step.
+    `torch.manual_seed` would seed every kind of accelerator. For each kind that is not in use, it records the call
+    stack every time, which costs as much as a small step.
     """
     seed = key(purpose, *numbers)
     torch.default_generator.manual_seed(seed)

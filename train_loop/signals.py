@@ -1,4 +1,4 @@
-"""Polite stopping: a signal asks, the loop answers after the step it is in."""
+"""Polite stopping: a signal asks, and the loop stops after the current step."""
 
 import signal
 import threading
@@ -10,13 +10,13 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Within this context SIGTERM, SIGINT and SIGUSR1 set `name` instead of ending the process.
+    """Within this context, SIGTERM, SIGINT and SIGUSR1 set `name` instead of ending the process.
 
-    A second SIGINT ends it as usual, for somebody at the keyboard who cannot wait.
+    A second SIGINT ends it as usual, for users at the keyboard who cannot wait.
 
     Args:
-        is_lost: whether an error means that another process is gone. Signals stay ignored then: it still has to be
-            found out which one.
+        is_lost: whether an error means that another process is gone. In that case signals stay ignored, because this
+            process still has to find out which one.
     """
 
     def __init__(self, is_lost: Callable[[BaseException], bool] = lambda error: False) -> None:
@@ -26,24 +26,24 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
-        """Whether a signal has come (or another process has told of one)."""
+        """Whether a signal has arrived, here or at another process."""
         return self.name is not None
 
     def hear(self, asked: bool) -> bool:
-        """Take in that some process was asked to stop; returns `asked`."""
+        """Record whether any process was asked to stop, and return `asked`."""
         if asked and self.name is None:
             self.name = "a signal to another process"
         return asked
 
     def ignore_from_now_on(self) -> None:
-        """Let this context end with the signals ignored.
+        """Keep ignoring the signals after this context ends.
 
-        Launchers signal all processes as soon as the first one has left, which would change the others' exit code.
+        Launchers signal all processes as soon as the first one has ended, which would change the others' exit codes.
         """
         self._before = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
 
     def __enter__(self) -> "StopRequest":
-        # Python lets no other thread receive signals.
+        # In Python, only the main thread can receive signals.
         for number in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
             self._before[number] = signal.signal(number, self._receive)
         return self

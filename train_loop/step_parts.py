@@ -1,3 +1,3 @@
-"""The parts of a step's time, as metrics.jsonl and the report name them. A leaf, since the report has no torch."""
+"""The parts of a step's time, as named in metrics.jsonl and the report. A leaf, because the report imports no torch."""
 
 STEP_PARTS = ("data", "forward", "backward", "communication", "waiting", "optimizer")

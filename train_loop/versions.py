@@ -1,6 +1,6 @@
-"""The libraries that train_loop stands on: which versions work, which are here, and what to say when they don't fit.
+"""The libraries that train_loop uses: which versions work, which are installed, and what to say if they don't fit.
 
-Nothing here imports a library, so that a version that cannot even be imported gets its line.
+Nothing here imports a library, so even a version that cannot be imported gets a clear message.
 """
 
 import re
@@ -26,13 +26,13 @@ WORK: dict[str, tuple[str, str]] = {
     "psutil": ("5.9", "7.2.2"),
     "filelock": ("3.13", "4.3.1"),
 }
-"""Each library's floor (that of pyproject.toml) and the newest version that all tests have passed with."""
+"""Each library's oldest version that works (as in pyproject.toml), and the newest that has passed all tests."""
 
 _COMPUTE = ("torch", "accelerate", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 def installed() -> dict[str, str]:
-    """Versions of what decides what a run computes."""
+    """The versions of the libraries that affect what a run computes."""
     return {"train-loop": __version__} | {name: version(name) or "unknown" for name in _COMPUTE}
 
 
@@ -40,7 +40,7 @@ def check() -> None:
     """Refuse libraries that are missing or older than their floor.
 
     Raises:
-        InputError: naming the first one, its version and the floor.
+        InputError: names the first such library, its version and the floor.
     """
     for name, (floor, _) in WORK.items():
         found = version(name)
@@ -52,9 +52,9 @@ def check() -> None:
 
 
 def too_new(error: BaseException) -> str | None:
-    """What to say of an error that a library newer than any that was tried may explain; None where there is none.
+    """The message for an error that may come from a library newer than any tested version; None if there is none.
 
-    A library that renames or drops something shows itself as an AttributeError, an ImportError or a TypeError.
+    If a library has renamed or dropped something, the error is an AttributeError, an ImportError or a TypeError.
     """
     newer = {
         name: newest
@@ -71,11 +71,11 @@ def too_new(error: BaseException) -> str | None:
     what = ", ".join(f"{name} {version(name)}" for name in newer)
     cure = " ".join(f"'{name}<={newest}'" for name, newest in newer.items())
     said = f"{type(error).__name__}: {one_line(error)} ({where.filename}:{where.lineno})"
-    return f"{said}; {what} is newer than what train_loop was tried with; pip install {cure}"
+    return f"{said}; {what} is newer than the versions train_loop was tested with; pip install {cure}"
 
 
 def _home(error: BaseException) -> str:
-    """The package whose module or object lacks something; "builtins" where the error does not say."""
+    """The package whose module or object lacks something; "builtins" if the error does not say."""
     if isinstance(error, ImportError) and error.name:
         where = error.name
     else:
@@ -85,8 +85,8 @@ def _home(error: BaseException) -> str:
 
 
 def version(name: str) -> str | None:
-    """The version of a library that is installed; None where it is not."""
-    import importlib.metadata  # here, since it takes a third of what `--help` does
+    """The installed version of a library; None if it is not installed."""
+    import importlib.metadata  # imported here, because it takes a third of the time of `--help`
 
     try:
         return importlib.metadata.version(name)
@@ -95,7 +95,7 @@ def version(name: str) -> str | None:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The numbers that a version begins with, zeros at the end left out: of 2.9.0a0+50eac811 (2, 9)."""
+    """The numbers that a version begins with, without trailing zeros: (2, 9) for 2.9.0a0+50eac811."""
     found = re.match(r"\d+(\.\d+)*", version)
     numbers = [int(part) for part in found.group().split(".")] if found else []
     while numbers and numbers[-1] == 0:

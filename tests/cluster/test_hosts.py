@@ -104,7 +104,7 @@ def test_a_cut_cable_stops_both_sides_and_once_mended_nothing_was_lost(
     assert [code for code, _, _ in outcomes] == [1, 1]
     for (_, lines, err), lost in zip(outcomes, ("lost process 1 (beta)", "lost process 0 (alpha)"), strict=True):
         assert len(lines) == 1 and lost in lines[0], err
-        assert "the same command goes on" in lines[0]
+        assert "the same command resumes" in lines[0]
         assert "Traceback" not in err.partition(lines[0])[0]  # what the launcher says after it is its own
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "failed" and "beta" in status["reason"] and 35 <= status["step"] < 120
@@ -124,7 +124,7 @@ def test_a_host_that_never_comes_is_named(hosts: Hosts, make: Callable[..., list
     began = time.monotonic()
     for name, missing in (("alpha", "host 1 (beta)"), ("beta", "host 0 (alpha)")):
         ((code, lines, _),) = ended([start(hosts, name, make(tmp_path / "runs" / "run"), tmp_path, PATIENCE="3")])
-        assert code == 1 and len(lines) == 1 and f"{missing} of 2 did not come within 3 s" in lines[0]
+        assert code == 1 and len(lines) == 1 and f"{missing} of 2 did not report within 3 s" in lines[0]
     assert time.monotonic() - began < 20
 
 
@@ -139,7 +139,7 @@ def test_a_process_that_never_comes_is_named(hosts: Hosts, make: Callable[..., l
     hosts.kill("beta")
     other.wait()
     assert code == 1 and time.monotonic() - began < 60
-    assert len(lines) == 1 and "process 1 of 2 did not come within 4 s (machine 1" in lines[0], err
+    assert len(lines) == 1 and "process 1 of 2 did not report within 4 s (machine 1" in lines[0], err
 
 
 def test_a_host_that_differs_or_does_not_share_what_it_has_to_is_named_before_training(
@@ -170,5 +170,5 @@ def test_a_host_that_differs_or_does_not_share_what_it_has_to_is_named_before_tr
         assert "and 1.15.99 on process 1 (beta); install the same on every host" in version
         assert settings.startswith("the configuration differs: run.seed is 0 on process 0 (alpha) and 7 on process 1 (")
         assert data.startswith("the data differs: ") and "on process 1 (beta); " in data
-        assert disk.startswith("run.output_dir") and "is not one folder for all hosts (beta is without" in disk
+        assert disk.startswith("run.output_dir") and "is not the same folder on all hosts (beta lacks" in disk
     assert not (tmp_path / "alpha" / "runs" / "run" / "metrics.jsonl").exists()

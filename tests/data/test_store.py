@@ -232,7 +232,7 @@ def test_damage_is_named(tmp_path: Path, tokenizer_folder: Path) -> None:
     ("train", "validation", "expected"),
     [
         ([""], [""], "no document with text (2 empty ones were left out)"),
-        (["text"], [""], "the validation split has 0 documents and not one target"),
+        (["text"], [""], "the validation split has 0 documents but no target"),
         ([""], ["text"], "the train split has 0 documents"),
     ],
 )

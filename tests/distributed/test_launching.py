@@ -87,10 +87,14 @@ def test_torchrun_without_the_variable_stops_and_with_it_works(settings: Setting
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
             {"run__reproducible": "bitwise"},
-            "bitwise does not go with FSDP2",
+            "bitwise does not work with FSDP2",
         ),
-        ({}, {"run__reproducible": "bitwise", "run__mixed_precision": "fp16"}, "does not go with run.mixed_precision"),
-        ({}, {"run__reproducible": "bitwise", "model__compile": "true"}, "does not go with model.compile"),
+        (
+            {},
+            {"run__reproducible": "bitwise", "run__mixed_precision": "fp16"},
+            "does not work with run.mixed_precision",
+        ),
+        ({}, {"run__reproducible": "bitwise", "model__compile": "true"}, "does not work with model.compile"),
     ],
 )
 def test_what_cannot_be_had_is_refused_in_one_line(

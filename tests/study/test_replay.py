@@ -223,7 +223,7 @@ def test_damage_is_named(command: Command, run: Path, tmp_path: Path, texts: Pat
     weights = next((copy / "checkpoints" / "step-00000100").glob("model-*"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     assert command("inspect", "--run", copy, "--step", 103, "--json") == 0  # from the one before
-    assert "step-00000100" in command.err and "another checksum" in command.err
+    assert "step-00000100" in command.err and "its checksum differs" in command.err
     found = json.loads(command.out)
     assert found["from_step"] == 50 and found["verification"]["verdict"] == "bits"
     shutil.rmtree(copy / "checkpoints" / "step-00000050")

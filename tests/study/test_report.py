@@ -142,9 +142,9 @@ def test_what_is_damaged_is_told_and_the_rest_is_shown(tmp_path: Path) -> None:
     found = gather([RunFiles(folder)])["runs"][0]
     assert len(found["curves"]["loss"]["step"]) == 40 and found["curves"]["loss"]["step"][-1] == 40
     assert found["notes"] == [
-        "config.yaml can't be read: damaged, or being written",
-        "truth.json can't be read: damaged, or being written",
-        "ledger.json can't be read: damaged, or being written",
+        "config.yaml can't be read: it is damaged, or is being written",
+        "truth.json can't be read: it is damaged, or is being written",
+        "ledger.json can't be read: it is damaged, or is being written",
         "metrics.jsonl: 3 damaged lines left out",
     ]
     for shape in ({"layers": [1]}, {"layers": {"0": 3}}, {"parameters": "x", "logits": 7}, {"loss_by_position": 1}):
@@ -245,7 +245,7 @@ MISTAKES = {
     "no run": (["--run", "{empty}"], "holds no run (none of config.yaml"),
     "no name": ([], "--run"),
     "not a port": (["--run", "{run}", "--serve", "http"], "--serve: invalid int value: 'http'"),
-    "no such port": (["--run", "{run}", "--serve", "70000"], "--serve 70000: a port is between 0"),
+    "no such port": (["--run", "{run}", "--serve", "70000"], "--serve 70000: the port must be between 0"),
     "a page and a server": (["--run", "{run}", "--serve", "0", "--output", "x"], "leave out --output and --png"),
     "a folder that isn't there": (["--run", "{run}", "--output", "{empty}/a/b.html"], "b.html: cannot be written"),
     "a file in the way": (

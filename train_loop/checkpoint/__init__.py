@@ -1,1 +1,1 @@
-"""Durable checkpoints: the files on disk, the manager beside training, reading them back, and a run's folder."""
+"""Durable checkpoints: the files on disk, writing them during training, reading them back, and a run's folder."""

@@ -1,12 +1,12 @@
-"""When a checkpoint is written: beside training, at most one at a time, and tried again where it fails.
+"""Writes checkpoints during training, at most one at a time. If one fails, the run goes on.
 
-    save_async (all processes)   copy the state to memory of the CPU      training goes on
-      threads               each writes its part and tells the main process's thread, through the launcher's store
-      main's thread         waits for all parts, completes the checkpoint, removes older ones
-    wait (all processes)    until that is done; what went wrong, if anything did
+    save_async (all processes)   copies the state to CPU memory; then training goes on
+      threads                    each writes its part, and tells the main process's thread through the launcher's store
+      main's thread              waits for all parts, completes the checkpoint, removes older ones
+    wait (all processes)         waits until that is done; returns what went wrong, if anything did
 
-No thread takes part in a collective: those are the training's. The copies stay allocated, because to fetch fresh memory
-from the kernel takes longer than to copy.
+No thread takes part in a collective, because collectives belong to the training. The copies stay allocated, because
+getting fresh memory from the kernel takes longer than copying.
 """
 
 import json
@@ -35,13 +35,13 @@ class CheckpointManager:
     Args:
         accelerator: the processes.
         folder: the run's `checkpoints`.
-        keep: how many of the newest to keep.
-        background: whether training goes on meanwhile. It costs each process as much memory of the CPU as what it
-            writes: 12 bytes a parameter.
-        damaged: steps whose checkpoints were found damaged.
+        keep: how many of the newest checkpoints to keep.
+        background: whether training goes on while a checkpoint is written. This costs each process as much CPU memory
+            as it writes: 12 bytes per parameter.
+        damaged: steps whose checkpoints were found to be damaged.
 
     Attributes:
-        step: of the last checkpoint that was begun (or resumed from); None before.
+        step: the step of the last checkpoint that was begun (or resumed from); None before that.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class CheckpointManager:
         self.accelerator, self.folder, self.keep, self.background = accelerator, folder, keep, background
         self.damaged = set(damaged)
         self.step: int | None = None
-        self._number = 0  # of the checkpoints begun, the same on all processes
+        self._number = 0  # counts the checkpoints that were begun; the same on all processes
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
         self._abandoned = threading.Event()
@@ -70,10 +70,10 @@ class CheckpointManager:
         """Save the state as it is now. All processes must call this, after the same step.
 
         Args:
-            model, optimizer: unwrapped, and over its parameters.
+            model, optimizer: the unwrapped model, and the optimizer of its parameters.
             state: plain values for state.json.
-            protected_steps: whose checkpoints must not be removed.
-            before: what else the disk has to hold before the checkpoint does; called on the main process's thread.
+            protected_steps: steps whose checkpoints must not be removed.
+            before: writes what else must be on disk before the checkpoint is; called on the main process's thread.
         """
         self._join()
         main = self.accelerator.is_main_process
@@ -85,14 +85,14 @@ class CheckpointManager:
             return
         rest = (state | {"parts": parts}, protected_steps, before)
         if self.background:
-            # No daemon: the interpreter waits for it at the end.
+            # Not a daemon thread: the interpreter waits for it at exit.
             self._thread = threading.Thread(target=self._write, args=(self._copied(held), *rest), name="checkpoint")
             self._thread.start()
         else:
             self._write(held, *rest)
 
     def wait(self) -> str | None:
-        """Wait until the checkpoint that was begun last is whole. All processes must call this.
+        """Wait until the checkpoint that was begun last is complete. All processes must call this.
 
         Returns:
             What went wrong, the same on all processes, or None.
@@ -103,17 +103,18 @@ class CheckpointManager:
         return problem
 
     def abandon(self) -> None:
-        """Wait for nobody any more: another process may be gone."""
+        """Stop waiting for other processes, because one may be gone; wait only for this process's thread."""
         self._abandoned.set()
         self._join()
 
     def _join(self) -> None:
+        """Wait for this process's thread."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def _copied(self, held: Shards) -> Shards:
-        """The same in memory of the CPU that training does not touch."""
+        """A copy in CPU memory that training does not touch."""
         pinned = devices.pins_memory(self.accelerator.device)
         copies: Shards = {}
         for kind, tensors in held.items():
@@ -131,7 +132,7 @@ class CheckpointManager:
     def _write(
         self, held: Shards, state: dict[str, Any], protected_steps: Collection[int], before: Callable[[], None]
     ) -> None:
-        """What a process does for a checkpoint; nothing that goes wrong here ends a run, whatever it is."""
+        """Do this process's share of writing a checkpoint. No error here ends the run, whatever it is."""
         step, parts, main = int(state["step"]), int(state["parts"]), self.accelerator.is_main_process
         temporary = storage.temporary_folder(self.folder, step)
         part = self.accelerator.process_index if parts > 1 else 0
@@ -144,7 +145,7 @@ class CheckpointManager:
         except Exception as error:
             self._problem = one_line(error)
             if main and not self._abandoned.is_set():
-                shutil.rmtree(temporary, ignore_errors=True)  # room for others
+                shutil.rmtree(temporary, ignore_errors=True)  # make room for other files
                 say(f"step {step}: the checkpoint could not be written ({self._problem}); training goes on")
             return
         if main:
@@ -154,10 +155,10 @@ class CheckpointManager:
                 say(f"step {step}: old checkpoints could not be removed ({one_line(error)})")
 
     def _exchange(self, part: int, parts: int, write: Callable[[], Checksums]) -> Checksums:
-        """Write a part; the main process gets the sums of all of them.
+        """Write a part; the main process gets the checksums of all parts.
 
         Raises:
-            OSError: where one could not be written.
+            OSError: if a part could not be written.
         """
         if parts == 1:
             return write()

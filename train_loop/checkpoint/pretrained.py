@@ -1,4 +1,4 @@
-"""Models to use, with their tokenizers: a model folder, a name on the Hub, a run, or one of its checkpoints."""
+"""Load models with their tokenizers: from a model folder, the Hub, a run, or one of its checkpoints."""
 
 import re
 from pathlib import Path
@@ -19,12 +19,12 @@ def load(name: str, attention: str | None = None) -> tuple[PreTrainedModel, PreT
     """A model in fp32 on the CPU, and its tokenizer.
 
     Args:
-        name: a folder with a model, a name on the Hub, the folder of a run (its exported model, or while it runs its
-            newest checkpoint), or the folder of a checkpoint.
-        attention: implementation of attention; Transformers chooses when null.
+        name: a model's folder, a name on the Hub, a run's folder (which gives its exported model or, as long as there
+            is none, its newest checkpoint), or a checkpoint's folder.
+        attention: the attention implementation; None leaves the choice to Transformers.
 
     Raises:
-        InputError: when there is none.
+        InputError: if there is no such model.
     """
     path = Path(name)
     if re.fullmatch(r"step-\d{8,}", path.name) and path.absolute().parent.name == "checkpoints":
@@ -40,8 +40,8 @@ def load(name: str, attention: str | None = None) -> tuple[PreTrainedModel, PreT
 def _from_run(
     run: RunFolder, step: int | None, attention: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The weights of a step, or of the newest whole checkpoint."""
-    for _ in range(3):  # a run that goes on may remove what was just found
+    """The model with the weights of a step, or of the newest whole checkpoint."""
+    for _ in range(3):  # a run that is still training may remove what was just found
         if step is None:
             found, damaged = storage.newest(run.checkpoints)
             problem = "; ".join(damaged.values()) or f"run {run.path}: has no checkpoint yet; wait for the first one"
@@ -58,4 +58,4 @@ def _from_run(
         except (OSError, SafetensorError):
             continue
         return built.eval(), tokenizer.load(str(run.architecture))
-    raise InputError(f"run {run.path}: its checkpoints are replaced faster than they can be read; try again")
+    raise InputError(f"run {run.path}: new checkpoints replace old ones faster than they can be read; try again")

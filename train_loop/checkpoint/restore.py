@@ -1,8 +1,9 @@
-"""A checkpoint into a run's model, whether or not all hosts see it.
+"""Load a checkpoint into a run's model, even if only the main process's host has it.
 
-On a disk that they share, each process reads what it holds. Without one, checkpoints lie on the main process's host
-alone. With DDP each process holds everything, so the main process reads, and sends it to the others. With FSDP2 no
-process holds, or could hold, the whole: that needs a shared disk, and a run without one is stopped before it trains.
+If the hosts share a disk, each process reads what it holds. If they don't, only the main process's host has the
+checkpoints. With DDP, each process holds everything, so the main process reads it and sends it to the others. With
+FSDP2, no process holds the whole state, or could hold it. That needs a shared disk, and a run without one stops before
+it trains.
 """
 
 import socket
@@ -18,19 +19,19 @@ from train_loop.checkpoint import storage
 from train_loop.distributed.collectives import broadcast_from_main
 from train_loop.errors import InputError
 
-_SECONDS_TO_APPEAR = 30  # a network's file system may show a new file late
+_SECONDS_TO_APPEAR = 30  # a network file system may show a new file late
 
 
 def restore(
     accelerator: Accelerator, found: storage.CheckpointRef, model: nn.Module, optimizer: storage.Optimizer | None = None
 ) -> None:
-    """Put a checkpoint's weights into a model, and its moments and fp16's loss scale to where an optimizer is given.
+    """Load a checkpoint's weights into a model; with an optimizer, also its moments and fp16's loss scale.
 
     All processes must call this.
 
     Raises:
-        ValueError: when it belongs to another model; nothing was changed then.
-        InputError: where FSDP2 shards the model and a host does not see the checkpoint.
+        ValueError: if the checkpoint belongs to another model; then nothing is changed.
+        InputError: if FSDP2 shards the model and a host does not have the checkpoint.
     """
 
     def read() -> None:
@@ -46,7 +47,7 @@ def restore(
         return read()
     if accelerator.is_fsdp2:
         raise InputError(
-            f"checkpoint {found.folder} cannot be seen on {', '.join(blind)}; with FSDP2 every host reads all of "
+            f"checkpoint {found.folder} is missing on {', '.join(blind)}; with FSDP2 every host reads all of "
             "its files: put run.output_dir on a disk that all hosts share, or copy the whole folder to that path there"
         )
     problem = None
@@ -63,14 +64,14 @@ def restore(
 
 
 def check_disk(accelerator: Accelerator, path: Path) -> None:
-    """Refuse FSDP2 without a disk that all hosts share. All processes must call this.
+    """Refuse FSDP2 if the hosts do not share a disk. All processes must call this.
 
     Args:
         accelerator: the processes.
         path: a file that the main process has just written.
 
     Raises:
-        InputError: naming the hosts that don't see it.
+        InputError: names the hosts that don't see the file.
     """
     if not accelerator.is_fsdp2:
         return
@@ -82,13 +83,13 @@ def check_disk(accelerator: Accelerator, path: Path) -> None:
         time.sleep(0.5)
     if blind := _hosts_without(accelerator, seen):
         raise InputError(
-            f"run.output_dir {path.parent} is not one folder for all hosts ({', '.join(blind)} is without what process "
+            f"run.output_dir {path.parent} is not the same folder on all hosts ({', '.join(blind)} lacks what process "
             "0 wrote): with FSDP2 every host writes its part of a checkpoint there; put it on a disk that all share"
         )
 
 
 def _hosts_without(accelerator: Accelerator, seen: bool) -> list[str]:
-    """The hosts of those processes that have not seen something."""
+    """The hosts of the processes whose `seen` is false."""
     if accelerator.num_processes == 1:
         return [] if seen else [socket.gethostname()]
     return sorted({host for host, saw in gather_object([(socket.gethostname(), seen)]) if not saw})

@@ -1,11 +1,11 @@
-"""A run's folder: whose it is, and what state it is in.
+"""A run's folder: which run it belongs to, and what state the run is in.
 
 config.yaml     the resolved configuration
-ledger.json     the data it trains on: its ledger, and its fingerprint
-truth.json      what is, measured before the first step: processes, precision, decay groups, loss, documents
+ledger.json     the data it trains on: its ledger and its fingerprint
+truth.json      what was measured before the first step: processes, precision, decay groups, loss, documents
 status.json     state (running | stopped | failed | complete), step and reason; launchers hide exit codes
 architecture/   the model's configuration and its tokenizer: what a checkpoint's weights belong to
-metrics.jsonl   study.jsonl (where steps are watched)   checkpoints/   model/
+metrics.jsonl   study.jsonl (if steps are watched)   checkpoints/   model/
 """
 
 import json
@@ -25,7 +25,7 @@ from train_loop.files import write_atomically
 
 
 class Savable(Protocol):
-    """A configuration or a tokenizer of Transformers."""
+    """A model configuration or a tokenizer from Transformers."""
 
     def save_pretrained(self, save_directory: Any) -> Any:
         """Write it into a folder."""
@@ -39,7 +39,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints are."""
+        """The folder with the checkpoints."""
         return self.path / "checkpoints"
 
     @property
@@ -49,7 +49,7 @@ class RunFolder:
 
     @property
     def architecture(self) -> Path:
-        """Configuration and tokenizer of the model, without weights."""
+        """The model's configuration and tokenizer, without weights."""
         return self.path / "architecture"
 
     @property
@@ -58,10 +58,10 @@ class RunFolder:
         return self.path / "model"
 
     def check(self, config: Config) -> None:
-        """Refuse a folder that this run must not write to; changes nothing.
+        """Refuse a folder that this run must not write to. This changes nothing.
 
         Raises:
-            InputError: naming what differs, or what is in the way.
+            InputError: names what differs, or what is in the way.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"run.output_dir {self.path}: is a file; name a folder")
@@ -69,11 +69,13 @@ class RunFolder:
         if not stored.exists():
             for name in (self.model, self.checkpoints, self.metrics):
                 if name.exists():
-                    raise InputError(f"run.output_dir {self.path}: holds {name.name} of something else; name another")
+                    raise InputError(
+                        f"run.output_dir {self.path}: holds {name.name} of something else; name another folder"
+                    )
             return
         if config.run.resume == "never":
             cure = "name another folder, or continue it with --run.resume auto"
-            raise InputError(f"run.output_dir {self.path}: holds a run already, and run.resume is never; {cure}")
+            raise InputError(f"run.output_dir {self.path}: already holds a run, and run.resume is never; {cure}")
         old = parse_yaml(stored.read_text(encoding="utf-8"), f"{stored}: ")
         changed = differences(old, to_dict(config)) if isinstance(old, dict) else ["config.yaml is damaged"]
         if changed:
@@ -84,10 +86,10 @@ class RunFolder:
     def claim(
         self, config: Config, ledger: dict[str, Any], truth: dict[str, Any], architecture: Sequence[Savable]
     ) -> None:
-        """Write down whose folder this is, with its ledger, its truth sheet, and its model's architecture.
+        """Make this folder the run's own: write its configuration, ledger, truth sheet and model architecture.
 
         Raises:
-            InputError: when the run in it was on other data, or the folder can't be written to.
+            InputError: if the folder holds a run on other data, or can't be written to.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -103,22 +105,24 @@ class RunFolder:
             raise InputError(f"run.output_dir {self.path}: {problem}") from None
 
     def _claim(self, config: Config, ledger: dict[str, Any], truth: dict[str, Any]) -> None:
+        """Write the small files, unless the folder holds a run on other data."""
         path = self.path / "ledger.json"
         if (self.path / "config.yaml").exists() and path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
             if before != ledger["fingerprint"]:
                 raise InputError(
                     f"run.output_dir {self.path}: belongs to a run on other data (fingerprint {before[:12]}, now "
-                    f"{ledger['fingerprint'][:12]}): documents or tokenizer have changed since; name another folder"
+                    f"{ledger['fingerprint'][:12]}): the documents or the tokenizer have changed since then; "
+                    "name another folder"
                 )
         write_atomically(path, json.dumps(ledger, indent=2) + "\n")
         write_atomically(self.path / "truth.json", json.dumps(truth, indent=2) + "\n")
         write_atomically(self.path / "config.yaml", to_yaml(config))
 
     def set_status(self, state: str, step: int, reason: str = "") -> None:
-        """Write status.json; on a full disk, only say so."""
+        """Write status.json. If that fails, for example on a full disk, print a line and go on."""
         content = json.dumps({"state": state, "step": step, "reason": reason}) + "\n"
         try:
             write_atomically(self.path / "status.json", content)
         except OSError as error:
-            say(f"status.json: {one_line(error)}; the run's state is {state}, step {step}")
+            say(f"status.json: {one_line(error)}; the run is {state} at step {step}")

@@ -1,4 +1,4 @@
-"""Durable checkpoints of the one state there is: weights, optimizer moments, step.
+"""Durable checkpoints of the only state that a run has: weights, optimizer moments, step.
 
     checkpoints/step-00000100/
         model-00001-of-00002.safetensors       weights, each once (a tied one under its first name)
@@ -6,12 +6,12 @@
         state.json                             step, data, configuration, processes, versions
         manifest.json                          size and SHA-256 of every file above, and of itself; written last
 
-One process, or several with DDP, write one part. Where FSDP2 shards the state, each process writes the rows that it
-holds, so nobody ever gathers the whole; "rows" in a file's header says where they belong. Whoever reads takes the rows
-that it needs out of the parts, so a checkpoint fits any number of processes, sharded or not.
+A single process, or several with DDP, write one part. If FSDP2 shards the state, each process writes the rows that it
+holds, so no process ever gathers the whole; "rows" in a file's header says where they belong. A process that reads
+takes the rows it needs out of the parts, so a checkpoint fits any number of processes, sharded or not.
 
-Written into a temporary folder, synced, completed by the manifest, renamed; only then are older ones removed. What is
-damaged is named and passed over. Nothing is pickled: to read a checkpoint can run no code.
+A checkpoint is written into a temporary folder, synced, completed by the manifest and renamed. Only then are older ones
+removed. Damaged checkpoints are named and skipped. Nothing is pickled, so reading a checkpoint cannot run any code.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ from train_loop.models.parameters import tensors_once
 
 Optimizer: TypeAlias = torch.optim.Optimizer | AcceleratedOptimizer
 Checksums = dict[str, dict[str, Any]]
-"""Size and checksum of files: {name: {"bytes", "sha256"}}."""
+"""Sizes and checksums of files: {name: {"bytes", "sha256"}}."""
 
 KINDS = ("model", "optimizer")
 _PREFIX, _TEMPORARY = "step-", "tmp-"
@@ -46,9 +46,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Shard(NamedTuple):
-    """What a process holds of a tensor: some of its rows (all, unless it is sharded).
+    """What a process holds of a tensor: some of its rows (all of them, unless it is sharded).
 
-    values [rows, ...]; first: number of the first of them; of: rows of the whole tensor, None where these are all.
+    values [rows, ...]; first: number of the first row; of: rows of the whole tensor, None if these are all of them.
     """
 
     values: torch.Tensor
@@ -57,7 +57,7 @@ class Shard(NamedTuple):
 
 
 Shards = dict[str, dict[str, Shard]]
-"""What a process writes: {"model": {name: piece}, "optimizer": {name: piece}}."""
+"""What a process writes: {"model": {name: shard}, "optimizer": {name: shard}}."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,17 @@ class CheckpointRef:
 
     @property
     def step(self) -> int:
-        """Optimizer steps that it holds."""
+        """The number of optimizer steps that led to it."""
         return int(self.state["step"])
 
 
 def shards(model: nn.Module, optimizer: Optimizer, main: bool = True) -> Shards:
-    """What this process has to write of the state: nothing is copied or sent.
+    """What this process has to write of the state. Nothing is copied or sent.
 
     Args:
         model: unwrapped, so that its names are those of an exported model.
         optimizer: AdamW over the same parameters.
-        main: whether this is the main process, which writes what all of them hold.
+        main: whether this is the main process, which writes what all processes hold.
     """
     state = _inner(optimizer).state
     weights = tensors_once(model)
@@ -87,7 +87,7 @@ def shards(model: nn.Module, optimizer: Optimizer, main: bool = True) -> Shards:
     for name, parameter in weights.items():
         if parameter in state:
             moments |= {f"{name}.{moment}": state[parameter][moment] for moment in _MOMENTS}
-            moments[f"{name}.step"] = state[parameter]["step"].reshape(1)  # a number of updates
+            moments[f"{name}.step"] = state[parameter]["step"].reshape(1)  # the number of updates
     found: Shards = {"model": {}, "optimizer": {}}
     for kind, tensors in (("model", weights), ("optimizer", moments)):
         for name, tensor in tensors.items():
@@ -98,16 +98,16 @@ def shards(model: nn.Module, optimizer: Optimizer, main: bool = True) -> Shards:
 
 
 def write_part(folder: Path, part: int, parts: int, held: Shards) -> Checksums:
-    """Write what one process holds, so that the disk has it.
+    """Write what one process holds, and sync it to disk.
 
     Args:
         folder: the checkpoint's temporary folder.
         part: number of this part, from 0.
-        parts: how many there are.
-        held: from `pieces`.
+        parts: how many parts there are.
+        held: from `shards`.
 
     Returns:
-        Size and checksum of the files.
+        Sizes and checksums of the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     sums: Checksums = {}
@@ -127,13 +127,13 @@ def commit(folder: Path, state: dict[str, Any], sums: Checksums) -> Path:
     Args:
         folder: the run's `checkpoints`.
         state: plain values; "step" names the checkpoint, "parts" says how many there are.
-        sums: of all parts.
+        sums: of the files of all parts.
 
     Returns:
-        Where it is.
+        The checkpoint's folder.
 
     Raises:
-        OSError: where a part is missing.
+        OSError: if a part is missing.
     """
     temporary, final = temporary_folder(folder, state["step"]), _folder(folder, state["step"])
     for name, expected in sums.items():
@@ -143,7 +143,7 @@ def commit(folder: Path, state: dict[str, Any], sums: Checksums) -> Path:
     files = sums | {"state.json": _sums(temporary / "state.json")}
     _write_json(temporary / "manifest.json", {"files": files, "sha256": _digest(files)})
     sync(temporary)
-    if final.exists():  # a damaged one that was passed over
+    if final.exists():  # a damaged one that was skipped
         _remove(final)
     os.rename(temporary, final)
     sync(folder)
@@ -151,7 +151,7 @@ def commit(folder: Path, state: dict[str, Any], sums: Checksums) -> Path:
 
 
 def temporary_folder(folder: Path, step: int) -> Path:
-    """Where a checkpoint is written before it is whole."""
+    """Where a checkpoint is written before it is complete."""
     return folder / f"{_TEMPORARY}{_folder(folder, step).name}"
 
 
@@ -169,9 +169,10 @@ def prune(
     Args:
         folder: the run's `checkpoints`.
         keep: how many of the newest stay.
-        step: of the newest; later ones are not this run's past, and are replaced when their step comes.
-        protected_steps: whose checkpoints stay, too; so do those that were made for study.
-        damaged: steps whose checkpoints were passed over: they go, and don't count.
+        step: the step of the newest. Later checkpoints are not part of this run's past; they are replaced when their
+            step comes.
+        protected_steps: steps whose checkpoints stay as well; so do those that were made for study.
+        damaged: steps whose checkpoints were skipped. They are removed and don't count.
     """
     past = []
     for each in _newest_first(folder):
@@ -189,7 +190,7 @@ def prune(
 
 
 def newest(folder: Path) -> tuple[CheckpointRef | None, dict[int, str]]:
-    """The newest whole checkpoint, and of each later one, by its step, how it is damaged."""
+    """The newest whole checkpoint, and what is wrong with each later one, by step."""
     passed: dict[int, str] = {}
     for candidate in _newest_first(folder):
         if (damage := find_damage(candidate)) is None:
@@ -199,19 +200,19 @@ def newest(folder: Path) -> tuple[CheckpointRef | None, dict[int, str]]:
 
 
 def of_step(folder: Path, step: int) -> tuple[CheckpointRef | None, str]:
-    """The checkpoint of a step if it is whole, else what is wrong with it."""
+    """The checkpoint of a step if it is whole, otherwise what is wrong with it."""
     candidate = _folder(folder, step)
-    damage = find_damage(candidate) if candidate.is_dir() else "is not there"
+    damage = find_damage(candidate) if candidate.is_dir() else "does not exist"
     return (_found(candidate), "") if damage is None else (None, f"checkpoint {candidate}: {damage}")
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, file by file; None when it is whole."""
+    """The first thing that is wrong with a checkpoint, checked file by file; None if it is whole."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         files = manifest["files"]
         if manifest["sha256"] != _digest(files):
-            return "manifest.json has another checksum than when it was written"
+            return "manifest.json has changed since it was written (its checksum differs)"
         for name, expected in files.items():
             path = folder / name
             if not path.is_file():
@@ -219,15 +220,15 @@ def find_damage(folder: Path) -> str | None:
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
             if _sums(path) != expected:
-                return f"{name} has another checksum than when it was written"
+                return f"{name} has changed since it was written (its checksum differs)"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json is missing or damaged"
-    # What a manifest vouches for may still be something else than what its name says.
+    # The files that a manifest lists may still not be what their names say.
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         parts, _ = int(state["parts"]), int(state["step"])
     except (OSError, ValueError, KeyError, TypeError):
-        return "state.json is no state of a run"
+        return "state.json is not the state of a run"
     for name in (_part_name(kind, part, parts) for kind in KINDS for part in range(parts)):
         if name not in files:
             return f"manifest.json does not list {name}"
@@ -235,17 +236,17 @@ def find_damage(folder: Path) -> str | None:
             with safe_open(folder / name, "pt") as file:
                 json.loads((file.metadata() or {})["rows"])
         except (SafetensorError, ValueError, KeyError):
-            return f"{name} is no file of safetensors"
+            return f"{name} is not a safetensors file"
     return None
 
 
 def load(found: CheckpointRef, model: nn.Module, optimizer: Optimizer) -> None:
-    """Put a checkpoint's weights and moments into a model and its optimizer.
+    """Load a checkpoint's weights and moments into a model and its optimizer.
 
-    Each process reads the rows that it holds, whatever processes wrote them.
+    Each process reads the rows that it holds, whichever processes wrote them.
 
     Raises:
-        ValueError: when it belongs to another model; nothing was changed then.
+        ValueError: if the checkpoint belongs to another model; then nothing is changed.
     """
     load_weights(found, model)
     state = _inner(optimizer).state
@@ -253,7 +254,7 @@ def load(found: CheckpointRef, model: nn.Module, optimizer: Optimizer) -> None:
         for name, parameter in tensors_once(model).items():
             if f"{name}.step" not in moments.shapes:
                 continue
-            # Fused AdamW counts its updates in a tensor beside the parameter.
+            # Fused AdamW counts its updates in a tensor on the parameter's device.
             state[parameter] = {"step": moments.read(f"{name}.step").reshape(()).to(parameter.device)}
             for moment in _MOMENTS:
                 state[parameter][moment] = torch.zeros_like(parameter.detach())
@@ -261,7 +262,7 @@ def load(found: CheckpointRef, model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def load_weights(found: CheckpointRef, model: nn.Module) -> None:
-    """Put a checkpoint's weights into a model; see `load`."""
+    """Load a checkpoint's weights into a model; see `load`."""
     with _open(found, "model") as parts, torch.no_grad():
         if {name: tuple(tensor.shape) for name, tensor in tensors_once(model).items()} != parts.shapes:
             raise ValueError(f"{found.folder} holds another model's weights")
@@ -270,12 +271,12 @@ def load_weights(found: CheckpointRef, model: nn.Module) -> None:
 
 
 def in_memory(model: nn.Module, optimizer: Optimizer | None, with_moments: bool) -> Iterator[torch.Tensor]:
-    """A model's weights and, if wanted, AdamW's state, each once, in an order that depends on the model alone.
+    """A model's weights and, if asked for, AdamW's state: each tensor once, in an order that only the model decides.
 
     Args:
         model: unwrapped; not sharded.
-        optimizer: over its parameters; what it doesn't hold yet of its state is made, of zeros.
-        with_moments: whether its state is wanted.
+        optimizer: over the model's parameters; state that does not exist yet is created as zeros.
+        with_moments: whether to include the optimizer's state.
     """
     weights = tensors_once(model)
     for weight in weights.values():
@@ -294,13 +295,13 @@ def in_memory(model: nn.Module, optimizer: Optimizer | None, with_moments: bool)
 
 
 def tensors(found: CheckpointRef, kind: str = "model") -> dict[str, torch.Tensor]:
-    """All weights (or, of kind "optimizer", moments) by name, whole, on the CPU; tied ones once."""
+    """All weights (or, for kind "optimizer", all moments) by name, as whole tensors on the CPU; tied ones once."""
     with _open(found, kind) as parts:
         return {name: parts.read(name) for name in parts.shapes}
 
 
 class _Parts:
-    """The tensors of one kind, put together from the files of all parts."""
+    """The tensors of one kind, assembled from the files of all parts."""
 
     def __init__(self, files: list[Any]) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -314,7 +315,7 @@ class _Parts:
                 self._where.setdefault(name, []).append((first, None if of is None else first + shape[0], file))
 
     def read(self, name: str, first: int = 0, end: int | None = None) -> torch.Tensor:
-        """Rows `first` to `end` of a tensor; all of them without an end."""
+        """Rows `first` to `end` of a tensor; without an end, all rows."""
         where = self._where[name]
         if where[0][1] is None:  # in one piece
             whole = where[0][2].get_tensor(name)
@@ -328,7 +329,7 @@ class _Parts:
         return torch.cat(rows)
 
     def read_into(self, tensor: torch.Tensor, name: str) -> None:
-        """Fill a tensor, or the rows that this process holds of it."""
+        """Fill a tensor, or the rows of it that this process holds."""
         piece = _shard(tensor)
         if piece.of is None:
             piece.values.copy_(self.read(name))
@@ -338,6 +339,7 @@ class _Parts:
 
 @contextmanager
 def _open(found: CheckpointRef, kind: str) -> Iterator[_Parts]:
+    """The tensors of one kind ("model" or "optimizer") of a checkpoint."""
     parts = found.state["parts"]
     yield _Parts([safe_open(found.folder / _part_name(kind, part, parts), "pt") for part in range(parts)])
 
@@ -347,26 +349,29 @@ def _shard(tensor: torch.Tensor) -> Shard:
     if not isinstance(tensor, DTensor):
         return Shard(tensor)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    assert tuple(shape[1:]) == tuple(tensor.shape[1:]), "sharded along something else than rows"
+    assert tuple(shape[1:]) == tuple(tensor.shape[1:]), "sharded along a dimension other than rows"
     return Shard(tensor.to_local(), offset[0], len(tensor))
 
 
 def _first_copy(tensor: torch.Tensor) -> bool:
-    """Whether this process is the first of those that hold the same rows (hybrid sharding has several)."""
+    """Whether this process is the first of those that hold the same rows (with hybrid sharding, several do)."""
     assert isinstance(tensor, DTensor)
     places = zip(tensor.device_mesh.get_coordinate() or [], tensor.placements, strict=True)
     return not any(place for place, kind in places if isinstance(kind, Replicate))
 
 
 def _inner(optimizer: Optimizer) -> torch.optim.Optimizer:
+    """The optimizer without Accelerate's wrapper."""
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
 def _found(folder: Path) -> CheckpointRef:
+    """The reference to the checkpoint in a folder."""
     return CheckpointRef(folder, json.loads((folder / "state.json").read_text(encoding="utf-8")))
 
 
 def _folder(folder: Path, step: int) -> Path:
+    """The folder of a step's checkpoint."""
     return folder / f"{_PREFIX}{step:08d}"
 
 
@@ -380,7 +385,7 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint in such a way that no moment shows half of one."""
+    """Remove a checkpoint. It disappears at once: nobody ever sees half of it."""
     hidden = folder.with_name(f"{_TEMPORARY}removed-{folder.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(folder, hidden)
@@ -401,5 +406,6 @@ def _digest(files: Checksums) -> str:
 
 
 def _sums(path: Path) -> dict[str, Any]:
+    """A file's size and checksum."""
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -1,1 +1,1 @@
-"""Every setting of a run: the schema, reading it from YAML and the command line, checking it."""
+"""All settings of a run: what they are, how they are read from YAML and the command line, and how they are checked."""

@@ -1,4 +1,4 @@
-"""From a YAML file and a command line (or a script) to a checked `Config`, and back.
+"""Turn a YAML file and a command line (or a script's values) into a checked `Config`, and back.
 
 config_from_arguments(["--config", "file.yaml", "--optimizer.learning_rate", "3e-4"])  ->  Config
 load_config("file.yaml", {"optimizer.learning_rate": 3e-4})                           ->  the same
@@ -18,8 +18,8 @@ from train_loop.errors import InputError
 
 ONE_MODEL = "model: give exactly one of model.name_or_path and model.architecture"
 
-# Settings that do not change what a run computes. A run may be continued with other values of these; any other
-# difference means that the folder belongs to a different run.
+# Settings that do not change what a run computes. A run may resume with different values of these. Any other difference
+# means that the folder belongs to a different run.
 KEYS_FREE_ON_RESUME = (
     "run.output_dir",
     "run.resume",
@@ -57,11 +57,11 @@ def config_from_arguments(arguments: Sequence[str]) -> Config:
 
 
 def load_config(file: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
-    """The settings of a YAML file, changed by dotted keys and values; the defaults without a file.
+    """The settings of a YAML file (the defaults if there is no file), changed by dotted keys and their values.
 
     Args:
-        file: as `train-loop train --config` takes it.
-        overrides: such as {"optimizer.learning_rate": 3e-4, "train.epochs": 1}; values are Python's or YAML's.
+        file: the same file that `train-loop train --config` takes.
+        overrides: such as {"optimizer.learning_rate": 3e-4, "train.epochs": 1}; values as in Python or as in YAML.
 
     Raises:
         InputError: for a missing file, an unknown key, a wrong type, or settings that contradict each other.
@@ -81,6 +81,7 @@ def _read(path: str) -> Config:
 
 
 def _completed(config: Config, path: str | None) -> Config:
+    """Fill in the default output folder, and check the settings."""
     if config.run.output_dir is None:
         config.run.output_dir = str(Path("runs") / (Path(path).stem if path else "train"))
     check_config(config)
@@ -91,7 +92,7 @@ def check_config(config: Config) -> None:
     """Refuse settings that contradict each other.
 
     Raises:
-        InputError: naming the keys and what would do.
+        InputError: names the keys, and says what would work.
     """
     model, tokenizer, data, batch = config.model, config.tokenizer, config.data, config.batch
     if model.name_or_path is not None and model.architecture is not None:
@@ -103,7 +104,7 @@ def check_config(config: Config) -> None:
     if model.architecture is not None and tokenizer.name_or_path is None and tokenizer.train_vocab_size is None:
         raise InputError("tokenizer: a model from scratch needs tokenizer.train_vocab_size or tokenizer.name_or_path")
     if tokenizer.train_vocab_size is not None and tokenizer.train_vocab_size < 257:
-        raise InputError("tokenizer.train_vocab_size: at least 257 (256 bytes and the end of text)")
+        raise InputError("tokenizer.train_vocab_size: must be at least 257 (256 bytes and the end-of-text token)")
     if data.source == "files" and not data.files:
         raise InputError("data.files: data.source is files, but no file is named")
     if data.source == "hub" and not data.name:
@@ -116,9 +117,9 @@ def check_config(config: Config) -> None:
         ("data.streaming", "hub", data.streaming),
     ):
         if value and data.source != source:
-            raise InputError(f"{key} goes with data.source {source}, but data.source is {data.source}")
+            raise InputError(f"{key} only works with data.source {source}, but data.source is {data.source}")
     if data.streaming and "[" in data.split + (data.validation_split or ""):
-        raise InputError("data.split: a stream has no slices; use data.max_documents, or data.streaming false")
+        raise InputError("data.split: a stream cannot be sliced; use data.max_documents, or data.streaming false")
     if isinstance(batch.micro_batch_size, int) and batch.micro_batch_size > batch.sequences_per_step:
         raise InputError(
             f"batch.micro_batch_size {batch.micro_batch_size} is larger than "
@@ -126,7 +127,7 @@ def check_config(config: Config) -> None:
         )
     if "flash" in (config.model.attention or "") and config.run.mixed_precision not in ("bf16", "fp16"):
         raise InputError(
-            f"model.attention {config.model.attention}: has half precision only; say --run.mixed_precision bf16, or "
+            f"model.attention {config.model.attention}: needs half precision; say --run.mixed_precision bf16, or "
             "--model.attention sdpa"
         )
     if config.run.reproducible == "bitwise":
@@ -136,9 +137,9 @@ def check_config(config: Config) -> None:
             ("model.compile", model.compile),
         ):
             if chosen:
-                raise InputError(f"run.reproducible bitwise does not go with {key}; drop one of the two")
+                raise InputError(f"run.reproducible bitwise does not work with {key}; drop one of the two")
     if config.export.hub_model_id and not config.export.push_to_hub:
-        raise InputError("export.hub_model_id goes with export.push_to_hub true")
+        raise InputError("export.hub_model_id only works with export.push_to_hub true")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -147,17 +148,17 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved settings as YAML that `load` reads back to the same."""
+    """The resolved settings as YAML. `load_config` reads them back unchanged."""
     values = to_dict(config)
     values["optimizer"]["betas"] = list(config.optimizer.betas)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two configurations beyond `FREE_KEYS`, as lines `key: old -> new`."""
+    """What differs between two configurations, except `KEYS_FREE_ON_RESUME`, as lines `key: old -> new`."""
     flat_old, flat_new = dict(flatten(old)), dict(flatten(new))
     free = set(KEYS_FREE_ON_RESUME)
-    if flat_new.get("train.patience"):  # then evaluations decide how long the run goes
+    if flat_new.get("train.patience"):  # then evaluations decide when the run ends
         free = free - {"evaluation"} | {"evaluation.batch_size"}
     return [
         f"{key}: {flat_old.get(key)} -> {flat_new.get(key)}"
@@ -168,7 +169,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def shared_settings(config: Config) -> dict[str, Any]:
-    """The settings that all processes of a run must share, by key; where files lie may differ between hosts."""
+    """The settings that all processes of a run must share, by key. Paths may differ between hosts."""
     values = to_dict(config)
     for section, key in (
         *(("run", "output_dir"), ("model", "name_or_path"), ("tokenizer", "name_or_path"), ("data", "name")),
@@ -179,6 +180,7 @@ def shared_settings(config: Config) -> dict[str, Any]:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested dictionaries as pairs of a dotted key and a value."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
@@ -187,6 +189,6 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def cache_dir(config: Config) -> Path:
-    """Where prepared token stores live."""
+    """The folder that holds prepared token stores."""
     chosen = config.data.cache_dir or os.environ.get("TRAIN_LOOP_CACHE")
     return Path(chosen) if chosen else Path.home() / ".cache" / "train_loop"

@@ -1,7 +1,7 @@
-"""Settings: nested dataclasses that are filled from YAML and from the command line, with mistakes that are named.
+"""Fill nested dataclasses from YAML and from the command line, and name every mistake.
 
-The dataclasses (`config.py`) are the one description of the settings. Their types are what a value is checked against;
-their docstrings are the help.
+The dataclasses (`config/schema.py`) are the only description of the settings. Values are checked against their types,
+and their docstrings are the help.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ from train_loop.errors import InputError
 
 
 class Range(NamedTuple):
-    """A condition on a number, in words for the error and as a test."""
+    """A condition on a number: in words for the error message, and as a test."""
 
     words: str
     holds: Callable[[float], bool]
 
 
 class _YamlLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML 1.2's scalars: `no` is the word no (as in mixed_precision: no), 1e-3 a number, 2024-01-01 text."""
+    """Reads scalars as in YAML 1.2: `no` is the word no (as in mixed_precision: no), 1e-3 a number, 2024-01-01 text."""
 
 
 _CHANGED_TAGS = tuple(f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "timestamp"))
@@ -49,7 +49,7 @@ def parse_yaml(text: str, where: str) -> Any:
     """YAML text as plain values, with the scalars of YAML 1.2.
 
     Raises:
-        InputError: with `where`, line and column of the mistake.
+        InputError: gives `where`, line and column of the mistake.
     """
     try:
         return yaml.load(text, _YamlLoader)
@@ -63,14 +63,14 @@ def read_yaml(path: str) -> dict[str, Any]:
     """The sections of a YAML file.
 
     Raises:
-        InputError: for a file that cannot be read or holds no sections.
+        InputError: if the file cannot be read or has no sections.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"--config {path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"--config {path}: is not UTF-8 at byte {error.start}") from None
+        raise InputError(f"--config {path}: not UTF-8 at byte {error.start}") from None
     values = parse_yaml(text, f"{path}: ")
     if not isinstance(values, dict | None):
         raise InputError(f"{path}: expected sections such as `run:` and `data:`, found a {type(values).__name__}")
@@ -82,7 +82,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[st
     path, overrides, queue = None, [], iter(arguments)
     for argument in queue:
         if not argument.startswith("--"):
-            raise InputError(f"command line: unexpected {argument!r}; settings are given as --section.key value")
+            raise InputError(f"command line: unexpected {argument!r}; write settings as --section.key value")
         option, equals, value = argument.removeprefix("--").partition("=")
         if not equals:
             following = next(queue, None)
@@ -106,16 +106,17 @@ def keys(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def key_of(field: str) -> str:
-    """The key of a field: `from_` stands for `from`, which Python keeps for itself."""
+    """The key of a field: the field `from_` has the key `from`, which is a keyword in Python."""
     return field.removesuffix("_")
 
 
 def _field_of(key: str) -> str:
+    """The field of a key; see `key_of`."""
     return f"{key}_" if keyword.iskeyword(key) else key
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
-    """`did you mean X?` for the valid name nearest to `name`; the valid names themselves when none is near."""
+    """`did you mean X?` for the valid name nearest to `name`; if none is close, all valid names."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else f"valid here: {', '.join(valid)}"
 
@@ -124,7 +125,7 @@ def fill(settings: Any, values: dict[str, Any], where: str, prefix: str = "", ro
     """Set the fields of a dataclass from a mapping, section by section.
 
     Raises:
-        InputError: for an unknown key (naming the nearest) or a wrong type; `where` says in which file.
+        InputError: for an unknown key (and names the nearest one) or a wrong type; `where` says in which file.
     """
     root = root or type(settings)
     kinds = {key_of(each.name): each.type for each in dataclasses.fields(settings)}
@@ -139,14 +140,14 @@ def fill(settings: Any, values: dict[str, Any], where: str, prefix: str = "", ro
         elif isinstance(value, dict):
             fill(getattr(settings, name), value, where, f"{key}.", root)
         elif value is not None:
-            raise InputError(f"{where}{key} is a section, expected `{name}:` with keys below it")
+            raise InputError(f"{where}{key} is a section; expected `{name}:` with keys below it")
 
 
 def override(settings: Any, key: str, text: str) -> None:
-    """Set one setting, by its dotted name, to what was typed on the command line.
+    """Set one setting, given its dotted name, to what was typed on the command line.
 
     Raises:
-        InputError: as `fill`.
+        InputError: as `fill` does.
     """
     where = f"command line: --{key}"
     kinds = dict(keys(type(settings)))
@@ -159,7 +160,7 @@ def override(settings: Any, key: str, text: str) -> None:
     if key not in kinds:
         raise InputError(f"command line: unknown option --{key}; {nearest(key, list(kinds))}")
     plain = _plain_types(kinds[key])
-    # Text stays as it was typed ("def f(x):" would be a mapping to YAML); everything else is a YAML value.
+    # Text stays as it was typed (YAML would read "def f(x):" as a mapping). Everything else is a YAML value.
     is_text = str in plain and text != "null" and not (list in plain and text.startswith("["))
     value = text if is_text else parse_yaml(text, f"{where}: ")
     setattr(getattr(settings, section_name), _field_of(name), _convert(value, kinds[key], where))
@@ -180,10 +181,10 @@ def _plain_types(kind: Any) -> set[Any]:
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
-    """`value` as the type `kind`; a whole number also passes as float, one string also as a list of strings.
+    """`value` as the type `kind`. A whole number also passes as a float, and a string as a list of strings.
 
     Raises:
-        InputError: that says what was expected and what was found.
+        InputError: says what was expected and what was found.
     """
     problem = InputError(f"{where}: expected {describe(kind)}, got {value!r}")
     origin, inner = get_origin(kind), get_args(kind)
@@ -236,7 +237,7 @@ def describe(kind: Any) -> str:
 
 
 def documented(cls: Any) -> tuple[str, dict[str, str]]:
-    """What a dataclass's docstring says of it, and of each of its fields, by name."""
+    """What a dataclass's docstring says about it, and about each of its fields, by name."""
     summary, _, described = (inspect.getdoc(cls) or "").partition("Args:")  # unindented, as from Python 3.13 on
     found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", described, re.MULTILINE)
     return " ".join(summary.split()), {name: " ".join(meaning.split()) for name, meaning in found}

@@ -1,4 +1,4 @@
-"""How a text is sampled: the settings of `train-loop sample`, and of a script's `Sampler`."""
+"""How text is sampled: the settings of `train-loop sample` and of a script's `Sampler`."""
 
 from dataclasses import dataclass
 
@@ -10,20 +10,20 @@ class Sampling:
     """How tokens are chosen, and when a text ends.
 
     Args:
-        max_new_tokens: tokens to add at most.
-        temperature: logits are divided by it; 0 always takes the likeliest token.
+        max_new_tokens: add at most this many tokens.
+        temperature: divides the logits; 0 always takes the likeliest token.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the fewest tokens whose probability reaches p, in (0, 1]; 1 keeps all.
-        seed: of the draws.
-        min_p: keep tokens at least this times as likely as the likeliest, in [0, 1]; 0 keeps all.
-        typical_p: keep the most typical tokens whose probability reaches it, in (0, 1]; 1 keeps all.
-        repetition_penalty: how much less likely tokens of the text so far become, above 0; 1 changes nothing.
+        seed: seed of the random draws.
+        min_p: keep tokens that are at least this many times as likely as the likeliest one, in [0, 1]; 0 keeps all.
+        typical_p: keep the most typical tokens whose probability reaches this value, in (0, 1]; 1 keeps all.
+        repetition_penalty: makes tokens that the text already contains less likely, above 0; 1 changes nothing.
         banned_tokens: ids of tokens that are never drawn.
-        stop_tokens: ids of tokens that end a text, beside its end-of-text token; they are no part of it.
-        stop: strings that end a text; they are no part of it. On the command line, repeat it for several.
-        min_new_tokens: as many tokens come before a token may end the text.
-        samples: continuations of each prompt.
-        log_probabilities: with --json, tell the log-probability of each token, under the model, unfiltered.
+        stop_tokens: ids of tokens that end a text, in addition to the end-of-text token; they are not part of the text.
+        stop: strings that end a text; they are not part of it. On the command line, repeat the option for several.
+        min_new_tokens: at least this many tokens come before a token may end the text.
+        samples: number of continuations of each prompt.
+        log_probabilities: with --json, also print each token's log-probability under the model, before any filtering.
     """
 
     max_new_tokens: int = 100
@@ -62,7 +62,7 @@ class Sampling:
         if self.temperature == 0 and self.typical_p < 1:
             raise InputError(
                 f"typical_p {self.typical_p}: contradicts temperature 0, which takes the likeliest token, typical or "
-                "not; leave one out"
+                "not; drop one of the two"
             )
         if both := sorted({*self.banned_tokens} & {*self.stop_tokens}):
-            raise InputError(f"stop_tokens {both}: are in banned_tokens, too, so they could never end a text")
+            raise InputError(f"stop_tokens {both}: are also in banned_tokens, so they could never end a text")

@@ -1,8 +1,8 @@
-"""Every setting of a run: nested dataclasses that a YAML file fills and the command line overrides.
+"""All settings of a run: nested dataclasses that a YAML file fills and the command line overrides.
 
-    file.yaml  ->  load(["--config", "file.yaml", "--optimizer.learning_rate", "3e-4"])  ->  Config
+    config_from_arguments(["--config", "file.yaml", "--optimizer.learning_rate", "3e-4"])  ->  Config
 
-Their docstrings, with units, are what `train-loop train --help` prints; `settings.py` does the reading.
+`train-loop train --help` prints their docstrings, which give the units. `config/load.py` reads them.
 """
 
 from dataclasses import dataclass, field
@@ -25,20 +25,21 @@ class RunConfig:
     """The run as a whole.
 
     Args:
-        output_dir: folder of the run; by default runs/ and the configuration file's name.
-        seed: the one seed of the run: order of the data, initial weights, dropout, samples.
-        resume: "auto" continues from the newest whole checkpoint; "never" refuses a folder that holds a run.
+        output_dir: folder of the run; by default runs/ followed by the configuration file's name.
+        seed: the only seed of the run, for the order of the data, initial weights, dropout and samples.
+        resume: "auto" resumes from the newest whole checkpoint; "never" refuses a folder that already holds a run.
         mixed_precision: precision of the forward and backward pass; weights and moments stay in fp32. fp16 scales the
-            loss; fp8 needs a GPU that has it, and torchao or Transformer Engine.
+            loss; fp8 needs a GPU that supports it, and torchao or Transformer Engine.
         reproducible: "bitwise" gives the same bits on any number of processes, at some cost: gradients are summed in
-            fixed point, and on a CPU each process computes on one thread. Not with FSDP2, fp16, fp8 or model.compile.
-        log_with: trackers of Accelerate to log to (tensorboard, wandb, mlflow, ...), beside metrics.jsonl.
-        keep_memory: on a CPU, keep memory that a step has freed for the next one, instead of handing it back to the
-            kernel: faster steps.
-        preflight_timeout_seconds: how long all processes have to come, agree and reach each other before training;
-            whoever doesn't is named.
-        timeout_seconds: after this long without a sign of life from a process, or without an answer to it, the others
-            stop and name it.
+            fixed point, and on a CPU each process uses one thread. It does not work with FSDP2, fp16, fp8 or
+            model.compile.
+        log_with: Accelerate trackers to log to (tensorboard, wandb, mlflow, ...), in addition to metrics.jsonl.
+        keep_memory: on a CPU, keep the memory that a step has freed for the next step instead of returning it to the
+            kernel, which makes steps faster.
+        preflight_timeout_seconds: how long all processes have, before training, to report, agree and reach each other;
+            a process that does not manage this is named.
+        timeout_seconds: if a process gives no sign of life, or gets no answer, for this long, the other processes stop
+            and name it.
     """
 
     output_dir: str | None = None
@@ -59,9 +60,12 @@ class ModelConfig:
     Args:
         name_or_path: a model's name on the Hub, or a local folder.
         architecture: model_type (gpt2, llama, ...) and that configuration's own fields, to train from scratch.
-        attention: attention implementation (sdpa, eager, flash_attention_2, ...); Transformers' choice when null.
-        compile: compile the model's layers with torch.compile: faster steps after a minute or more of compiling.
-        activation_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        attention: attention implementation (sdpa, eager, flash_attention_2, ...); null leaves the choice to
+            Transformers.
+        compile: compile the model's layers with torch.compile, which makes steps faster after a minute or more of
+            compiling.
+        activation_checkpointing: recompute activations in the backward pass, which takes less memory and about a third
+            more time.
     """
 
     name_or_path: str | None = None
@@ -73,7 +77,7 @@ class ModelConfig:
 
 @dataclass
 class TokenizerConfig:
-    """The tokenizer; by default that of model.name_or_path.
+    """The tokenizer; by default the one of model.name_or_path.
 
     Args:
         name_or_path: a tokenizer's name on the Hub, or a local folder.
@@ -89,24 +93,25 @@ class DataConfig:
     """The documents, their split into train and validation, and their packing into blocks.
 
     Args:
-        source: "stdlib" (this Python's own standard library), "files", or "hub" (Hugging Face Datasets).
-        files: (files) paths or glob patterns: .txt (one document a file), .jsonl, .json, .csv, .parquet (one a row).
-        validation_files: (files) likewise; without them a part of `files` is split off.
-        name: (hub) name of the data set, or a local folder that `datasets.load_dataset` reads.
-        subset: (hub) name of its configuration.
-        split: (hub) split to train on, also a slice such as train[:5000].
-        validation_split: (hub) split to validate on; without it a part of `split` is split off.
-        text_field: field with the text of a row; dotted for nested fields (answers.text).
-        join: what joins the strings of a field that is a list.
-        test_size: share of the documents that is split off for validation when no validation data is named.
-        split_seed: seed of that split, apart from run.seed so that runs can share their validation set.
-        block_size: tokens a sequence that the model sees at once.
-        isolate_documents: keep attention inside each document of a block, let positions restart there, and don't
-            predict a document's first token from the one before it.
-        streaming: (hub) read without downloading everything first; goes with max_documents.
+        source: "stdlib" (the running Python's standard library), "files", or "hub" (Hugging Face Datasets).
+        files: (files) paths or glob patterns of .txt (one document per file), .jsonl, .json, .csv or .parquet (one
+            document per row).
+        validation_files: (files) the same for validation; without them, a part of `files` is split off.
+        name: (hub) name of the data set, or a local folder that `datasets.load_dataset` can read.
+        subset: (hub) name of the data set's configuration.
+        split: (hub) split to train on, or a slice such as train[:5000].
+        validation_split: (hub) split to validate on; without it, a part of `split` is split off.
+        text_field: field that holds a row's text; dotted for nested fields (answers.text).
+        join: string that joins the strings of a field that is a list.
+        test_size: share of the documents that is split off for validation if no validation data is named.
+        split_seed: seed of that split, separate from run.seed so that runs can share their validation set.
+        block_size: tokens of a sequence, which the model sees at once.
+        isolate_documents: keep attention inside each document of a block, restart positions at each document, and don't
+            predict a document's first token from the document before it.
+        streaming: (hub) read the data without downloading everything first; use it with max_documents.
         max_documents: read at most this many documents (rows) of each split of the source.
-        cache_dir: where prepared token stores are kept; by default $TRAIN_LOOP_CACHE, else ~/.cache/train_loop.
-        num_workers: processes that read ahead; 0 reads in the training process, which is rarely slower.
+        cache_dir: folder for prepared token stores; by default $TRAIN_LOOP_CACHE, or else ~/.cache/train_loop.
+        num_workers: number of processes that read ahead; 0 reads in the training process, which is rarely slower.
     """
 
     source: Literal["stdlib", "files", "hub"] = "stdlib"
@@ -130,13 +135,13 @@ class DataConfig:
 
 @dataclass
 class BatchConfig:
-    """How many sequences an optimizer step sees, and how many of them fit in memory at once.
+    """How many sequences an optimizer step sees, and how many of them are in memory at once.
 
     Args:
-        sequences_per_step: sequences of one optimizer step, over all processes: a training decision.
-        micro_batch_size: sequences of one forward pass: a memory decision that does not change the result;
-            all of sequences_per_step when null. "auto" starts with a process's share of the step and halves it until
-            a step fits into memory (not with FSDP2).
+        sequences_per_step: sequences of one optimizer step, over all processes: a decision about training.
+        micro_batch_size: sequences of one forward pass: a decision about memory that does not change the result. null
+            means all of sequences_per_step. "auto" starts with a process's share of the step and halves it until a
+            step fits into memory (not with FSDP2).
     """
 
     sequences_per_step: PositiveInt = 8
@@ -149,11 +154,11 @@ class OptimizerConfig:
 
     Args:
         learning_rate: peak learning rate, after warm-up.
-        weight_decay: decoupled weight decay of the matrices; norms and biases have none.
-        decay_embeddings: whether embedding matrices decay too.
-        betas: decay rates of the first and second moment.
-        eps: added to the root of the second moment.
-        max_grad_norm: gradients are scaled down to this global norm; null does not clip.
+        weight_decay: decoupled weight decay of matrices; norms and biases have none.
+        decay_embeddings: whether embedding matrices decay as well.
+        betas: decay rates of the first and second moments.
+        eps: added to the square root of the second moment.
+        max_grad_norm: scale gradients down to this global norm; null turns clipping off.
     """
 
     learning_rate: NonNegativeFloat = 5e-5
@@ -171,7 +176,7 @@ class ScheduleConfig:
     Args:
         name: shape after warm-up: linear to 0, half a cosine to 0, constant, or wsd (constant, then linear to 0).
         warmup_steps: steps over which the rate rises linearly from 0.
-        decay_steps: (wsd) length of the final decay in steps; a tenth of all steps when null.
+        decay_steps: (wsd) length of the final decay in steps; null means a tenth of all steps.
     """
 
     name: Literal["linear", "cosine", "constant", "wsd"] = "linear"
@@ -185,9 +190,9 @@ class TrainConfig:
 
     Args:
         epochs: passes over the training data.
-        max_steps: optimizer steps; where given, it decides and epochs does not.
-        patience: evaluations in a row without a new lowest loss, after which training ends early; null never does.
-        max_bad_steps: steps in a row with a non-finite loss or gradient, each skipped, after which the run fails.
+        max_steps: number of optimizer steps; if given, it overrides epochs.
+        patience: end training early after this many evaluations in a row without a new lowest loss; null never does.
+        max_bad_steps: skip steps with a non-finite loss or gradient, but fail after this many of them in a row.
     """
 
     epochs: PositiveInt = 3
@@ -198,11 +203,11 @@ class TrainConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Exact evaluation on the whole validation data; the last step is always evaluated.
+    """Exact evaluation on all validation data; the last step is always evaluated.
 
     Args:
         every: "epoch", or a number of optimizer steps.
-        batch_size: sequences of one forward pass; does not change the result. micro_batch_size when null.
+        batch_size: sequences of one forward pass; it does not change the result. null means micro_batch_size.
     """
 
     every: PositiveInt | Literal["epoch"] = "epoch"
@@ -211,12 +216,12 @@ class EvaluationConfig:
 
 @dataclass
 class SampleConfig:
-    """Text sampled after each evaluation, and the defaults saved with the exported model.
+    """Sampling after each evaluation, and the defaults that are saved with the exported model.
 
     Args:
-        prompts: what to continue; when null, one text from its beginning; an empty list samples nothing.
-        max_new_tokens: tokens to add at most.
-        temperature: logits are divided by it; 0 always takes the likeliest token.
+        prompts: texts to continue; null samples one text from scratch, an empty list samples nothing.
+        max_new_tokens: add at most this many tokens.
+        temperature: divides the logits; 0 always takes the likeliest token.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the fewest tokens whose probability reaches p; 1 keeps all.
     """
@@ -233,12 +238,12 @@ class CheckpointConfig:
     """Checkpoints of (weights, moments, step), from which the same command resumes.
 
     Args:
-        every: "epoch", or a number of optimizer steps; the last step is always kept, and that with the lowest
-            validation loss, too.
-        keep: how many of the newest to keep.
-        at: "log" makes checkpoints of the steps 0, 1, 2, 4, 8, ... as well, to study, and keeps them all.
-        background: go on with training while a copy of the state is written; needs memory of the CPU for the copy, 12
-            bytes a parameter.
+        every: "epoch", or a number of optimizer steps; the last step is always kept, and so is the step with the lowest
+            validation loss.
+        keep: how many of the newest checkpoints to keep.
+        at: "log" also makes checkpoints of steps 0, 1, 2, 4, 8, ... for study, and keeps them all.
+        background: go on with training while a copy of the state is written; the copy takes CPU memory, 12 bytes per
+            parameter.
     """
 
     every: PositiveInt | Literal["epoch"] = "epoch"
@@ -247,19 +252,19 @@ class CheckpointConfig:
     background: bool = True
 
 
-# One fact, one sum and a name that comes back: what is learned by heart, worked out, and looked up in the text.
+# A fact, a sum and a name that comes back: something to memorise, to work out, and to look up in the text.
 PROBE = "When Mary and John went to the store, John gave a drink to Mary. Two plus two is four, and Paris is in France."
 
 
 @dataclass
 class StudyConfig:
-    """What is watched while a run trains, for study.jsonl; it changes nothing of what is computed.
+    """What is watched while a run trains, and written to study.jsonl; it does not change what is computed.
 
     Args:
         every: watch each step whose number this divides: weights, gradients and updates, activations, attention, loss
             by position and frequency. null watches nothing and costs nothing.
-        probe: text whose tokens' losses and likeliest predictions are recorded at each evaluation, where steps are
-            watched or the text is not the default; null or empty records none.
+        probe: at each evaluation, record the loss and the likeliest predictions of each token of this text, if steps
+            are watched or the text is not the default; null or an empty text records nothing.
     """
 
     every: PositiveInt | None = None
@@ -273,14 +278,14 @@ class StudyConfig:
 
 @dataclass
 class ExportConfig:
-    """What becomes of the finished model, beside being written to output_dir/model.
+    """What happens to the finished model, in addition to being written to output_dir/model.
 
     Args:
         from: "last" exports the weights of the last step, "best" those with the lowest validation loss.
-        verify: load the exported model in a clean process without this package, offline, and call the run complete
-            only if its weights, its loss and its greedy tokens are the trained model's.
-        push_to_hub: upload it to the Hugging Face Hub (needs a login).
-        hub_model_id: repository to push to (name or user/name); the name of output_dir when null.
+        verify: load the exported model in a clean process, offline and without this package. The run is only complete
+            if its weights, its loss and its greedy tokens are the same as the trained model's.
+        push_to_hub: upload the model to the Hugging Face Hub (needs a login).
+        hub_model_id: repository to push to (name or user/name); null means the name of output_dir.
     """
 
     from_: Literal["last", "best"] = "last"
@@ -309,12 +314,12 @@ class Config:
 
     @property
     def output_dir(self) -> Path:
-        """The run's folder; `load` has made sure that there is one."""
+        """The run's folder; `config/load.py` makes sure that there is one."""
         assert self.run.output_dir is not None
         return Path(self.run.output_dir)
 
     @property
     def micro_batch_size(self) -> int:
-        """Sequences of one forward pass in training, as far as the settings say it."""
+        """Sequences of one forward pass in training, as far as the settings determine it."""
         chosen = self.batch.micro_batch_size
         return chosen if isinstance(chosen, int) else self.batch.sequences_per_step

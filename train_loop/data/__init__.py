@@ -1,4 +1,4 @@
-"""Text in, batches out; knows nothing of models.
+"""Text in, batches out. This package knows nothing about models.
 
 sources/         where documents come from      formats.py      what a row holds
 corpus.py        which documents are held out   tokenizer.py    load a tokenizer, or train one

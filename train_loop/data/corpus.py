@@ -2,9 +2,9 @@
 
     source (stdlib | files | hub)  ->  rows  ->  text of a row  ->  Document  ->  train | validation
 
-A corpus is read as a stream, so its size does not matter, nor does the size of a document that is a file of its own.
-Of rows one is held at a time (of Parquet and of the Hub's data sets, a few). Whether a document is held out depends
-only on its index and the split's seed: nothing needs to know how many documents there are, and no list of them is kept.
+A corpus is read as a stream, so its size does not matter. Nor does the size of a document that is a file of its own.
+Rows are held one at a time (a few at a time for Parquet and for data sets from the Hub). Whether a document is held
+out depends only on its index and the split's seed, so nothing needs the number of documents or a list of them.
 """
 
 import hashlib
@@ -34,12 +34,12 @@ class Corpus:
         """The documents of "train" or "validation", in the order of the source.
 
         Raises:
-            InputError: for a source that cannot be read; the message names file and place.
+            InputError: if a source cannot be read; the message names the file and the place.
         """
         return (document for found, document in self.splits() if found == split)
 
     def splits(self) -> Iterator[tuple[str, Document]]:
-        """Every document of the corpus with the split it belongs to, in one pass over the source."""
+        """Every document of the corpus and the split that it belongs to, in one pass over the source."""
         data, source = self.data, _SOURCES[self.data.source]
         main = itertools.islice(source.documents(data, TRAIN), data.max_documents)
         if data.validation_files or data.validation_split:
@@ -55,9 +55,9 @@ class Corpus:
                     following = next(chosen)
 
     def key(self) -> dict[str, Any]:
-        """What this corpus is made from, cheaply: names, sizes and times of change, not contents.
+        """A cheap description of what this corpus is made from: names, sizes and modification times, not contents.
 
-        Two corpora with one key hold the same documents; the token store is filed under it.
+        Two corpora with the same key hold the same documents. The token store is filed under this key.
         """
         data = self.data
         key: dict[str, Any] = {"source": data.source, "max_documents": data.max_documents}
@@ -67,21 +67,21 @@ class Corpus:
         return key
 
     def size(self) -> int | None:
-        """Bytes of text to come, where that is known before reading: of the standard library and of .txt files."""
+        """Bytes of text, if known before reading (for the standard library and for .txt files); else None."""
         return None if self.data.max_documents else _SOURCES[self.data.source].size(self.data)
 
 
 def held_out_documents(test_size: float, seed: int) -> Iterator[int]:
-    """Indices of the held-out documents, ascending and without end: a stratified random sample.
+    """Indices of the held-out documents, in ascending order and without end: a stratified random sample.
 
-    The indices are cut into strata of length 1 / test_size, and one index is drawn from each. So every prefix of the
-    corpus holds out its share to within one document, a corpus that grows keeps its split, and a stream can be split
-    without knowing its length. The draws are counter-based: keyed by (seed, stratum).
+    The indices are cut into strata of length 1 / test_size, and one index is drawn from each stratum. So every prefix
+    of the corpus holds out its share to within one document, a corpus that grows keeps its split, and a stream can be
+    split before its length is known. The draws are counter-based: they are keyed by (seed, stratum).
     """
     length = 1 / test_size
     last = -1
     for stratum in itertools.count():
-        # Strata whose length is no whole number share an index at their border: it must not be yielded twice.
+        # If the length is not a whole number, strata share an index at their border. It must not be yielded twice.
         last = max(last + 1, int((stratum + uniform("split", seed, stratum)) * length))
         yield last
 

@@ -1,8 +1,8 @@
-"""Documents that a script hands over: any iterable of texts, kept as a file, and from then on a source like others.
+"""Documents that a script passes in: any iterable of texts. They are saved as a file, a source like any other.
 
     ("notes", texts)  ->  <cache>/documents/notes-<hash>.jsonl  ->  data.source files
 
-So the run that is trained on them can be resumed, replayed and evaluated by the commands, too.
+So the commands can also resume, replay and evaluate a run that is trained on them.
 """
 
 import copy
@@ -19,25 +19,25 @@ from train_loop.errors import InputError, one_line
 
 
 class Documents(NamedTuple):
-    """Texts, a document each, and the name to file them under."""
+    """Texts, one per document, and the name to file them under."""
 
     name: str
     texts: Iterable[str]
 
 
 def configure(config: Config, documents: Documents | tuple[str, Iterable[str]] | None) -> Config:
-    """A configuration whose data are these documents; the same one where there are none.
+    """A configuration that trains on these documents; the given one if there are none.
 
-    The file is named by its content: the same documents are the same file, on every process and at every time.
+    The file is named after its content, so the same documents always give the same file, on every process.
 
     Raises:
-        InputError: for a name that is no file's, for what is no text, or where the file can't be written.
+        InputError: if the name can't be a file name, if a document is not text, or if the file can't be written.
     """
     if documents is None:
         return config
     name, texts = documents
     if not re.fullmatch(r"[\w.-]+", name):
-        raise InputError(f"documents: the name {name!r} is used for a file; use letters, digits, and . _ -")
+        raise InputError(f"documents: the name {name!r} becomes a file name; use only letters, digits, and . _ -")
     folder = cache_dir(config) / "documents"
     digest = hashlib.sha256()
     temporary = folder / f"{name}.tmp-{os.getpid()}"
@@ -51,7 +51,7 @@ def configure(config: Config, documents: Documents | tuple[str, Iterable[str]] |
                 digest.update(line)
                 file.write(line)
         path = folder / f"{name}-{digest.hexdigest()[:16]}.jsonl"
-        if not path.exists():  # else it keeps its time of change, and what was prepared from it stays valid
+        if not path.exists():  # an existing file keeps its modification time, so what was prepared from it stays valid
             os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"documents: {folder} cannot be written to ({one_line(error)}); set data.cache_dir") from None

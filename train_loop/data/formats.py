@@ -6,33 +6,33 @@ from typing import Any, NamedTuple
 from train_loop.config.parsing import nearest
 from train_loop.errors import InputError
 
-ROWS_AT_ONCE = 100  # of Parquet or the Hub, read at once
+ROWS_AT_ONCE = 100  # rows that are read at once from Parquet or from the Hub
 
 
 class Document(NamedTuple):
-    """One document: where it was found, and its text in blocks, which may be read from a file as they are asked for."""
+    """One document: where it was found, and its text in blocks, which may be read from a file on demand."""
 
     name: str
     blocks: Iterable[str]
 
     @property
     def text(self) -> str:
-        """All of its text."""
+        """The whole text."""
         return "".join(self.blocks)
 
 
 def text_of(row: Any, text_field: str, join: str, place: str) -> str:
-    """The text at a dotted path of a row; the strings of a list are joined, a null is no text.
+    """The text at a dotted path of a row. The strings of a list are joined; null counts as no text.
 
     Raises:
-        InputError: for a field that is not there (naming those that are) or that holds no text.
+        InputError: if the row lacks the field (the message names those that it has), or if the field holds no text.
     """
     values = [row]
     listed = False
     for name in text_field.split("."):
         found: list[Any] = []
         for value in values:
-            if isinstance(value, list):  # a list of records: the field of each
+            if isinstance(value, list):  # a list of records: take the field of each one
                 listed = True
                 found.extend(record.get(name) if isinstance(record, dict) else None for record in value)
             elif isinstance(value, dict) and name in value:
@@ -50,6 +50,7 @@ def text_of(row: Any, text_field: str, join: str, place: str) -> str:
 
 
 def refuse_field(row: Any, text_field: str, place: str) -> None:
+    """Raise an InputError that says that the row lacks the field, and names the fields that it has."""
     fields = list(_paths(row))
     raise InputError(f"data.text_field: {place}: no field {text_field}; {nearest(text_field, fields)}")
 

@@ -1,12 +1,12 @@
-"""The DataLoader over packed blocks: block ids -> tensors, one vectorised gather a batch.
+"""The DataLoader over packed blocks: block ids -> tensors, one vectorised gather per batch.
 
     tokens   t0 t1 t2 t3 t4 t5 t6 ...          block_size = 3
     window 0 [t0 t1 t2 t3]                     input t0 t1 t2   target t1 t2 t3
     window 1          [t3 t4 t5 t6]            input t3 t4 t5   target t4 t5 t6
 
-There is nothing to collate and no sampler: `order.py` says which blocks make up a batch, and the DataLoader only has
-to fetch them (in other processes, ahead of time, where data.num_workers asks for it). Small micro-batches are gathered
-several at a time: between the passes of a model, a gather finds nothing of what it needs in the processor's caches.
+There is nothing to collate and no sampler. `order.py` says which blocks make up a batch, and the DataLoader only
+fetches them (ahead of time in other processes, if data.num_workers asks for it). Small micro-batches are gathered
+several at a time, because a model's passes push everything that a gather needs out of the processor's caches.
 """
 
 import itertools
@@ -24,16 +24,16 @@ from train_loop.data.token_store import TokenStore, window_count
 from train_loop.signals import STOP_SIGNALS
 
 IGNORED = -100
-"""Target of a position that is not predicted: the filling of a short window or of an empty micro-batch."""
+"""Target of a position that is not predicted, because it pads a short window or an empty micro-batch."""
 
-_TOKENS_TOGETHER = 1 << 14  # of a gather, at least: a quarter of a megabyte
+_TOKENS_TOGETHER = 1 << 14  # the least that one gather fetches: a quarter of a megabyte
 
 
 class Batch(NamedTuple):
     """One micro-batch: its number within the step, inputs and targets [batch, block] int64.
 
-    Where documents are isolated, positions [batch, block] int64 say how far each input is from where its document
-    begins (or, if that is outside, its window); else None.
+    If documents are isolated, positions [batch, block] int64 give the distance of each input from the start of its
+    document (or of its window, if the document starts before it); else None.
     """
 
     number: int
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     positions: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """The same with its tensors on a device."""
+        """The same batch with its tensors on a device."""
         if self.inputs.device == device:
             return self
         inputs, targets = (each.to(device, non_blocking=True) for each in (self.inputs, self.targets))
@@ -55,7 +55,7 @@ class Windows(Dataset[Batch]):
 
     Args:
         store: the stream of tokens.
-        block_size: tokens of context a window gives the model.
+        block_size: tokens of context that a window gives the model.
         filler: token id that fills up a short window; its targets are ignored, and causal attention keeps it from
             reaching the tokens before it.
         isolate: whether documents are kept apart: no target is a document's first token, and batches have positions.
@@ -75,22 +75,22 @@ class Windows(Dataset[Batch]):
 
     def targets(self, blocks: Ids) -> int:
         """Number of targets in some windows, without reading them."""
-        # Not by numpy: for a step's few blocks, between two passes of a model, its first call takes five times as long.
+        # Without numpy: its first call between two passes of a model takes five times as long for a step's few blocks.
         short = blocks.tolist().count(self.count - 1)
         targets = (len(blocks) - short) * self.block_size + short * self.last_targets
         if self.borders is not None:
             first = blocks * self.block_size
             last = np.minimum(first + self.block_size, len(self.store) - 1)
             begun = np.searchsorted(self.borders, last, "right") - np.searchsorted(self.borders, first, "right")
-            targets -= int(begun.sum())  # documents that begin behind a window's first token
+            targets -= int(begun.sum())  # documents that begin after a window's first token
         return targets
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
-        """The windows of a micro-batch; of an empty one, a single row without targets."""
+        """The windows of a micro-batch; for an empty one, a single row without targets."""
         return self.__getitems__([micro_batch])[0]
 
     def __getitems__(self, micro_batches: list[MicroBatch]) -> list[Batch]:
-        """The same of several micro-batches, which costs little more than of one."""
+        """The same for several micro-batches, which costs little more than for one."""
         rows = self._gather(np.concatenate([blocks for _, blocks in micro_batches]))
         batches, first = [], 0
         for number, blocks in micro_batches:
@@ -126,9 +126,9 @@ class Windows(Dataset[Batch]):
 
 
 class _Together:
-    """A sampler that hands on what it is given, as many micro-batches at a time as are gathered together.
+    """A sampler that passes on the micro-batches it is given, in groups that are gathered together.
 
-    The DataLoader asks for an iterable that it can restart.
+    The DataLoader needs an iterable that it can restart.
     """
 
     def __init__(self, micro_batches: Iterable[MicroBatch], block_size: int) -> None:
@@ -150,7 +150,7 @@ class _Together:
 def loader(
     windows: Windows, micro_batches: Iterable[MicroBatch], num_workers: int = 0, pin_memory: bool = False
 ) -> Iterator[Batch]:
-    """One `Batch` for each micro-batch, in their order, from a DataLoader."""
+    """One `Batch` for each micro-batch, in order, from a DataLoader."""
     groups: DataLoader[list[Batch]] = DataLoader(
         windows,  # type: ignore[arg-type]
         batch_sampler=_Together(micro_batches, windows.block_size),
@@ -167,6 +167,6 @@ def _as_they_are(batches: list[Batch]) -> list[Batch]:
 
 
 def _leave_signals_to_training(worker: int) -> None:
-    """Launchers and terminals signal every process; a worker that ends would take the training with it."""
+    """Ignore stop signals: launchers and terminals signal every process, and a worker that ends stops the training."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

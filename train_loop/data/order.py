@@ -2,13 +2,13 @@
 
     step -> epoch and position -> block ids -> micro-batches -> the share of one process
 
-Every epoch visits the blocks in another order: a keyed bijection, computed for any position without computing the
+Every epoch visits the blocks in a new order: a keyed bijection, computed for any position without computing the
 ones before it (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002: a Feistel network on a x b >= n
 points, walked until it lands below n). So step one million is found as fast as step one, in constant memory.
 
-A step's blocks are cut into micro-batches in a fixed order that knows nothing of the processes. Process r of W takes
-the micro-batches r, r + W, r + 2W, ...; where they don't divide evenly the last ones of some processes are empty, so
-that all processes run equally many forward and backward passes.
+A step's blocks are cut into micro-batches in a fixed order that does not depend on the processes. Process r of W takes
+the micro-batches r, r + W, r + 2W, ... If they don't divide evenly, the last ones of some processes are empty, so all
+processes run the same number of forward and backward passes.
 """
 
 import math
@@ -24,14 +24,14 @@ from train_loop.rng import key
 Ids = npt.NDArray[np.int64]
 
 _BLOCKS_AHEAD = 2048
-_ROUNDS = 4  # Luby and Rackoff (1988): enough for what cannot be told from a random permutation
+_ROUNDS = 4  # Luby and Rackoff (1988): enough to be indistinguishable from a random permutation
 
 
 def permute(positions: npt.ArrayLike, n: int, seed: int, epoch: int) -> Ids:
     """The block ids at `positions` [k] of an epoch's order: a bijection of 0..n-1 for each (seed, epoch).
 
     Raises:
-        ValueError: for a position outside 0..n-1.
+        ValueError: if a position is outside 0..n-1.
     """
     walking = np.atleast_1d(np.asarray(positions, dtype=np.uint64))
     if walking.size and int(walking.max()) >= n:
@@ -40,7 +40,7 @@ def permute(positions: npt.ArrayLike, n: int, seed: int, epoch: int) -> Ids:
     a = max(math.isqrt(n - 1) + 1, 1)
     b = -(-n // a)
     result = _feistel(walking, keys, a, b)
-    # a x b exceeds n by less than a, so few points land outside; each walks on along its cycle until it is inside.
+    # a x b exceeds n by less than a, so few points land outside. Each of them walks along its cycle until it is inside.
     while (outside := result >= n).any():
         result[outside] = _feistel(result[outside], keys, a, b)
     return result.astype(np.int64)
@@ -73,7 +73,7 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The order of a whole training run. Steps count from 0 here: `plan.blocks(0)` are those of the first step."""
+    """The order of a whole training run. Steps count from 0 here: `plan.blocks(0)` is the first step."""
 
     blocks_per_epoch: int
     sequences_per_step: int
@@ -86,20 +86,20 @@ class Plan:
         return -(-self.blocks_per_epoch // self.sequences_per_step)
 
     def epoch(self, step: int) -> int:
-        """The epoch, counted from 0, that a step belongs to."""
+        """The epoch of a step, counted from 0."""
         return step // self.steps_per_epoch
 
     def blocks(self, step: int) -> Ids:
-        """The block ids of one step, in their order [<= sequences_per_step]."""
+        """The block ids of one step, in order [<= sequences_per_step]."""
         epoch, position = divmod(step, self.steps_per_epoch)
         first = position * self.sequences_per_step
         last = min(first + self.sequences_per_step, self.blocks_per_epoch)
         return permute(np.arange(first, last, dtype=np.uint64), self.blocks_per_epoch, self.seed, epoch)
 
     def steps(self, start: int, stop: int) -> Iterator[Ids]:
-        """The block ids of the steps start..stop-1, one after the other: the same as `blocks` of each.
+        """The block ids of steps start..stop-1, one step after the other: what `blocks` gives for each of them.
 
-        The permutation is computed for many steps at once: on a step's few blocks, the calls cost more than the sums.
+        The permutation is computed for many steps at once: for a step's few blocks, calls cost more than arithmetic.
         """
         size = self.sequences_per_step
         while start < stop:
@@ -112,10 +112,10 @@ class Plan:
 
 
 def cut(blocks: Ids, size: int, rank: int = 0, world_size: int = 1) -> list[MicroBatch]:
-    """A step's blocks in runs of at most `size`: those that one process runs, equally many on every process.
+    """The micro-batches that one process runs in a step, at most `size` blocks each: as many as every other process.
 
-    Those past the last block are empty, and their numbers past the last real one, so that they share no other one's
-    dropout key.
+    Micro-batches past the last block are empty. Their numbers are past the last real one, so they share a dropout key
+    with no other micro-batch.
     """
     rounds = -(-len(blocks) // (size * world_size))
     own = range(rank, rounds * world_size, world_size)

@@ -1,20 +1,20 @@
 """Documents -> token store on disk + ledger: prepared once, then memory-mapped.
 
-    documents -> pieces -> token ids -> tokens.bin, one stream a split:  d0 d0 d0 EOS d1 d1 EOS d2 ... EOS
+    documents -> pieces -> token ids -> tokens.bin, one stream per split:  d0 d0 d0 EOS d1 d1 EOS d2 ... EOS
 
-Documents are read, cut into pieces and encoded as a stream: memory is that of a few batches of pieces, however many or
-long the documents are.
+Documents are read, cut into pieces and encoded as a stream. This takes the memory of a few batches of pieces, however
+many documents there are and however long they are.
 
-A store is a folder named after a hash of what it was made from (corpus, split, tokenizer), so a second run finds it
-at once and any change makes another one. It is written beside its final name and renamed when whole; a lock file
-makes the processes that ask for it at the same time build it once.
+A store is a folder named after a hash of what it was made from (corpus, split, tokenizer). So a second run finds it
+at once, and any change makes a new one. It is written under a temporary name and renamed when it is complete. A lock
+file makes sure that processes which ask for it at the same time build it only once.
 
     <cache>/stores/<hash>/
         ledger.json               what went in and what came out, per split; it adds up
-        tokenizer/                where one was trained
+        tokenizer/                if one was trained
         train/ validation/
             tokens.bin            uint16, or uint32 for a vocabulary above 65,536; little-endian
-            documents.bin         per document: where its tokens end in tokens.bin, where its name ends in names.bin
+            documents.bin         per document: where its tokens end in tokens.bin and its name ends in names.bin
             names.bin             UTF-8
 """
 
@@ -47,22 +47,22 @@ from train_loop.errors import InputError
 from train_loop.files import sync
 
 _FORMAT = 2
-# Characters that a core encodes at once: a few hundredths of a second, and some megabytes while it does.
+# Characters that one core encodes at once. That takes a few hundredths of a second and some megabytes.
 _BATCH_CHARACTERS = 125_000
 
 
 def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, shown: bool = True) -> Prepared:
-    """The token store of a configuration, built where it is not there yet.
+    """The token store of a configuration; built first if it does not exist yet.
 
-    The store is the same whether documents are isolated or not; the ledger is kept accordingly.
+    The store is the same whether documents are isolated or not; only the ledger differs.
 
     Args:
-        config: its sections data and tokenizer count (and model.name_or_path, whose tokenizer is the default).
-        tokenizer: used instead of the configured one, as when another model is evaluated on this data.
-        shown: whether progress is printed.
+        config: only the sections data and tokenizer matter (and model.name_or_path, whose tokenizer is the default).
+        tokenizer: used instead of the configured one, for example to evaluate another model on this data.
+        shown: whether to print progress.
 
     Raises:
-        InputError: for data that cannot be read, or a split without one target.
+        InputError: if the data cannot be read, or if a split has no target.
     """
     corpus = Corpus(config.data)
     vocab_size = config.tokenizer.train_vocab_size
@@ -72,12 +72,12 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, sh
     if tokenizer is None and vocab_size is None:
         name = config.tokenizer.name_or_path or config.model.name_or_path
         if name is None:
-            cure = "name one with tokenizer.name_or_path, or train one: tokenizer.train_vocab_size"
+            cure = "name one with tokenizer.name_or_path, or train one with tokenizer.train_vocab_size"
             raise InputError(f"tokenizer: {cure}")
         tokenizer = tokenizers.load(name)
     if tokenizer is not None:
         made_with = tokenizers.fingerprint(tokenizer)
-        trained = folder / "tokenizer"  # of a store's own; a run's own model, evaluated later, comes with it
+        trained = folder / "tokenizer"  # a run's own model, evaluated later, has it too
         if not trained.is_dir() or tokenizers.fingerprint(tokenizers.load(str(trained))) != made_with:
             folder = stores / key_hash(key | {"tokenizer": made_with})
     if not folder.exists():
@@ -96,6 +96,7 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, sh
 
 
 def _open(folder: Path, tokenizer: PreTrainedTokenizerFast | None) -> Prepared:
+    """Open a store that is on disk; `tokenizer` is None if the store holds its own."""
     try:
         found = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
         dtype, fingerprint = np.dtype(found["dtype"]), found["fingerprint"]
@@ -108,10 +109,10 @@ def _open(folder: Path, tokenizer: PreTrainedTokenizerFast | None) -> Prepared:
 def _build(
     folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFast | None, vocab_size: int | None, shown: bool
 ) -> None:
-    """Write a store under a temporary name and rename it when it is whole; leave nothing behind otherwise."""
-    # Named after the host: on a disk that several share, a lock may hold within each of them only.
+    """Write a store under a temporary name and rename it when it is complete. A failure leaves nothing behind."""
+    # Named after the host: on a disk that several hosts share, a lock may only hold within one host.
     prefix = f"{folder.name}.tmp-{socket.gethostname()}-"
-    for stale in folder.parent.glob(f"{prefix}*"):  # of a process that was killed: we hold the lock
+    for stale in folder.parent.glob(f"{prefix}*"):  # left by a process that was killed: we hold the lock
         shutil.rmtree(stale)
     temporary = folder.with_name(f"{prefix}{os.getpid()}")
     temporary.mkdir()
@@ -135,7 +136,7 @@ def _build(
         try:
             os.rename(temporary, folder)
         except OSError:
-            if not folder.exists():  # else another host was faster: the same documents give the same store
+            if not folder.exists():  # if it does, another host was faster: the same documents give the same store
                 raise
         sync(folder.parent)
     finally:
@@ -143,12 +144,13 @@ def _build(
 
 
 def _train_tokenizer(corpus: Corpus, vocab_size: int, shown: bool) -> PreTrainedTokenizerFast:
+    """Train a tokenizer on the training documents."""
     with Progress("training the tokenizer, reading", "B", None, shown=shown) as progress:
 
         def texts() -> Iterator[str]:
             words = tokenizers.untrained()
             for document in corpus.documents(TRAIN):
-                for text in tokenizers.pieces(words, document.blocks):  # no word is cut, so the same words are counted
+                for text in tokenizers.pieces(words, document.blocks):  # no word is cut, so the counts are the same
                     progress.update(len(text.encode()))
                     yield text
 
@@ -156,6 +158,7 @@ def _train_tokenizer(corpus: Corpus, vocab_size: int, shown: bool) -> PreTrained
 
 
 def _refuse_unusable(train: Ledger, validation: Ledger, data: DataConfig) -> None:
+    """Raise an InputError if a split has nothing to predict."""
     total = train.documents + validation.documents
     if total == 0:
         empty = train.empty_documents + validation.empty_documents
@@ -163,12 +166,12 @@ def _refuse_unusable(train: Ledger, validation: Ledger, data: DataConfig) -> Non
     cure = "name data with more text"
     if not (data.validation_files or data.validation_split):
         cure = (
-            f"data.test_size is {data.test_size} of {total} documents; name validation data of its own "
+            f"data.test_size is {data.test_size} of {total} documents; name separate validation data "
             "(data.validation_files or data.validation_split), change data.test_size or add documents"
         )
     for split, ledger in ((TRAIN, train), (VALIDATION, validation)):
         if ledger.trained_targets == 0:
-            raise InputError(f"data: the {split} split has {ledger.documents} documents and not one target; {cure}")
+            raise InputError(f"data: the {split} split has {ledger.documents} documents but no target; {cure}")
 
 
 class _SplitWriter:
@@ -194,14 +197,14 @@ class _SplitWriter:
             file.close()
 
     def add_text(self, text: str, ids: npt.NDArray[np.uint32]) -> int:
-        """Add a piece of a document's text and its token ids [tokens]; return how many bytes of UTF-8 it has."""
+        """Add a piece of a document's text and its token ids [tokens]; return its size in bytes of UTF-8."""
         content = text.encode()
         ledger = self.ledger
         if self.begins and len(ids):
             size = tokenizers.first_token_bytes(self.core, text, int(ids[0]))
             ledger.first_token_bytes += size
             self.begins = False
-            # The stream's first token is nobody's target, so its bytes don't count for bits per byte.
+            # The stream's first token is never a target, so its bytes don't count for bits per byte.
             if ledger.text_tokens + ledger.eos_tokens == 0:
                 ledger.first_tokens, ledger.predicted_bytes = 1, -size
         ledger.bytes += len(content)
@@ -213,7 +216,7 @@ class _SplitWriter:
         return len(content)
 
     def end_document(self, name: str) -> None:
-        """Put the end-of-text token after the document whose text was added, and file its name."""
+        """Add the end-of-text token to the document whose text was added, and record its name."""
         self._write([self.eos])
         self.begins = True
         ledger = self.ledger
@@ -234,7 +237,7 @@ class _SplitWriter:
         if self.gzip is not None:
             ledger.gzip_bytes += len(self.gzip.flush())
         tokens = ledger.text_tokens + ledger.eos_tokens
-        if tokens and not ledger.first_tokens:  # documents whose text has no tokens: the first token is an EOS
+        if tokens and not ledger.first_tokens:  # the documents' text has no tokens, so the first token is an EOS
             ledger.first_tokens = 1
         ledger.trained_targets = int(target_counts(tokens, max(tokens, 1)).sum())
         ledger.dropped_tokens = tokens - ledger.first_tokens - ledger.trained_targets
@@ -246,6 +249,7 @@ class _SplitWriter:
 def _write_splits(
     folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any], shown: bool
 ) -> dict[str, Ledger]:
+    """Write the files of both splits in one pass over the corpus; return their ledgers."""
     core, eos = tokenizers.encoder(tokenizer), tokenizer.eos_token_id
     assert isinstance(eos, int)
     with (
@@ -266,13 +270,13 @@ def _write_splits(
         return {split: writer.finish() for split, writer in writers.items()}
 
 
-_Piece = tuple[str, str, str, bool]  # split, name, text, whether the document ends with it
+_Piece = tuple[str, str, str, bool]  # split, name, text, whether it ends the document
 
 
 def _batches(
     core: Tokenizer, documents: Iterable[tuple[str, Document]], writers: dict[str, _SplitWriter]
 ) -> Iterator[list[_Piece]]:
-    """Pieces of documents in batches of about `_BATCH_CHARACTERS`; documents without text are counted, not kept."""
+    """Pieces of documents in batches of about `_BATCH_CHARACTERS`. Documents without text are counted, not kept."""
     batch: list[_Piece] = []
     size = 0
     for split, (name, blocks) in documents:

@@ -24,18 +24,18 @@ class Ledger:
     """The ledger of one split: text_tokens + eos_tokens = trained_targets + first_tokens + dropped_tokens.
 
     Args:
-        documents: documents with text; each ends in one end-of-text token.
-        empty_documents: documents without text, left out.
+        documents: documents with text; each ends with one end-of-text token.
+        empty_documents: documents without text, which are left out.
         bytes: UTF-8 bytes of the documents.
         text_tokens: tokens of text.
         eos_tokens: end-of-text tokens.
         trained_targets: tokens that are predicted once per epoch.
-        first_tokens: tokens that only serve as context: the first of the stream, or of each document where documents
+        first_tokens: tokens that only serve as context: the first of the stream, or of each document if documents
             are isolated.
         dropped_tokens: tokens that are in no window.
-        predicted_bytes: bytes without those of the first tokens: what bits per byte refer to.
+        predicted_bytes: bytes without those of the first tokens: what bits per byte are measured on.
         first_token_bytes: bytes of all documents' first tokens.
-        gzip_bytes: size of the documents, one after the other, under gzip -9; validation only, else 0.
+        gzip_bytes: size of all documents, concatenated, under gzip -9; validation only, else 0.
         sha256: of tokens.bin.
     """
 
@@ -53,14 +53,14 @@ class Ledger:
     sha256: str = ""
 
     def check(self) -> None:
-        """Raises ArithmeticError where the ledger does not add up: a mistake in this package, not in the data."""
+        """Raise ArithmeticError if the ledger does not add up: a bug in this package, not a mistake in the data."""
         tokens = self.text_tokens + self.eos_tokens
         accounted = self.trained_targets + self.first_tokens + self.dropped_tokens
         if tokens != accounted or self.eos_tokens != self.documents:
             raise ArithmeticError(f"the ledger does not add up: {tokens} tokens against {accounted} accounted for")
 
     def isolated(self) -> "Ledger":
-        """The same ledger where no document's first token is predicted from the document before it."""
+        """The same ledger, for training that never predicts a document's first token from the document before it."""
         ledger = replace(
             self,
             trained_targets=self.text_tokens + self.eos_tokens - self.documents,
@@ -76,7 +76,7 @@ class TokenStore:
 
     Attributes:
         tokens: the stream of token ids [tokens], uint16 or uint32.
-        ledger: what is in it.
+        ledger: what the split holds.
     """
 
     def __init__(self, folder: Path, dtype: npt.DTypeLike, ledger: Ledger) -> None:
@@ -86,7 +86,7 @@ class TokenStore:
         found = path.stat().st_size if path.exists() else 0
         if found != expected:
             raise InputError(f"{path}: damaged, {found} bytes where {expected} belong; remove {folder.parent}")
-        # A plain view of the map: memmap's own indexing runs Python code each time.
+        # A plain view of the map, because memmap's own indexing runs Python code each time.
         self.tokens: npt.NDArray[Any] = np.asarray(np.memmap(path, dtype, "r")) if expected else np.empty(0, dtype)
         documents = folder / "documents.bin"
         self._documents = np.memmap(documents, _DOCUMENT, "r") if ledger.documents else np.empty(0, _DOCUMENT)
@@ -101,7 +101,7 @@ class TokenStore:
         return self._documents["token_end"]
 
     def document_at(self, token: int) -> tuple[str, int]:
-        """Name of the document that a token of the stream belongs to, and the token's place in it."""
+        """The name of the document that a token of the stream belongs to, and the token's place in it."""
         index = int(np.searchsorted(self.document_ends, token, side="right"))
         start, name_start = map(int, self._documents[index - 1]) if index else (0, 0)
         with open(self.folder / "names.bin", "rb") as names:
@@ -115,10 +115,11 @@ class Prepared:
     """Data that is ready to train on.
 
     Attributes:
-        folder: where it lies.
-        tokenizer: what made it.
+        folder: where it is on disk.
+        tokenizer: the tokenizer that it was encoded with.
         train, validation: the two splits.
-        fingerprint: SHA-256 of the tokens of both splits and of the tokenizer: equal on every host, whatever the paths.
+        fingerprint: SHA-256 of the tokenizer and of the tokens of both splits; the same on every host, whatever the
+            paths.
     """
 
     folder: Path
@@ -128,22 +129,22 @@ class Prepared:
     fingerprint: str
 
     def ledger(self) -> dict[str, Any]:
-        """The ledgers of both splits as plain values."""
+        """The ledgers of both splits, as plain values."""
         splits = {TRAIN: self.train, VALIDATION: self.validation}
         return {"fingerprint": self.fingerprint} | {split: asdict(store.ledger) for split, store in splits.items()}
 
 
 def window_count(tokens: int, block_size: int) -> int:
-    """Windows over a stream: each is block_size + 1 tokens wide and starts block_size after the one before.
+    """The number of windows over a stream. Each is block_size + 1 tokens wide and starts block_size after the last one.
 
-    So neighbours share one token, which is the last target of one and the first input of the next: every token but
+    So neighbours share one token: it is the last target of one and the first input of the next. Every token except
     the stream's first is predicted once. The last window may be shorter.
     """
     return max(0, -(-(tokens - 1) // block_size))
 
 
 def target_counts(tokens: int, block_size: int) -> npt.NDArray[np.int64]:
-    """Targets of each window [windows]: block_size, but for the last, shorter one."""
+    """The number of targets of each window [windows]: block_size, except for the last one, which may be shorter."""
     counts = np.full(window_count(tokens, block_size), block_size, dtype=np.int64)
     if len(counts):
         counts[-1] = tokens - 1 - block_size * (len(counts) - 1)

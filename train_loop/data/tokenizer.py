@@ -1,12 +1,12 @@
 """Load a tokenizer, or train a byte-level BPE on the training documents.
 
-Text is encoded as it is: nothing is put before or after it, and text that happens to spell a special token
-(`<|endoftext|>` in a document about tokenizers, say) stays ordinary text. The one special token in the data is the
-end-of-text token that the store puts after each document.
+Text is encoded as it is. Nothing is added before or after it, and text that happens to spell a special token (such as
+`<|endoftext|>` in a document about tokenizers) stays ordinary text. The only special token in the data is the
+end-of-text token that the store adds after each document.
 
-A document is encoded in pieces, cut where no token depends on it: so it takes little memory, however long it is, and
-all cores share it. Small pieces are also encoded faster than large ones: what the Rust core needs for them stays in
-caches.
+A document is encoded in pieces, cut where the cut changes no token. So a document takes little memory, however long
+it is, and all cores share the work. Small pieces are also encoded faster than large ones, because what the Rust core
+needs for them stays in the caches.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ from train_loop.errors import InputError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
 _LONGEST_CHARACTER = 4  # bytes of UTF-8
-# Sizes of pieces [characters] where a place to cut is known to be one, and where it has to be tried first, which costs
-# encoding some 2,000 characters; and how much text before and after a place is looked at.
+# Sizes of pieces [characters]: if a place is known to be safe to cut, and if it has to be tried first, which costs
+# the encoding of some 2,000 characters. Then how much text is looked at before and after a place.
 _PIECE, _TRIED_PIECE, _MARGIN = 1 << 11, 1 << 17, 500
-# Batches that wait for each thread; and threads: making arrays of ids, which holds Python's lock, takes a sixteenth of
-# the time, so more would wait for each other.
+# Batches that wait for each thread, and the most threads: a sixteenth of the time goes into making arrays of ids, which
+# holds Python's lock, so more threads would wait for each other.
 _AHEAD, _MOST_WORKERS = 4, 16
 _CORE_THREADS = "TOKENIZERS_PARALLELISM"
-# The last place where a word ends: the white space after it is short, and seen whole.
+# The last place where a word ends, and where the white space after it is short and fully visible.
 _END_OF_WORD = re.compile(r".*\S(?=[ \n\r\t]\s{0,9}\S)", re.DOTALL)
 
 
@@ -42,7 +42,7 @@ def load(name_or_path: str) -> PreTrainedTokenizerFast:
     """A tokenizer from the Hub or a local folder.
 
     Raises:
-        InputError: when there is none, when it has no end-of-text token, or when it is not a fast one.
+        InputError: if there is none, if it has no end-of-text token, or if it is not a fast one.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
@@ -61,7 +61,7 @@ def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     It covers every text, since it falls back on single bytes. The end-of-text token has id 0.
 
     Raises:
-        InputError: when the texts are too small for so many entries.
+        InputError: if there is too little text for so many entries.
     """
     tokenizer = untrained()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -76,7 +76,7 @@ def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def untrained() -> Tokenizer:
-    """What `train` starts with: it splits texts into words, and has no entries yet."""
+    """The tokenizer that `train` starts with: it splits text into words and has no entries yet."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -85,7 +85,7 @@ def untrained() -> Tokenizer:
 
 
 def encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """The tokenizer's Rust core, set to encode special tokens' spellings as ordinary text; a copy."""
+    """A copy of the tokenizer's Rust core that encodes the spellings of special tokens as ordinary text."""
     core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     core.no_truncation()
     core.no_padding()
@@ -94,15 +94,15 @@ def encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def encode_batches(core: Tokenizer, batches: Iterable[list[str]]) -> Iterator[list[npt.NDArray[np.uint32]]]:
-    """Token ids [tokens] of each text, batch by batch, in order; some batches are encoded ahead, one on each core.
+    """Token ids [tokens] of each text, batch by batch, in order. Some batches are encoded ahead, one on each core.
 
-    The Rust core lets go of Python's lock, so threads of ours work side by side, each on a batch of its own. The core's
-    own threads would share one batch after another, and at times some sleep while others have work. What the core
-    returns is much larger than the arrays made of it, and is not kept.
+    The Rust core releases Python's lock, so our threads work side by side, each on its own batch. The core's own
+    threads would share one batch after another, and at times some would sleep while others had work. What the core
+    returns is much larger than the arrays made from it, and is not kept.
     """
 
     def encode(texts: list[str]) -> list[npt.NDArray[np.uint32]]:
-        # An array.array takes a list of ints three times as fast as numpy does.
+        # array.array reads a list of ints three times as fast as numpy.
         encoded = core.encode_batch_fast(texts, add_special_tokens=False)
         return [np.frombuffer(array("I", each.ids), dtype=np.uint32) for each in encoded]
 
@@ -120,7 +120,7 @@ def encode_batches(core: Tokenizer, batches: Iterable[list[str]]) -> Iterator[li
 
 @contextmanager
 def _one_thread_a_call() -> Iterator[None]:
-    """Have the Rust core encode a batch in the thread that asks: it has this variable for that, read at each call."""
+    """Have the Rust core encode each batch in the calling thread. It reads this variable at each call."""
     before = os.environ.get(_CORE_THREADS)
     os.environ[_CORE_THREADS] = "false"
     try:
@@ -133,20 +133,20 @@ def _one_thread_a_call() -> Iterator[None]:
 
 
 def pieces(core: Tokenizer, blocks: Iterable[str], size: int | None = None) -> Iterator[str]:
-    """A text in pieces of about `size` characters whose tokens, put together, are those of the whole text.
+    """Cut a text into pieces of about `size` characters. Their tokens, put together, are those of the whole text.
 
-    A text is only cut at the end of a word, where the tokens around it don't depend on the cut. Where no such place is
-    near, the piece grows. No piece is empty.
+    A text is only cut at the end of a word, where the cut does not change the tokens around it. If there is no such
+    place nearby, the piece grows. No piece is empty.
 
     Args:
         core: what will encode the pieces.
-        blocks: the text, cut anywhere, which the pieces don't depend on; no more than a piece and a block are held.
-        size: in characters; by default large enough for the search of places to cost little.
+        blocks: the text in blocks; the pieces don't depend on where these end. At most a piece and a block are held.
+        size: in characters; by default large enough that looking for places to cut costs little.
     """
     known = _splits_at_words(core)
     size = size or (_PIECE if known else _TRIED_PIECE)
     near = size
-    held: list[str] = []  # what was read and not given yet, joined only when it may be enough
+    held: list[str] = []  # what was read but not yielded yet; joined only when it may be enough
     length = 0
     for block in blocks:
         held.append(block)
@@ -167,14 +167,14 @@ def pieces(core: Tokenizer, blocks: Iterable[str], size: int | None = None) -> I
 
 
 def _splits_at_words(core: Tokenizer) -> bool:
-    """Whether words are encoded each for itself, and a word ends wherever white space follows other characters.
+    """Whether each word is encoded by itself, and a word ends wherever white space follows other characters.
 
-    That is so for GPT-2's pattern (Radford et al., 2019), which is
+    That is true of GPT-2's pattern (Radford et al., 2019), which is
 
         's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+
 
-    White space is in a match with other characters only as its first, and nothing looks back. What was added to the
-    vocabulary could span words, but special entries, which are not looked for here.
+    In a match with other characters, white space can only come first, and nothing looks back. Entries that were added
+    to the vocabulary could span words; only special ones are harmless, because they are not looked for here.
     """
     splitter = core.pre_tokenizer
     return (
@@ -187,7 +187,7 @@ def _splits_at_words(core: Tokenizer) -> bool:
 
 
 def _cut(core: Tokenizer, text: str, low: int, high: int, known: bool, tries: int = 20) -> int | None:
-    """The last place in low..high, of a few tried, where cutting `text` leaves the tokens around it as they are."""
+    """The last place in low..high where cutting `text` does not change the tokens around it; a few are tried."""
 
     def ids(start: int, stop: int) -> list[int]:
         return core.encode(text[max(start, 0) : stop], add_special_tokens=False).ids
@@ -205,22 +205,22 @@ def _cut(core: Tokenizer, text: str, low: int, high: int, known: bool, tries: in
 
 
 def first_token_bytes(core: Tokenizer, text: str, token: int) -> int:
-    """UTF-8 bytes of a text that its first token, `token`, stands for."""
+    """How many UTF-8 bytes of a text its first token, `token`, stands for."""
     splitter = core.pre_tokenizer
     if core.normalizer is None and isinstance(splitter, pre_tokenizers.ByteLevel) and not splitter.add_prefix_space:
         return len(core.id_to_token(token) or "")  # in this alphabet, one character stands for one byte
-    start = text[:100]  # to encode little, but more than a token
+    start = text[:100]  # little to encode, but more than one token
     offsets = core.encode(start, add_special_tokens=False).offsets
     return len(start[: offsets[0][1]].encode()) if offsets else 0
 
 
 def strings(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds [tokens]: together they are the whole text.
+    """The text that each token adds [tokens]. Together these strings are the whole text.
 
-    Where several tokens make up one character, the last of them has it and the others have nothing.
+    If several tokens make up one character, the last of them gets it and the others get an empty string.
     """
     found: list[str] = []
-    start = read = 0  # decoded again for context, and already read
+    start = read = 0  # start: where decoding begins again, for context; read: how many tokens are done
 
     def text(first: int, end: int) -> str:
         return str(tokenizer.decode(list(ids[first:end]), clean_up_tokenization_spaces=False))
@@ -236,7 +236,7 @@ def strings(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str]
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 of all that decides how text becomes tokens: the core's definition and the end-of-text id."""
+    """SHA-256 of everything that decides how text becomes tokens: the core's definition and the end-of-text id."""
     core = tokenizer.backend_tokenizer
     if core.truncation or core.padding:  # part of the definition, but not used here
         core = encoder(tokenizer)

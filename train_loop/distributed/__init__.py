@@ -1,1 +1,1 @@
-"""Processes: launching them, agreeing among them, noticing when one is lost."""
+"""Processes: how they are launched, how they agree, and how they notice that one is lost."""

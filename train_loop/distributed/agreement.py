@@ -1,4 +1,4 @@
-"""Whether to stop, decided by all processes together: a signal reaches one, and all stop after the same step."""
+"""All processes decide together whether to stop: a signal reaches one of them, and all stop after the same step."""
 
 import time
 
@@ -12,15 +12,15 @@ _SECONDS_BETWEEN_POLLS = 1.0
 
 
 class StopPoll:
-    """Asks all processes about once a second whether one of them was asked to stop.
+    """Finds out, about once a second, whether any process was asked to stop.
 
-    All have to ask equally often. How many times go by without an exchange follows from the time that the slowest
-    process took, so all agree on it.
+    All processes must call it equally often. Most calls exchange nothing. The number of calls between two exchanges
+    follows from the time that the slowest process took, so all processes agree on it.
 
     Args:
         accelerator: the processes.
-        stop: what this process was asked.
-        alone: whether only this process asks, and only itself.
+        stop: whether this process was asked to stop.
+        alone: whether this process only asks itself.
     """
 
     def __init__(self, accelerator: Accelerator, stop: StopRequest, alone: bool = False) -> None:
@@ -31,7 +31,7 @@ class StopPoll:
         self._last = time.monotonic()
 
     def __call__(self) -> bool:
-        """Whether to stop, as far as is known; once True, always True."""
+        """Whether to stop, as far as this process knows. Once True, it stays True."""
         if self.answer:
             return True
         if self.alone:
@@ -49,5 +49,5 @@ class StopPoll:
 
 
 def any_rank_stopping(accelerator: Accelerator, stop: StopRequest) -> bool:
-    """Whether any process was asked to stop; all must call this."""
+    """Whether any process was asked to stop. All processes must call this."""
     return StopPoll(accelerator, stop)()

@@ -1,4 +1,4 @@
-"""What all processes do together: agree on a value, wait for work of unknown length, gather a sharded model."""
+"""What all processes do together: agree on a value, wait for work of unknown duration, gather a sharded model."""
 
 import json
 import os
@@ -23,10 +23,10 @@ _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.01, 0.5
 
 
 def run_on_all_ranks(accelerator: Accelerator, purpose: str, work: Callable[[], Result]) -> Result:
-    """Do some work of unknown length on every process, and go on when all have done it.
+    """Do some work of unknown duration on every process, and continue when all of them are done.
 
-    Nobody waits in a collective, which would time out after minutes: processes look into the launcher's key-value
-    store now and then. A mistake on any of them is raised on all.
+    No process waits in a collective, which would time out after minutes. Instead, each one checks the launcher's
+    key-value store now and then. An error on one process is raised on all of them.
 
     Args:
         accelerator: the processes.
@@ -34,7 +34,7 @@ def run_on_all_ranks(accelerator: Accelerator, purpose: str, work: Callable[[], 
         work: what to do; its result is returned.
 
     Raises:
-        InputError, TrainingError: where `work` raised one on any process.
+        InputError, TrainingError: if `work` raised one on any process.
     """
     if accelerator.num_processes == 1:
         return work()
@@ -46,7 +46,7 @@ def run_on_all_ranks(accelerator: Accelerator, purpose: str, work: Callable[[], 
         mistake, kind = str(error), type(error).__name__
         if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):  # which of the hosts?
             mistake += f" (on {socket.gethostname()})"
-    round_ = store.add(f"{purpose}/done", 0) // processes  # the same work may be done again later
+    round_ = store.add(f"{purpose}/done", 0) // processes  # the same work may come again later
     if mistake:
         store.set(f"{purpose}/{round_}/mistake", json.dumps([kind, mistake]))
     store.add(f"{purpose}/done", 1)
@@ -61,11 +61,11 @@ def run_on_all_ranks(accelerator: Accelerator, purpose: str, work: Callable[[], 
 
 
 class KeyValueMailbox:
-    """A board in the launcher's key-value store, for threads that must not take part in the training's collectives.
+    """Messages in the launcher's key-value store, for threads that must not take part in the training's collectives.
 
     Args:
         accelerator: the processes.
-        topic: a name that is used once.
+        topic: a name that is used only once.
     """
 
     def __init__(self, accelerator: Accelerator, topic: str) -> None:
@@ -73,18 +73,18 @@ class KeyValueMailbox:
         self.keys = [f"{topic}/{process}" for process in range(accelerator.num_processes)]
 
     def write(self, process: int, text: str) -> None:
-        """Put up a process's text."""
+        """Post the text of a process."""
         self.store.set(self.keys[process], text)
 
     def read_all(self, pause: Callable[[float], bool], seconds: float) -> list[str]:
-        """Wait for the texts of all processes and take them off.
+        """Wait for the texts of all processes, and remove them from the store.
 
         Args:
-            pause: waits for that many seconds; True ends the waiting.
-            seconds: between two looks.
+            pause: waits for a number of seconds; returns True to stop waiting.
+            seconds: between two checks.
 
         Raises:
-            OSError: when the waiting ended before they were there.
+            OSError: if the wait was stopped before all texts had arrived.
         """
         while not self.store.check(self.keys):
             if pause(seconds):
@@ -96,18 +96,18 @@ class KeyValueMailbox:
 
 
 def broadcast_from_main(accelerator: Accelerator, value: Result) -> Result:
-    """The main process's value, on all of them."""
+    """The main process's value, on every process."""
     return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
 
 
 def reduce_exactly(accelerator: Accelerator, tensor: torch.Tensor, operation: Literal["sum", "max"]) -> torch.Tensor:
-    """The sum or maximum of a float64 tensor over all processes, also where their devices have no float64.
+    """The sum or maximum of a float64 tensor over all processes, even if their devices have no float64.
 
-    It lies on the CPU there, and is sent as Python's numbers, which are 64-bit ones.
+    Then the tensor is on the CPU, and its values are sent as Python's numbers, which have 64 bits.
     """
     if accelerator.num_processes == 1:
         return tensor
-    if tensor.device.type == accelerator.device.type:  # processes on a CPU count theirs: cpu:0, cpu:1
+    if tensor.device.type == accelerator.device.type:  # on a CPU, processes have numbered devices: cpu:0, cpu:1
         operations = {"sum": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}
         torch.distributed.all_reduce(tensor, operations[operation])
         return tensor
@@ -116,10 +116,10 @@ def reduce_exactly(accelerator: Accelerator, tensor: torch.Tensor, operation: Li
 
 
 def check_same(accelerator: Accelerator, what: str, value: object, cure: str) -> None:
-    """Refuse processes that don't agree on something they must share.
+    """Stop if processes don't agree on something that they must share.
 
     Raises:
-        InputError: on all of them, naming two that differ.
+        InputError: on all processes; the message names two that differ.
     """
     if accelerator.num_processes == 1:
         return
@@ -133,7 +133,7 @@ def check_same(accelerator: Accelerator, what: str, value: object, cure: str) ->
 
 
 def describe_ranks(accelerator: Accelerator) -> list[dict[str, Any]]:
-    """Host, device and CPU threads of every process, in their order; all must call this."""
+    """Host, device and CPU threads of every process, in order. All processes must call this."""
     local = {
         "process": accelerator.process_index,
         "host": socket.gethostname(),
@@ -146,12 +146,12 @@ def describe_ranks(accelerator: Accelerator) -> list[dict[str, Any]]:
 
 @contextmanager
 def unsharded(accelerator: Accelerator, objective: nn.Module) -> Iterator[None]:
-    """Within this context the parts of a model may be called by themselves, also where FSDP2 sharded them.
+    """Within this context, parts of a model can be called on their own, even if FSDP2 has sharded them.
 
-    Outside of the objective there is no mixed precision, without which FlashAttention cannot run.
+    Outside the objective there is no mixed precision, which FlashAttention needs. So the context turns it on for it.
 
-    Its layers gather their weights when they are called; what belongs to no layer (embeddings, head) does so only when
-    the whole is called, so it is gathered here. All processes must do the same within.
+    Layers gather their weights when they are called. Weights outside the layers (embeddings, head) are only gathered
+    when the whole model is called, so they are gathered here. All processes must do the same within the context.
     """
     flash = "flash" in str(accelerator.unwrap_model(objective).model.config._attn_implementation)
     with accelerator.autocast() if flash else nullcontext():

@@ -1,12 +1,12 @@
-"""The processes of a run watch each other: from the first step to the last, and who is lost is named.
+"""The processes of a run watch each other from the first step to the last, and name any process that is lost.
 
-    connecting()        within it a first collective has to succeed, in time
-    naming_failures()   within it each says every second that it lives, and looks whether the others do; where one
-                        fails, all stop with one line that says which one was first
+    connecting()        within it, a first collective has to succeed in time
+    naming_failures()   within it, each process reports every second that it is alive, and checks the others; if one
+                        fails, all stop with one line that says which one failed first
 
-All of it goes through the launcher's key-value store, over a connection of its own. A collective that waits for a lost
-process does not return until it times out, and with some backends not even then; so a thread ends the process. Another
-one watches the first, whose requests to the store have no time-out either.
+Everything goes through the launcher's key-value store, over a separate connection. A collective that waits for a lost
+process does not return until it times out, and with some backends not even then. So a thread ends the process. A
+second thread watches the first, because requests to the store have no time-out either.
 """
 
 import os
@@ -24,28 +24,28 @@ from train_loop.config.schema import RunConfig
 from train_loop.distributed.preflight import GOES_ON, Preflight
 from train_loop.errors import EXIT_FAILED, LostError, one_line
 
-_PROCESSES_A_SECOND = 64  # whose signs of life each process reads: the store has to answer all of them
-_GRACE_SECONDS = 6.0  # from a failure that is known to the end of those who wait for it
-_SILENCE_SECONDS = 4.0  # after which, once something has failed, silence means that it was this one
+_PROCESSES_A_SECOND = 64  # whose heartbeats each process reads: the store has to answer all these requests
+_GRACE_SECONDS = 6.0  # from the moment a failure is known until the waiting processes are ended
+_SILENCE_SECONDS = 4.0  # once something has failed, a process that is silent for this long is the one that failed
 _LEFT = "left"
 
 
 class Heartbeat:
-    """The signs of life of a run's processes, which are called together first (`preflight.py`).
+    """The heartbeats of a run's processes. All processes first meet in the pre-flight check (`preflight.py`).
 
-    Where there is only one, nothing here does anything.
+    With only one process, this class does nothing.
 
     Args:
-        run: its two time-outs.
+        run: its two time-outs are used.
         settings: what all processes must share, by name.
 
     Attributes:
-        step: says how far this process is; heard by the others.
-        lost: called with the reason before this process ends because another one has.
+        step: returns the step that this process has reached; the others can see it.
+        lost: called with the reason before this process ends because another one has ended.
 
     Raises:
-        InputError: when two processes differ, naming what, and both.
-        LostError: when somebody does not come within `run.preflight_timeout_seconds`, naming who.
+        InputError: if two processes differ; the message names both, and what differs.
+        LostError: if a process does not arrive within `run.preflight_timeout_seconds`; the message names it.
     """
 
     def __init__(self, run: RunConfig, settings: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ class Heartbeat:
         self._interval = max(1.0, self.world_size / _PROCESSES_A_SECOND)
         self._deadline: float | None = None
         self._ended = threading.Event()
-        self._failure: str | None = None  # who failed first, as soon as that is known
+        self._failure: str | None = None  # which process failed first, as soon as that is known
         self._failed_at = 0.0
         self._store_heard, self._heard = 0.0, [0.0] * self.world_size
         self._texts = [""] * self.world_size
@@ -73,10 +73,10 @@ class Heartbeat:
 
     @contextmanager
     def connecting(self) -> Iterator[None]:
-        """Within this context, in `preflight_timeout_seconds`, the processes have to reach each other.
+        """Within this context, the processes have to reach each other within `preflight_timeout_seconds`.
 
         Raises:
-            LostError: naming who was not reached.
+            LostError: names the processes that were not reached.
         """
         if self.world_size == 1:
             yield
@@ -96,7 +96,7 @@ class Heartbeat:
         self._deadline = None
 
     def _unreached(self) -> str | None:
-        """Who did not get through the first collective, as far as the store tells."""
+        """The line that names the processes that the first collective did not reach, as far as the store knows."""
         others = [each for each in range(self.world_size) if not self._store.check([f"reached/{each}"])]
         others = [each for each in others if each != self.rank] or others
         named = ", ".join(self._name(each) for each in others)
@@ -104,7 +104,7 @@ class Heartbeat:
 
     @contextmanager
     def naming_failures(self) -> Iterator[None]:
-        """Within this context, a failure of any process becomes, on all others, a `LostError` that names it."""
+        """Within this context, if any process fails, all others raise a `LostError` that names it."""
         if self.world_size == 1:
             yield
             return
@@ -114,7 +114,7 @@ class Heartbeat:
             if not is_communication_error(error):
                 self._tell(error)
                 raise
-            # This one has failed because another one has. Which?
+            # This process failed because another one did. Which one?
             line = self._find_out(error)
             self._ended.set()
             self.lost(line)
@@ -127,17 +127,17 @@ class Heartbeat:
             self._leave_together()
 
     def _tell(self, error: BaseException) -> None:
-        """Put down that this process is the first to have failed."""
+        """Record that this process was the first to fail."""
         try:
             self._record(f"{self._name(self.rank)} failed: {one_line(error)}")
             if self._owns_store:
-                time.sleep(2 * self._interval)  # let the others read it
-        except RuntimeError:  # without a store
+                time.sleep(2 * self._interval)  # give the others time to read it
+        except RuntimeError:  # the store is gone
             pass
         self._end()
 
     def _leave_together(self) -> None:
-        """Let nobody miss this process; it stays until the others have gone, where the store ends with it."""
+        """Leave without being reported lost. A process that owns the store stays until the others have left."""
         try:
             self._store.set(f"alive/{self.rank}", _LEFT)
             began = time.monotonic()
@@ -146,18 +146,18 @@ class Heartbeat:
                 if all(text.decode() == _LEFT for text in self._store.multi_get(keys)):
                     return
                 time.sleep(0.05)
-        except RuntimeError:  # the store is gone, and with it those who had it
+        except RuntimeError:  # the store is gone, and so is the process that owned it
             pass
 
     def _end(self) -> None:
-        """End the threads; one that waits for a store which does not answer is left."""
+        """End the threads. A thread that waits for a store that does not answer is left behind."""
         self._ended.set()
         for thread in self._threads:
             if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(2.0)
 
     def _beat(self) -> None:
-        """A thread: say that this process lives, and look at the others."""
+        """A thread that reports that this process is alive, and checks the others."""
         keys = [f"alive/{process}" for process in range(self.world_size)]
         number = 0
         while not self._ended.is_set():
@@ -171,11 +171,12 @@ class Heartbeat:
                     self._leave(line)
                 if self._failure is not None and time.monotonic() - self._failed_at > _GRACE_SECONDS:
                     self._leave(self._failure)
-            except RuntimeError:  # the store is gone: its own thread sees to that
+            except RuntimeError:  # the store is gone: the other thread handles that
                 pass
             self._ended.wait(self._interval)
 
     def _take_in(self, texts: list[str]) -> None:
+        """Note which processes have been heard from since the last look, and report one that is silent for too long."""
         now = time.monotonic()
         self._store_heard = now
         for process, text in enumerate(texts):
@@ -185,27 +186,28 @@ class Heartbeat:
             self._record(line)
 
     def _watch_store(self) -> None:
-        """A thread: end the process when the store has not answered for too long."""
+        """A thread that ends the process when the store has not answered for too long."""
         while not self._ended.wait(self._interval / 2):
             patience = self._long_patience if self._deadline is None else self._patience
             if time.monotonic() - self._store_heard > patience:
                 self._leave(self._no_store())
 
     def _no_store(self) -> str:
+        """The line that says that the store, and with it process 0, is lost."""
         seconds, here = time.monotonic() - self._store_heard, socket.gethostname()
         lost = f"lost {self._name(0)}, with the store at {self._address}"
         return f"{lost}: not reached from {here} for {seconds:.0f} s; {GOES_ON}"
 
     def _silent(self, seconds: float) -> str | None:
-        """The line that names a process which has ended, or was not heard of for so long."""
+        """The line that names a process that has ended or has been silent for this long; None if there is none."""
         here, now = socket.gethostname(), time.monotonic()
         for process, each in enumerate(self._roster):
             if process == self.rank or self._texts[process] == _LEFT:
                 continue
             step = self._texts[process].partition(" ")[2]
-            at = f" (last heard of at step {step})" if step else ""
+            at = f" (last heard from at step {step})" if step else ""
             if each["host"] == here and not _lives(each["pid"]):
-                # It may have left, or told why it ends, since the last look at the store.
+                # Since the last look at the store, it may have left, or recorded why it ended.
                 if self._store.check(["failure"]) or self._store.get(f"alive/{process}").decode() == _LEFT:
                     continue
                 return f"lost {self._name(process)}{at}: it was killed, or ended without a word; {GOES_ON}"
@@ -214,12 +216,12 @@ class Heartbeat:
         return None
 
     def _find_out(self, error: BaseException) -> str:
-        """Who has made a collective fail: looked for, for a moment, in what the threads have heard."""
+        """The line that says which process made a collective fail. Waits a moment for the threads to find out."""
         began = time.monotonic()
         while time.monotonic() - began < _GRACE_SECONDS + self._interval:
             if self._failure is not None:
                 return self._failure
-            # Long silence of the store, or a broken connection to it, which fails at once.
+            # The store has been silent for long, or the connection to it is broken, which fails at once.
             if time.monotonic() - self._store_heard > _SILENCE_SECONDS + self._interval:
                 return self._no_store()
             time.sleep(0.1)
@@ -229,17 +231,17 @@ class Heartbeat:
             except RuntimeError:
                 continue
         slow = ", ".join(f"{self._name(each)} {text.split()[-1]}" for each, text in enumerate(self._texts) if text)
-        return f"no answer, though all processes live ({one_line(error)[:120]}; steps: {slow}); {GOES_ON}"
+        return f"no answer, though all processes are alive ({one_line(error)[:120]}; steps: {slow}); {GOES_ON}"
 
     def _record(self, line: str) -> str:
-        """Make this the first failure, unless there is one; returns the first."""
+        """Record this as the first failure, unless there already is one; return the first one."""
         found = self._store.compare_set("failure", "", line).decode()
         if self._failure is None:
             self._failed_at, self._failure = time.monotonic(), found
         return found
 
     def _leave(self, line: str) -> None:
-        """End this process from a thread: the main one waits for somebody who does not come."""
+        """End this process from a thread, because the main thread waits for a process that never answers."""
         if self._ended.is_set():
             return
         self._ended.set()
@@ -249,7 +251,7 @@ class Heartbeat:
         os._exit(EXIT_FAILED)
 
     def _speaks(self) -> bool:
-        """Whether this process is the first on its host that lives: one line for each host is enough."""
+        """Whether this is the first living process on its host: one line per host is enough."""
         here = socket.gethostname()
         living = [each["local"] for each in self._roster if each["host"] == here and _lives(each["pid"])]
         return int(os.environ.get("LOCAL_RANK", "0")) == min(living, default=0)
@@ -259,15 +261,15 @@ class Heartbeat:
 
 
 def is_communication_error(error: BaseException) -> bool:
-    """Whether this is what a process sees of another one's failure."""
+    """Whether this error is how a process sees that another one has failed."""
     said = str(error) if isinstance(error, RuntimeError) else ""
     return isinstance(error, torch.distributed.DistError) or "gloo" in said.lower() or "NCCL" in said
 
 
 def _lives(pid: int) -> bool:
-    """Whether a process of this host runs; one that has ended, and whose parent has not yet noticed, does not."""
+    """Whether a process on this host is running. A process that has ended but still has an entry does not count."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             return file.read().rpartition(")")[2].split()[0] not in "ZX"
     except (OSError, IndexError):
-        return not os.path.isdir("/proc/self")  # no /proc, no way to know
+        return not os.path.isdir("/proc/self")  # without /proc there is no way to know, so assume that it is alive

@@ -1,7 +1,8 @@
-"""Devices and processes: what `accelerate launch` started, checked against what it was asked for.
+"""Devices and processes: what `accelerate launch` started, checked against what it was asked to start.
 
-Some ways of launching quietly give something else than they say: one process instead of two, two that each believe to
-be alone, plain data parallelism where FSDP was meant. All of them stop here, with the command that does it.
+Some ways of launching silently do something other than what they say: one process instead of two, two processes that
+each believe they are alone, plain data parallelism instead of FSDP. All of them stop here, and the message gives the
+command that works.
 """
 
 import atexit
@@ -26,15 +27,15 @@ def start(run: RunConfig, heartbeat: Heartbeat, project_dir: Path | None = None)
     """The processes and devices of a run.
 
     Raises:
-        InputError: where the launcher or the hardware gives something else than was asked for.
-        LostError: where the processes don't reach each other in time.
+        InputError: if the launcher or the hardware provides something other than what was asked for.
+        LostError: if the processes don't reach each other in time.
     """
     _check_launcher(run)
     if run.reproducible == "bitwise":  # every kernel gives the same bits for the same input, wherever it runs
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
         torch.set_num_threads(1)  # kernels on a CPU split their sums by thread
-    # Each process builds the whole model from the same numbers; nobody has to wait for the first one's weights.
+    # Each process builds the whole model from the same numbers, so none has to wait for the first one's weights.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     with heartbeat.connecting(), compat.stdout_kept_clean():
         try:
@@ -42,7 +43,7 @@ def start(run: RunConfig, heartbeat: Heartbeat, project_dir: Path | None = None)
                 mixed_precision=run.mixed_precision,
                 log_with=run.log_with or None,
                 project_dir=None if project_dir is None else str(project_dir),
-                # `train_step` accumulates by itself; a number from the launcher would divide its gradients once more.
+                # `train_step` accumulates by itself. A number from the launcher would divide its gradients again.
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=run.timeout_seconds))],
             )
@@ -53,20 +54,21 @@ def start(run: RunConfig, heartbeat: Heartbeat, project_dir: Path | None = None)
             reached = accelerator.reduce(torch.ones(1, device=accelerator.device)).item()
             assert reached == accelerator.num_processes
     if accelerator.num_processes > 1:
-        # The process group has to outlive the model. Freed together with DDP's reducer, as its last owner, gloo's group
-        # joins its threads while holding the interpreter's lock, for which one of them may be waiting: a run would
-        # hang after its last line (github.com/pytorch/pytorch/issues/56297). Freed by Python, it lets go of the lock.
+        # The process group has to outlive the model. If DDP's reducer is its last owner and frees it, gloo's group
+        # joins its threads while it holds the interpreter's lock, and one of them may be waiting for that lock: a run
+        # would hang after its last line (github.com/pytorch/pytorch/issues/56297). If Python frees it, it releases the
+        # lock.
         atexit.register(lambda group: None, torch.distributed.group.WORLD)
     if accelerator.is_fsdp2 and (policy := accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
-        # Accelerate would round gradients to half precision before adding them up over the processes, and the loss,
-        # which is an output, with them.
+        # Accelerate would round gradients to half precision before adding them up over the processes, and also the
+        # loss, because it is an output.
         policy = MixedPrecisionPolicy(param_dtype=policy.param_dtype, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     return accelerator
 
 
 def asked_for() -> int | None:
-    """How many processes the launcher was asked to start; None where there is no launcher."""
+    """How many processes the launcher was asked to start; None if there is no launcher."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     try:
@@ -75,7 +77,7 @@ def asked_for() -> int | None:
         arguments = None
     if arguments is None:
         return None
-    # Late, since it takes a while to load: how `accelerate launch` itself reads its command line and files.
+    # Read its command line and files as `accelerate launch` itself does. Imported here, because it loads slowly.
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
@@ -89,7 +91,7 @@ def asked_for() -> int | None:
 
 
 def _after_launch(command: list[str]) -> list[str] | None:
-    """The arguments of a command line that is `accelerate launch` in one of its spellings."""
+    """The arguments of a command line that is some form of `accelerate launch`; None for any other command."""
     for number, part in enumerate(command[:4]):
         name = Path(part).name
         split = name == "launch" and number and Path(command[number - 1]).name == "accelerate"
@@ -99,7 +101,7 @@ def _after_launch(command: list[str]) -> list[str] | None:
 
 
 def _check_launcher(run: RunConfig) -> None:
-    """Refuse what the launcher asks for through its variables and a run cannot or must not have."""
+    """Refuse what the launcher asks for in its environment variables, if a run can't or mustn't have it."""
 
     def asked(name: str) -> str:
         return os.environ.get(name, "").lower()
@@ -129,7 +131,7 @@ def _check_launcher(run: RunConfig) -> None:
             raise InputError(f"the launcher asks for FSDP version 1; {cure}")
         if run.reproducible == "bitwise":
             raise InputError(
-                "run.reproducible bitwise does not go with FSDP2, which adds gradients up in an order of its own; "
+                "run.reproducible bitwise does not work with FSDP2, which adds up gradients in its own order; "
                 "launch with --multi_gpu, or say --run.reproducible no"
             )
 
@@ -141,7 +143,7 @@ def _check_processes(accelerator: Accelerator, run: RunConfig) -> None:
     if wanted > found:
         start_them = f"accelerate launch --multi_gpu --num_processes {wanted} -m train_loop ..."
         raise InputError(
-            f"asked for {wanted} processes, but each works alone ({found} present); on a CPU start them with: "
+            f"asked for {wanted} processes, but each works alone ({found} present); on a CPU, start them with: "
             f"ACCELERATE_USE_CPU=true {start_them}"
             if on_cpu
             else f"asked for {wanted} processes, but only {found} present; start them with: {start_them}"
@@ -169,8 +171,8 @@ def _check_processes(accelerator: Accelerator, run: RunConfig) -> None:
 
 
 def prepare_to_evaluate(accelerator: Accelerator, objective: nn.Module) -> nn.Module:
-    """A module that is not trained, prepared: sharded where FSDP2 is used, else as it is, with mixed precision."""
-    if accelerator.is_fsdp2:  # Accelerate shards a module together with its optimizer only
+    """A module prepared for evaluation only: sharded if FSDP2 is used, else as it is, with mixed precision."""
+    if accelerator.is_fsdp2:  # Accelerate only shards a module together with its optimizer
         prepared, _ = accelerator.prepare(objective, torch.optim.SGD(objective.parameters(), lr=0.0))
         return prepared
     return accelerator.prepare_model(objective, evaluation_mode=True)

@@ -1,6 +1,6 @@
-"""Before the first step: all processes report what they are, and whoever is missing or different is named.
+"""Before the first step, all processes report what they are, and any process that is missing or different is named.
 
-All of it goes through the launcher's key-value store, over a connection of its own.
+Everything goes through the launcher's key-value store, over a separate connection.
 """
 
 import json
@@ -18,11 +18,11 @@ from train_loop import devices, versions
 from train_loop.config.schema import RunConfig
 from train_loop.errors import InputError, LostError, one_line
 
-GOES_ON = "the same command goes on from the newest checkpoint"
+GOES_ON = "the same command resumes from the newest checkpoint"
 
 
 def report(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a process says about itself before it trains."""
+    """What a process reports about itself before it trains."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     kind = torch.accelerator.current_accelerator(check_available=True)
     device = torch.device("cpu") if kind is None else torch.device(kind.type, local)
@@ -40,10 +40,10 @@ def report(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def difference(reports: list[dict[str, Any]]) -> str | None:
-    """The first thing that two processes must share and don't, named with both; None where there is none.
+    """The first thing that two processes must share but don't, as a line that names both; None if all agree.
 
     Args:
-        reports: of all processes, in their order.
+        reports: of all processes, in order.
     """
     first = reports[0]
     for process, other in enumerate(reports):
@@ -62,10 +62,10 @@ def difference(reports: list[dict[str, Any]]) -> str | None:
 
 
 class Preflight:
-    """The processes of a run, called together. There are several of them, started by a launcher.
+    """The meeting of a run's processes before it begins. There are several of them, started by a launcher.
 
     Args:
-        run: its time-out.
+        run: its time-out is used.
         settings: what all processes must share, by name.
 
     Attributes:
@@ -75,8 +75,8 @@ class Preflight:
         roster: host, pid and local rank of each process.
 
     Raises:
-        InputError: when two processes differ, naming what, and both.
-        LostError: when somebody does not come within `run.preflight_timeout_seconds`, naming who.
+        InputError: if two processes differ; the message names both, and what differs.
+        LostError: if a process does not arrive within `run.preflight_timeout_seconds`; the message names it.
     """
 
     def __init__(self, run: RunConfig, settings: dict[str, Any]) -> None:
@@ -86,10 +86,10 @@ class Preflight:
         self.roster = self._exchange(report(settings))
 
     def _connect(self) -> tuple[PrefixStore, str, bool]:
-        """A connection of our own to the launcher's store, its address, and whether it ends with this process.
+        """A separate connection to the launcher's store, its address, and whether the store ends with this process.
 
-        A launcher that has restarted its processes may hand them the store of before, with the addresses of those who
-        are gone; then the first process opens a new one.
+        A launcher that restarts its processes may give them the old store, with the addresses of processes that are
+        gone. In that case the first process opens a new store.
         """
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         is_ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -111,7 +111,7 @@ class Preflight:
                 os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
                 is_ours = True
                 store = connect()
-            number = store.add(f"peers/{self.rank}", 1)  # a process may do several runs, one after the other
+            number = store.add(f"peers/{self.rank}", 1)  # one process may do several runs, one after the other
         except RuntimeError as error:
             raise LostError(
                 f"pre-flight: {socket.gethostname()} cannot reach process 0 at {host}:{port} within "
@@ -120,7 +120,7 @@ class Preflight:
         return PrefixStore(f"peers/{number}", store), f"{host}:{port}", is_ours and self.rank == 0
 
     def _exchange(self, own: dict[str, Any]) -> list[dict[str, Any]]:
-        """Exchange reports; the first process compares them."""
+        """Exchange reports, which the first process compares; return the roster."""
         began = time.monotonic()
         self.store.set(f"alive/{self.rank}", "0")
         self.store.set(f"report/{self.rank}", json.dumps(own))
@@ -134,7 +134,7 @@ class Preflight:
 
         keys = [f"report/{process}" for process in range(self.world_size)]
         if self.rank and wait(keys[0]):
-            began = time.monotonic()  # the first process may have come a moment ago, and waits for others
+            began = time.monotonic()  # the first process may only just have come, and waits for others
         if not wait(*(["verdict"] if self.rank else keys)):
             missing = [process for process, key in enumerate(keys) if not self.store.check([key])]
             verdict: dict[str, Any] = {"lost": self._missing(missing or [0], own)}
@@ -148,7 +148,7 @@ class Preflight:
         if self.rank == 0:
             self.store.set("verdict", json.dumps(verdict))
         if self.owns_store and "roster" not in verdict:
-            time.sleep(1)  # let the others read it
+            time.sleep(1)  # give the others time to read it
         if "lost" in verdict:
             raise LostError(verdict["lost"])
         if "mistake" in verdict:
@@ -156,16 +156,18 @@ class Preflight:
         return list(verdict["roster"])
 
     def _missing(self, processes: list[int], own: dict[str, Any]) -> str:
+        """The line that names the processes that did not report, and their machines."""
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         machines = sorted({process // here for process in processes})
         return (
-            f"pre-flight: {_list('process', processes)} of {self.world_size} did not come within "
+            f"pre-flight: {_list('process', processes)} of {self.world_size} did not report within "
             f"{self._patience:.0f} s ({_list('machine', machines)}, counted from 0 as in --machine_rank; this is "
-            f"{own['host']}); see what is wrong there; {GOES_ON}"
+            f"{own['host']}); check what is wrong there; {GOES_ON}"
         )
 
 
 def _list(noun: str, numbers: list[int]) -> str:
+    """A noun with its numbers: `processes 1, 3`; at most eight of them."""
     shown = ", ".join(str(number) for number in numbers[:8]) + (", ..." if len(numbers) > 8 else "")
     plural = "es" if noun.endswith("s") else "s"
     return f"{noun}{plural if len(numbers) > 1 else ''} {shown}"

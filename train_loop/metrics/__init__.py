@@ -1,1 +1,1 @@
-"""What a run writes down while it trains: metrics.jsonl, trackers, throughput."""
+"""What a run records while it trains: metrics.jsonl, trackers, throughput."""

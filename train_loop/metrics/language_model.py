@@ -1,10 +1,10 @@
-"""The evaluation's metric, as a module of the `evaluate` library that is constructed without the Hub.
+"""The metric of the evaluation, as a module of the `evaluate` library that needs no access to the Hub.
 
-    >>> from train_loop.metric import LanguageModelMetric
+    >>> from train_loop.metrics.language_model import LanguageModelMetric
     >>> LanguageModelMetric(keep_in_memory=True).compute(nll=[12.0], correct=[3], targets=[6], utf8_bytes=[20])
 
-Each row is the sums over some part of the validation data (a batch, a file, a process), so rows can be added in any
-number and order; the result is that of all targets together, never a mean of means.
+Each row holds the sums over some part of the validation data (a batch, a file, a process). So any number of rows can be
+added, in any order. The result is always that of all targets together, never a mean of means.
 """
 
 import math
@@ -45,7 +45,7 @@ class LanguageModelMetric(evaluate.Metric):
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that is beyond a float."""
+    """exp(loss); infinite if that is too large for a float."""
     try:
         return math.exp(loss)
     except OverflowError:

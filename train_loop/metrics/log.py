@@ -1,6 +1,6 @@
-"""metrics.jsonl: one JSON object a line for each step, evaluation and sample; and Accelerate's trackers beside it.
+"""metrics.jsonl, with one JSON object per line for each step, evaluation and sample; and Accelerate's trackers.
 
-What is watched inside the model (`analysis/`) goes into study.jsonl, which is kept the same way.
+What is watched inside the model (`analysis/`) goes into study.jsonl, which is written the same way.
 """
 
 import itertools
@@ -22,17 +22,17 @@ from train_loop.errors import one_line
 from train_loop.files import sync
 
 STUDY = "study.jsonl"
-_BEGIN = re.compile(rb'{"event": "(\w+)", ')  # how a line begins, as json.dumps writes it
+_BEGIN = re.compile(rb'{"event": "(\w+)", ')  # the beginning of a line, as json.dumps writes it
 
 
 class EventFile:
-    """Appends events to a file, one JSON object a line.
+    """Appends events to a file, one JSON object per line.
 
-    A full disk ends no run: lines wait in memory until there is room.
+    A full disk does not end the run: lines wait in memory until there is room.
 
     Args:
         path: the file.
-        end: its bytes that are kept; what comes after them is removed.
+        end: how many of its bytes to keep; everything after them is removed.
     """
 
     def __init__(self, path: Path, end: int) -> None:
@@ -46,13 +46,13 @@ class EventFile:
         self._full = False
 
     def append(self, line: dict[str, Any]) -> None:
-        """One line, of values that JSON knows."""
+        """Append one line, of values that JSON supports."""
         with self._writing:
             self._waiting += (json.dumps(line) + "\n").encode()
             self._write()
 
     def _write(self) -> None:
-        """Write what waits; who calls holds the lock."""
+        """Write the waiting lines. The caller holds the lock."""
         try:
             while self._waiting:
                 self._waiting = self._waiting[os.write(self._file, self._waiting) :]
@@ -63,10 +63,10 @@ class EventFile:
             self._full = True
 
     def flush(self) -> None:
-        """Have the disk hold what was written; may be called in another thread.
+        """Sync what was written to disk. This may be called from another thread.
 
         Raises:
-            OSError: when it can't.
+            OSError: if that is not possible.
         """
         with self._writing:
             self._write()
@@ -75,27 +75,27 @@ class EventFile:
         os.fsync(self._file)
 
     def close(self) -> None:
-        """Write what waits, and have the disk hold it.
+        """Write the waiting lines and sync them to disk.
 
         Raises:
-            OSError: when it can't.
+            OSError: if that is not possible.
         """
         self.flush()
         os.close(self._file)
 
 
 class MetricsLog:
-    """An observer: appends records to metrics.jsonl on the main process, and hands their numbers to the trackers.
+    """An observer that appends records to metrics.jsonl on the main process, and passes their numbers to the trackers.
 
     Args:
         accelerator: its trackers get every step and evaluation.
-        path: the file; study.jsonl is beside it.
-        step: the run goes on after this step: later lines, of a run that was cut off, are removed, so that no step
-            stands twice.
+        path: the file; study.jsonl is in the same folder.
+        step: the run continues after this step. Later lines, from a run that was cut off, are removed, so that no step
+            appears twice.
         study: whether there will be events for study.jsonl.
 
     Attributes:
-        past: what the file knows of the steps so far, the same on all processes.
+        past: what the file says about the steps so far; the same on all processes.
     """
 
     def __init__(self, accelerator: Accelerator, path: Path, step: int, study: bool = False) -> None:
@@ -120,20 +120,20 @@ class MetricsLog:
         self._evaluated = self.past.evaluations[-1]["step"] if self.past.evaluations else None
 
     def before_step(self, state: Any, batch: Any) -> None:
-        """Nothing to write yet."""
+        """Do nothing: there is nothing to write yet."""
 
     def after_step(self, state: Any, record: dict[str, Any]) -> None:
         """Write the step's line."""
         self.write(record)
 
     def after_evaluation(self, state: Any, record: dict[str, Any]) -> None:
-        """Write the evaluation's line, unless it is there since before the run was resumed."""
+        """Write the evaluation's line, unless it was already there when the run resumed."""
         if record["step"] != self._evaluated:
             self.write(record)
         self._evaluated = record["step"]
 
     def write(self, record: dict[str, Any]) -> None:
-        """One line, of values that JSON knows, beginning with its event and its step."""
+        """Write one line, of values that JSON supports; event and step come first."""
         event, step = record["event"], record["step"]
         if self._events is not None:
             self._events.append(record)
@@ -143,25 +143,25 @@ class MetricsLog:
             self.accelerator.log(numbers if event != "sample" else {}, step=step)
 
     def write_study(self, event: str, step: int, values: dict[str, Any]) -> None:
-        """One line of study.jsonl."""
+        """Write one line of study.jsonl."""
         if self._study is not None:
             self._study.append(plain({"event": event, "step": step} | values))
 
     def flush(self) -> None:
-        """Have the disk hold what was written; may be called in another thread.
+        """Sync what was written to disk. This may be called from another thread.
 
         Raises:
-            OSError: when it can't.
+            OSError: if that is not possible.
         """
         for file in (self._events, self._study):
             if file is not None:
                 file.flush()
 
     def close(self) -> None:
-        """Write what waits, and have the disk hold it.
+        """Write the waiting lines and sync them to disk.
 
         Raises:
-            OSError: when it can't.
+            OSError: if that is not possible.
         """
         for file in (self._events, self._study):
             if file is not None:
@@ -170,7 +170,7 @@ class MetricsLog:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a metrics.jsonl or study.jsonl; a last line that a killed process left half written is left out."""
+    """The events of a metrics.jsonl or study.jsonl, without a last line that a killed process left half written."""
     events = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -181,10 +181,10 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 class Past(NamedTuple):
-    """What a run's log knows of the steps so far.
+    """What a run's log says about the steps so far.
 
     evaluations: their records; samples: how many texts were sampled after the last step; probed: the last step after
-    which a probe was recorded, or 0; skipped: how many steps in a row, up to the last one, were not applied.
+    which a probe was recorded, or 0; skipped: how many steps in a row, up to and including the last, were skipped.
     """
 
     evaluations: list[dict[str, Any]]
@@ -196,8 +196,8 @@ class Past(NamedTuple):
 class Found(NamedTuple):
     """What was found in a file of events.
 
-    events: those that were asked for; skipped: how many steps in a row, up to the last one, were not taken; end: where
-    the lines of later steps begin [bytes].
+    events: the events that were asked for; skipped: how many steps in a row, up to and including the last, were
+    skipped; end: where the lines of later steps begin [bytes].
     """
 
     events: Sequence[dict[str, Any]] = ()
@@ -206,9 +206,9 @@ class Found(NamedTuple):
 
 
 def find(path: Path, step: int, names: Container[str]) -> Found:
-    """Read a metrics.jsonl or study.jsonl up to the events of a step; those of later ones come after them in the file.
+    """Read a metrics.jsonl or study.jsonl up to the events of a step; those of later steps come after them in the file.
 
-    Only the last lines and the events with these names are parsed: a million steps would take half a minute.
+    Only the last lines and the events with these names are parsed, because a million steps would take half a minute.
     """
     skipped, end, last = 0, 0, 0
     for line, line_end in _backwards(path):
@@ -241,15 +241,15 @@ def last_steps(path: Path, count: int) -> list[dict[str, Any]]:
 
 
 def _may_be(line: bytes, names: Container[str]) -> bool:
-    """Whether a line holds one of these events, as far as its beginning tells."""
+    """Whether a line may hold one of these events, judged by its beginning."""
     begin = _BEGIN.match(line)
     return begin is None or begin[1].decode() in names
 
 
 def _backwards(path: Path) -> Iterator[tuple[bytes, int]]:
-    """The last line of a file and where it ends [bytes], then the one before it, ...
+    """The last line of a file and where it ends [bytes], then the line before it, and so on.
 
-    What a killed process has left half written, after the last line's end, is no line.
+    Text after the last line break, which a killed process has left half written, does not count as a line.
     """
     if not path.exists() or path.stat().st_size == 0:
         return
@@ -262,6 +262,7 @@ def _backwards(path: Path) -> Iterator[tuple[bytes, int]]:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The event on a line; None if the line is damaged."""
     try:
         event: dict[str, Any] = json.loads(line)
     except ValueError:
@@ -270,7 +271,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def plain(value: Any) -> Any:
-    """The same with null for numbers that JSON doesn't know."""
+    """The same value, with None in place of numbers that JSON doesn't support."""
     if isinstance(value, dict):
         return {name: plain(each) for name, each in value.items()}
     if isinstance(value, list):

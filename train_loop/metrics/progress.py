@@ -1,4 +1,4 @@
-"""An observer that shows on stderr how a run is going: a bar or lines of progress, and a line for each evaluation."""
+"""An observer that shows a run's progress on stderr: a bar or lines, and one line for each evaluation."""
 
 import math
 from typing import Any
@@ -7,26 +7,26 @@ from train_loop.console import Progress, say
 
 
 class ProgressLines:
-    """Shows steps and evaluations, on the process whose `progress` is shown.
+    """Shows steps and evaluations on the process whose `progress` is shown.
 
     Args:
-        progress: of the steps.
-        evaluated: the step of the evaluation that was shown before the run was resumed.
+        progress: the progress of the steps.
+        evaluated: the step of the evaluation that was shown before the run resumed.
     """
 
     def __init__(self, progress: Progress, evaluated: int | None) -> None:
         self.progress, self.evaluated = progress, evaluated
 
     def before_step(self, state: Any, batch: Any) -> None:
-        """Nothing to show yet."""
+        """Do nothing: there is nothing to show yet."""
 
     def after_step(self, state: Any, record: dict[str, Any]) -> None:
-        """Count the step, with its loss and its speed."""
+        """Count the step, and show its loss and its speed."""
         loss = math.nan if record["loss"] is None else record["loss"]
         self.progress.update(1, f"loss {loss:.4f}, {record['tokens_per_second']:,.0f} tokens/s", curve=loss)
 
     def after_evaluation(self, state: Any, record: dict[str, Any]) -> None:
-        """Say what came of it."""
+        """Print the evaluation's results."""
         if self.progress.shown and record["step"] != self.evaluated:
             numbers = {name: math.inf if value is None else value for name, value in record.items()}
             say(

@@ -1,17 +1,17 @@
-"""How fast steps are, and where their time goes: tokens per second, share of the hardware's rate, memory.
+"""How fast steps are and where their time goes: tokens per second, share of the hardware's rate, memory.
 
     step  |-- data --|-- forward --|-- backward --|-- communication --|-- waiting --|-- optimizer --|
 
-Each part is a context. On a GPU it begins and ends with events in its queue, read when the loop has waited for the GPU
-anyway, so that measuring makes nobody wait; the update of the weights, which nobody waits for, is then found with the
-step after it. On a CPU it is a clock.
+Each part is a context. On a GPU, events in the queue mark its beginning and its end. They are read when the loop has
+waited for the GPU anyway, so measuring does not add a wait. Nothing waits for the update of the weights, so its time is
+counted with the next step. On a CPU, a clock is enough.
 
 Model FLOPs utilisation (Chowdhery et al., "PaLM", 2022, appendix B) is a step's share of what the hardware could do:
 
-    operations per token = 6 N + 12 L H Q T          N weights that are multiplied with, L layers, H heads of width Q,
+    operations per token = 6 N + 12 L H Q T          N weights used in multiplications, L layers, H heads of width Q,
     mfu = operations per second / rate               T tokens of context (as if attention were not causal)
 
-The rate is not a data sheet's but that of a large matrix product, measured here before the first step.
+The rate does not come from a data sheet. It is that of a large matrix product, measured here before the first step.
 """
 
 import math
@@ -31,20 +31,20 @@ from train_loop.precision import PRECISIONS
 from train_loop.step_parts import STEP_PARTS
 
 MEASURED = {"tokens_per_second", "seconds", "mfu", "peak_memory_bytes"} | {f"{part}_seconds" for part in STEP_PARTS}
-"""What a line of metrics.jsonl says of the machine; all else in it follows from (configuration, seed, step)."""
+"""What a line of metrics.jsonl says about the machine. Everything else follows from (configuration, seed, step)."""
 
-_SIDES = (1024, 2048, 4096, 8192)  # of the matrices whose product is timed: the first of which one takes long enough
-_LONG_ENOUGH = 1e-3  # seconds, beside which starting it takes no time
-_SECONDS = 0.1  # for timing products
+_SIDES = (1024, 2048, 4096, 8192)  # of the matrices whose product is timed; the first side that takes long enough
+_LONG_ENOUGH = 1e-3  # seconds; starting a product takes no time compared with this
+_SECONDS = 0.1  # how long to time products
 
 
 class Span:
-    """Adds up the time between entering and leaving it: the host's, and that of a device which has a queue of work."""
+    """Adds up the time between entering and leaving it, on the host and on a device that has a queue of work."""
 
     def __init__(self, part: str, device: torch.device) -> None:
         self._device = device if devices.has_events(device) and part != "step" else None
         self._events: deque[tuple[Any, Any]] = deque()
-        self._host = 0  # nanoseconds, so that what comes of them has few digits
+        self._host = 0  # nanoseconds, so that the results have few digits
 
     def __enter__(self) -> None:
         if self._device is not None:
@@ -57,12 +57,12 @@ class Span:
             self._events.append((self._begin, devices.event(self._device)))
 
     def take_host(self) -> int:
-        """Nanoseconds of the host since this was last asked."""
+        """Nanoseconds on the host since the last call."""
         taken, self._host = self._host, 0
         return taken
 
     def take_device(self, host: int) -> int:
-        """Nanoseconds of the device, of all that has ended there since this was last asked; else those of the host."""
+        """Nanoseconds on the device, for everything that has ended there since the last call; without one, `host`."""
         if self._device is None:
             return host
         taken = 0
@@ -73,24 +73,25 @@ class Span:
 
 
 class Throughput:
-    """The speed of a run's steps, for the log; called with a part's name, a context that measures it.
+    """The speed of a run's steps, for the log. Call it with a part's name to get a context that measures the part.
 
         with clock("forward"):
             ...
 
-    data: fetching batches; forward; backward: and what it hides of the exchange of gradients; communication: the rest
-    of that exchange (under FSDP2 it is inside forward and backward); waiting: for the losses of the slowest process;
-    optimizer: clipping, the finite check and the update; step: all of these but data, which only the host measures.
+    data: fetching batches; forward; backward: with the part of the gradient exchange that runs at the same time;
+    communication: the rest of that exchange (with FSDP2, it is inside forward and backward); waiting: for the losses of
+    the slowest process; optimizer: clipping, the finite check and the update; step: all of these except data, measured
+    on the host only.
 
     Args:
-        accelerator: the processes; all are taken to have the same hardware.
+        accelerator: the processes; they are assumed to have the same hardware.
         objective: the prepared `Objective`.
         model: the language model in it.
         block_size: tokens of context.
 
     Attributes:
-        operations: of one token, forward and backward; None where they can't be counted so.
-        rate: operations a second of all processes' hardware in a large matrix product.
+        operations: operations for one token, forward and backward; None if they can't be counted this way.
+        rate: operations per second of all processes' hardware in a large matrix product.
     """
 
     def __init__(self, accelerator: Accelerator, objective: nn.Module, model: PreTrainedModel, block_size: int) -> None:
@@ -104,11 +105,11 @@ class Throughput:
         self._spans = {part: Span(part, accelerator.device) for part in (*STEP_PARTS, "step")}
 
     def __call__(self, part: str) -> "Span":
-        """A context whose time is added to a part's."""
+        """A context whose time is added to the part's."""
         return self._spans[part]
 
     def of_step(self, tokens: int) -> dict[str, Any]:
-        """What the log says of a step with so many targets; see `MEASURED`."""
+        """What the log says about a step with this many targets; see `MEASURED`."""
         host = {part: span.take_host() for part, span in self._spans.items()}
         seconds = (host["data"] + host["step"]) / 1e9
         parts = {part: self._spans[part].take_device(host[part]) / 1e9 for part in STEP_PARTS}
@@ -131,9 +132,9 @@ class Throughput:
 
 
 def operations_per_token(model: PreTrainedModel, block_size: int) -> int | None:
-    """Operations (a multiplication or an addition each) of one token's forward and backward pass.
+    """Operations (multiplications and additions) of one token's forward and backward pass.
 
-    None for mixtures of experts, where a token meets only a part of the weights.
+    None for mixtures of experts, where a token uses only a part of the weights.
     """
     config = model.config.get_text_config()
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
@@ -149,7 +150,7 @@ def operations_per_token(model: PreTrainedModel, block_size: int) -> int | None:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of the best of several large matrix products, of whichever library is used here."""
+    """Operations per second of the fastest of several large matrix products, with the fastest library available."""
     for side in _SIDES:
         seconds = _fastest(*(torch.randn(side, side, dtype=dtype, device=device) for _ in range(2)))
         if seconds >= _LONG_ENOUGH:

@@ -1,4 +1,4 @@
-"""Accelerate's trackers (TensorBoard, Weights & Biases, ...), resumed so that no step stands in them twice."""
+"""Accelerate's trackers (TensorBoard, Weights & Biases, ...), resumed so that no step appears in them twice."""
 
 import hashlib
 from pathlib import Path
@@ -12,15 +12,15 @@ from train_loop.errors import InputError
 
 
 def start_trackers(accelerator: Accelerator, run: Path, step: int, settings: dict[str, Any]) -> None:
-    """Have Accelerate's trackers go on after a step, where they can, so that no step stands in them twice.
+    """Let Accelerate's trackers continue after a step, if they can, so that no step appears in them twice.
 
-    TensorBoard drops what it has of later steps. Weights & Biases goes on with the same run and keeps what it has.
+    TensorBoard drops what it has of later steps. Weights & Biases continues the same run and keeps what it has.
 
     Args:
         accelerator: made with the trackers' names.
         run: the run's folder.
-        step: after which the run goes on.
-        settings: flat and plain, for those that show them.
+        step: the step after which the run continues.
+        settings: flat, plain values, for trackers that show them.
     """
     identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
     wandb = {"id": identity, "name": run.name, "resume": "allow"}
@@ -29,10 +29,10 @@ def start_trackers(accelerator: Accelerator, run: Path, step: int, settings: dic
 
 
 def check_trackers(names: list[str]) -> None:
-    """Refuse trackers that Accelerate would leave out without a word.
+    """Refuse trackers that Accelerate would silently leave out.
 
     Raises:
-        InputError: for one that is unknown or not installed.
+        InputError: for a tracker that is unknown or not installed.
     """
     available = {str(each) for each in get_available_trackers()}
     for name in names:

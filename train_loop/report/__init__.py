@@ -1,9 +1,9 @@
-"""The report: what a run's files hold, as one page to look at.
+"""The report: what a run's files hold, as one page.
 
-    run folders --files--> columns and events --gather--> plain data, thinned --page--> one HTML file
-                                                                              --figures--> a PNG a figure
-                                                                              --server--> the page, renewed as it grows
+    run folders --run_reader--> columns and events --page_data--> plain data, thinned --html_page--> one HTML file
+                                                                                      --figures--> one PNG per figure
+                                                                                      --server--> a live page
 
-A page makes no request to anywhere: data, script and style are in it. Whatever file of a run is missing, half written
-or damaged, the page shows what there is and says what it could not read. Nothing here imports torch.
+A page makes no requests: data, script and style are all in it. If a run's file is missing, half written or damaged, the
+page shows what there is and says what it could not read. Nothing here imports torch.
 """

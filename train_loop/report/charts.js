@@ -1,8 +1,8 @@
 "use strict";
 // Small charts: lines, stacked areas and heat maps, drawn into SVG or a canvas, with a crosshair and zoom.
 //
-// A chart is told what to draw by a function, so that the same chart draws newer data, another x axis or other colours.
-// Charts over steps share one zoom: what is looked at in one plot is looked at in all of them.
+// A function tells a chart what to draw, so the same chart can draw newer data, another x axis or other colours.
+// Charts over steps share one zoom: zooming one plot zooms all of them.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -30,7 +30,7 @@ function svg(tag, attributes = {}, text = null) {
 
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 
-/** A number with about so many significant digits: 12,345 · 3.142 · 2.5e-5. */
+/** A number with about `digits` significant digits: 12,345 · 3.142 · 2.5e-5. */
 function short(value, digits = 4) {
   if (!isNumber(value)) return "–";
   if (value === 0) return "0";
@@ -75,7 +75,7 @@ function linearTicks(low, high, count) {
   return ticks;
 }
 
-/** Powers of ten between low and high, with 2 and 5 where there are few; round numbers where there is less than one. */
+/** Powers of ten between low and high, also times 2 and 5 if there are few; round numbers if there is less than one. */
 function logTicks(low, high, count) {
   const decades = Math.log10(high / low);
   if (decades < 0.7) return linearTicks(low, high, count);
@@ -90,7 +90,7 @@ function logTicks(low, high, count) {
   return inside.length ? inside : [low, high];
 }
 
-/** Labels of ticks with as many digits as tell them apart. */
+/** Labels for ticks, with as many digits as are needed to tell them apart. */
 function tickLabel(ticks, format) {
   if (format) return format;
   const largest = Math.max(...ticks.map(Math.abs));
@@ -106,7 +106,7 @@ function scale(low, high, from, to, logarithmic) {
   return (value) => from + ((change(value) - a) / (b - a || 1)) * (to - from);
 }
 
-/** What steps are drawn against: steps, tokens or seconds, read off a run's own axis. */
+/** A function from steps to x values: steps, tokens or seconds, read from a run's own axis. */
 function along(axis, kind) {
   if (kind === "step") return (step) => step;
   const [steps, values] = [axis.step, axis[kind]];
@@ -124,7 +124,7 @@ function along(axis, kind) {
   };
 }
 
-/** Exponential average with a time constant in units of x, corrected for its beginning; gaps stay gaps. */
+/** Exponential average with a time constant in units of x, corrected at the beginning. Gaps stay gaps. */
 function smoothed(x, y, constant) {
   let [average, weight, before] = [0, 0, null];
   return y.map((value, place) => {
@@ -148,7 +148,7 @@ function nearest(x, value) {
 
 // ---- colours --------------------------------------------------------------------------------------------------------
 
-// Cividis (Nuñez, Anderton and Renslow, 2018) at nine places: even to the eye, with and without colour vision.
+// Cividis (Nuñez, Anderton and Renslow, 2018) at nine places: it looks even with and without colour vision.
 const CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#fee838"].map(
   (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)),
 );
@@ -161,11 +161,11 @@ function sequential(share) {
   return "rgb(" + mixed.join(",") + ")";
 }
 
-/** Lines of a family (layers, steps), from the palette's cool to its warm end. */
+/** Colours for a family of lines (layers, steps), from the palette's cool end to its warm end. */
 const family = (place, count) =>
   `color-mix(in oklab, var(--c1) ${Math.round((100 * place) / Math.max(1, count - 1))}%, var(--c0))`;
 
-// ---- the tooltip: one for all ---------------------------------------------------------------------------------------
+// ---- the tooltip, shared by all -------------------------------------------------------------------------------------
 
 const tooltip = {
   element: null,
@@ -192,8 +192,8 @@ const tooltip = {
 
 class Figure {
   /**
-   * spec: id, title, unit (of y), words (what to look for), draw (a function that returns what is to be drawn),
-   * log ("never", "linear" or "log" at first), own (its x axis is its own, not the steps').
+   * spec: id, title, unit (of y), words (what to look for), draw (a function that returns what to draw),
+   * log ("never", or "linear" or "log" at first), own (it has its own x axis instead of steps).
    */
   constructor(spec, view) {
     Object.assign(this, { spec, view, log: spec.log === "log", hidden: new Set(), range: null });
@@ -233,7 +233,7 @@ class Figure {
     } else this.view.zoom(range);
   }
 
-  /** Draw, or leave the figure out where there is nothing to draw. */
+  /** Draw the figure, or hide it if there is nothing to draw. */
   redraw() {
     const drawing = this.spec.draw(this);
     this.element.hidden = !drawing;
@@ -278,7 +278,7 @@ class Figure {
     }
     const ticks = xTicks || linearTicks(xLow, xHigh, Math.max(2, Math.floor(width / 110)));
     const xText = tickLabel(ticks, xFormat);
-    let free = -Infinity; // where the label before ends
+    let free = -Infinity; // where the previous label ends
     for (const tick of ticks) {
       const at = x(tick);
       const anchor = at > box.right - 14 ? "end" : "middle";
@@ -300,7 +300,7 @@ class Figure {
     return { root, content, over, x, y, box, xOf: (pixel) => xLow + ((pixel - box.left) / (box.right - box.left)) * (xHigh - xLow) };
   }
 
-  /** Crosshair, tooltip, zoom by dragging, a double click back; arrow keys move the crosshair, Escape goes back. */
+  /** Crosshair and tooltip; dragging zooms, a double click zooms out; arrow keys move the crosshair, Escape zooms out. */
   listen({ root, over, x, box, xOf }, stops, describe) {
     let from = null;
     let at = null;
@@ -457,7 +457,7 @@ class LineFigure extends Figure {
       for (const each of shown) {
         const place = nearest(each.x, value);
         if (place < 0) continue;
-        // Far from the crosshair there is no value to tell: an evaluation is one of its own step only.
+        // Far from the crosshair there is no value to show: an evaluation belongs to its own step only.
         const far = Math.abs(x(each.x[place]) - x(value)) > 24;
         const raw = each.faint ? each.faint.y[nearest(each.faint.x, value)] : null;
         const text = far ? "–" : format(each.y[place]) + (raw === null ? "" : `  (raw ${format(raw)})`);
@@ -469,7 +469,7 @@ class LineFigure extends Figure {
   }
 }
 
-/** Areas on top of each other. draw() returns {x, layers: [{key, name, color, y}], xLabel, xTitle, format} or null. */
+/** Stacked areas. draw() returns {x, layers: [{key, name, color, y}], xLabel, xTitle, format} or null. */
 class StackFigure extends Figure {
   paint(drawing) {
     const { x: xs, layers } = drawing;
@@ -500,7 +500,7 @@ class StackFigure extends Figure {
   }
 }
 
-/** Rows by time. draw() returns {rows, x, values [row][time], rowLabel, xLabel, xTitle, format} or null. */
+/** Rows over time. draw() returns {rows, x, values [row][time], rowLabel, xLabel, xTitle, format} or null. */
 class HeatFigure extends Figure {
   paint(drawing) {
     const { rows, x: xs, values } = drawing;
@@ -519,7 +519,7 @@ class HeatFigure extends Figure {
     const tall = (box.bottom - box.top) / rows.length;
     const color = (value) => sequential((this.log ? Math.log(value / low) / Math.log(high / low || 2) : (value - low) / (high - low || 1)) || 0);
 
-    // The cells as a picture: a cell reaches from the time before it to its own.
+    // The cells as a picture: a cell reaches from the previous time to its own.
     const ratio = Math.min(2, window.devicePixelRatio || 1);
     const canvas = h("canvas", { width: Math.round((box.right - box.left) * ratio), height: Math.round((box.bottom - box.top) * ratio) });
     Object.assign(canvas.style, { left: box.left + "px", top: box.top + "px", width: box.right - box.left + "px", height: box.bottom - box.top + "px" });

@@ -1,8 +1,8 @@
-"""Long curves made short without losing what one looks for in them: thinned, not cut.
+"""Shorten long curves without losing what readers look for in them: they are thinned, not cut off.
 
-A curve is divided into buckets of steps; each keeps its lowest and its highest point, so that a spike of one step stays
-a spike at any length. First and last point stay, and of values that are no numbers (a loss that was NaN) one a bucket.
-The buckets' means are kept beside, for whoever wants to draw a smooth line.
+A curve is divided into buckets of steps. Each bucket keeps its lowest and its highest point, so a spike of one step
+stays visible at any length. The first and the last point stay, and one NaN (such as a loss that was NaN) per bucket.
+The buckets' means are kept as well, for drawing a smooth line.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ MOST_POINTS = 2000
 
 
 def kept(values: NDArray[np.float64], most: int = MOST_POINTS) -> NDArray[np.int64]:
-    """Which points of a curve are kept, in order: all of at most `most`, else about so many."""
+    """The indices of the points to keep, in order: all of them if there are at most `most`, otherwise about `most`."""
     count = len(values)
     if count <= most:
         return np.arange(count)
@@ -32,7 +32,7 @@ def kept(values: NDArray[np.float64], most: int = MOST_POINTS) -> NDArray[np.int
 
 
 def means(values: NDArray[np.float64], buckets: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The last index and the mean of each bucket; NaN where it has no number."""
+    """The last index and the mean of each bucket; the mean is NaN if the bucket has no number."""
     edges = _edges(len(values), min(buckets, len(values)))
     if len(edges) < 2:
         return np.zeros(0, np.int64), np.zeros(0)
@@ -43,7 +43,7 @@ def means(values: NDArray[np.float64], buckets: int) -> tuple[NDArray[np.int64],
 
 
 def extremes(table: NDArray[np.float64], columns: int, lowest: bool = False) -> NDArray[np.float64]:
-    """A table [rows, times] with at most so many times: of each bucket the highest (or lowest) value."""
+    """A table [rows, times] reduced to at most `columns` times, with the highest (or lowest) value of each bucket."""
     edges = _edges(table.shape[1], min(columns, table.shape[1]))
     worst = np.inf if lowest else -np.inf
     filled = np.where(np.isnan(table), worst, table)
@@ -52,19 +52,20 @@ def extremes(table: NDArray[np.float64], columns: int, lowest: bool = False) -> 
 
 
 def ends(count: int, buckets: int) -> NDArray[np.int64]:
-    """The last index of each of at most so many buckets."""
+    """The last index of each bucket, for at most `buckets` buckets."""
     return _edges(count, min(buckets, count))[1:] - 1
 
 
 def evenly(count: int, most: int) -> list[int]:
-    """At most so many indices, evenly spread, with the first and the last."""
+    """At most `most` indices, evenly spread, with the first and the last among them."""
     return sorted({round(each) for each in np.linspace(0, count - 1, min(count, most))}) if count else []
 
 
 def _edges(count: int, buckets: int) -> NDArray[np.int64]:
+    """Where each bucket begins, and where the last one ends."""
     return np.linspace(0, count, max(buckets, 0) + 1).astype(np.int64)
 
 
 def rounded(values: Sequence[float] | NDArray[np.float64], digits: int = 6) -> list[float | None]:
-    """Plain numbers with so many significant digits; None for NaN."""
+    """Plain numbers, rounded to `digits` significant digits; None for NaN."""
     return [None if value != value else float(f"{value:.{digits}g}") for value in map(float, values)]

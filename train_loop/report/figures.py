@@ -1,4 +1,4 @@
-"""The report's plots as PNGs for papers: one a figure, drawn by matplotlib from the same data as the page."""
+"""The report's plots as PNGs for papers, one per figure, drawn by matplotlib from the same data as the page."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from train_loop.step_parts import STEP_PARTS
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#b65d93", "#d98e00", "#56b4e9", "#6b5bb5", "#8b939e")
 
-# (file, y axis, curves as (key, what it is called, factor), logarithmic, from zero)
+# (file, y axis, curves as (key, label, factor), logarithmic, from zero)
 _LINES: tuple[tuple[Any, ...], ...] = (
     ("loss", "loss (nats per token)", (("loss", "training", 1), ("validation_loss", "validation", 1)), False, False),
     ("validation_perplexity", "validation perplexity", (("validation_perplexity", "", 1),), True, False),
@@ -26,7 +26,7 @@ _LINES: tuple[tuple[Any, ...], ...] = (
     ("logits_z", "mean log-sum-exp of the logits", (("logits_z", "", 1),), False, False),
     ("gradient_noise_scale", "gradient noise scale (tokens)", (("gradient_noise_scale", "", 1),), True, False),
 )
-# (file, group, table, rows, what the colour says)
+# (file, group, table, rows, meaning of the colour)
 _HEAT_MAPS = (
     ("layer_gradient_norm", "layers", "grad_norm", "layer", "gradient norm"),
     ("layer_update_ratio", "layers", "update_ratio", "layer", "update / weight"),
@@ -50,10 +50,10 @@ _STYLE: dict[Any, Any] = {
 
 
 def write(data: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw every figure that there is data for into `folder`; returns the files.
+    """Draw every figure that there is data for into `folder`, and return the files.
 
     Raises:
-        InputError: where matplotlib is missing or the folder can't be written to.
+        InputError: if matplotlib is missing or the folder can't be written to.
     """
     try:
         import matplotlib
@@ -77,10 +77,10 @@ def write(data: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _figures(runs: list[dict[str, Any]]) -> Iterator[tuple[str, Callable[[Any], bool]]]:
-    """Each figure's name, and what paints it onto axes and says whether there was anything to paint."""
+    """Each figure's name, and a function that paints it onto axes and returns whether there was anything to paint."""
     for name, *spec in _LINES:
         yield name, partial(_paint_lines, runs, *spec)
-    for place, run in enumerate(runs):  # of layers and parts there is a figure for each run
+    for place, run in enumerate(runs):  # figures of layers and of parts show one run each
         suffix = "" if len(runs) == 1 else f"-{place + 1}"
         yield f"time{suffix}", partial(_paint_time, run)
         for name, *where in _HEAT_MAPS:
@@ -96,7 +96,7 @@ def _floats(values: list[float | None], factor: float = 1.0) -> list[float]:
 def _paint_lines(
     runs: list[dict[str, Any]], label: str, curves: Any, logarithmic: bool, from_zero: bool, axes: Any
 ) -> bool:
-    """Each run in its colour; of one run, each curve in its own."""
+    """Draw curves. Each run has its own colour; if there is only one run, each curve does."""
     several, drawn = len(runs) > 1, 0
     for place, run in enumerate(runs):
         for order, (key, kind, factor) in enumerate(curves):
@@ -106,7 +106,7 @@ def _paint_lines(
             raw = len(curve["step"]) > 60
             name = ", ".join(each for each in (run["name"] if several else "", kind) if each)
             color = COLORS[(place if several else order) % len(COLORS)]
-            # Between dollar signs matplotlib reads formulas; labels that begin with an underscore it leaves out.
+            # matplotlib reads formulas between dollar signs, and leaves out labels that begin with an underscore.
             axes.plot(
                 curve["step"],
                 _floats(curve["value"], factor),

@@ -1,8 +1,8 @@
-"""One HTML file out of plain data: the template, its style and scripts, and the data in it as JSON.
+"""Build one HTML file from plain data: the template, its style and scripts, and the data as JSON.
 
-What comes from a run (names, prompts, texts, tokens) is data and stays text: here every `<` of it is escaped, so that
-nothing in it ends the script element, and the page's script sets text with textContent alone. A content security policy
-forbids every request.
+Whatever comes from a run (names, prompts, texts, tokens) is data and stays text. Every `<` in it is escaped here, so
+nothing can end the script element, and the page's script only sets text with textContent. A content security policy
+forbids all requests.
 """
 
 import html
@@ -14,11 +14,11 @@ from typing import Any
 from train_loop.errors import InputError, one_line
 
 _FILE = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-_SERVED = f"{_FILE}; connect-src 'self'"  # to ask for newer data
+_SERVED = f"{_FILE}; connect-src 'self'"  # allows asking for newer data
 
 
 def page(data: dict[str, Any], live: bool = False) -> str:
-    """The page of what `gather` found; a live one asks its server for newer data."""
+    """The page for what `gather` found; a live page asks its server for newer data."""
     parts = {
         "POLICY": _SERVED if live else _FILE,
         "TITLE": html.escape(", ".join(run["name"] for run in data["runs"])),
@@ -35,21 +35,23 @@ def page(data: dict[str, Any], live: bool = False) -> str:
 
 
 def write(data: dict[str, Any], path: Path) -> None:
-    """Write the page, whole or not at all.
+    """Write the page completely or not at all.
 
     Raises:
-        InputError: where the file can't be written.
+        InputError: if the file can't be written.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         temporary.write_text(page(data), encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        raise InputError(f"report {path}: cannot be written ({one_line(error)}); name another with --output") from None
+        raise InputError(
+            f"report {path}: cannot be written ({one_line(error)}); name another file with --output"
+        ) from None
 
 
 def as_json(data: dict[str, Any]) -> str:
-    """JSON that may stand in a script element."""
+    """JSON that is safe inside a script element."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 

@@ -1,15 +1,15 @@
 "use strict";
-// The page: what is looked at (the view), which figures there are, and the parts that are text.
+// The page: what it shows (the view), its figures, and its text.
 
 const view = {
   data: null,
   kind: "step", // of the x axis: step, tokens or seconds
   smooth: 0, // time constant of the average, as a share of the run
-  range: null, // of the x axis, where it is zoomed
-  run: 0, // whose details are shown
+  range: null, // of the x axis, if it is zoomed
+  run: 0, // the run whose details are shown
   hidden: new Set(), // names of runs
   figures: [],
-  parts: [], // functions that renew what is no figure
+  parts: [], // functions that redraw everything that is not a figure
   zoom(range) {
     this.range = range;
     document.getElementById("unzoom").hidden = range === null;
@@ -19,7 +19,7 @@ const view = {
     for (const section of document.querySelectorAll("section")) {
       const figures = this.figures.filter((each) => section.contains(each.element));
       if (!figures.length) continue;
-      section.hidden = false; // a figure measures its width as it is drawn
+      section.hidden = false; // a figure measures its width while it is drawn
       const drawn = figures.map((each) => each.redraw());
       section.hidden = !drawn.includes(true);
       const link = document.querySelector(`nav a[href="#${section.id}"]`);
@@ -47,7 +47,7 @@ function timeUnit() {
   return UNITS.find(([, , from]) => longest >= from);
 }
 
-/** The x axis of everything over steps: from the beginning to the end of the longest run, in every plot alike. */
+/** The x axis of every plot over steps: from the beginning to the end of the longest run. */
 function xAxis() {
   const ends = [...view.runs, view.chosen].map((run) => {
     const last = Math.max(run.totals.step || 0, ...Object.values(run.curves).map((each) => each.step.at(-1)));
@@ -62,7 +62,7 @@ function xAxis() {
   return { domain, xLabel: "step", xTitle: (x) => `step ${whole(x)}` };
 }
 
-/** A run's steps as x. */
+/** A function from a run's steps to x values. */
 function xOf(run) {
   const map = along(run.axis, view.kind);
   if (view.kind !== "seconds") return map;
@@ -70,7 +70,7 @@ function xOf(run) {
   return (step) => map(step) / seconds;
 }
 
-/** One curve of every visible run as series; `one`: of several in a plot. */
+/** One curve of every visible run, as series; `one`: the plot has several curves. */
 function curve(key, { name = "", change = (y) => y, smooth = false, ...look } = {}) {
   return view.runs.flatMap((run) => {
     const found = run.curves[key];
@@ -105,7 +105,7 @@ function heat(group, metric, rowLabel, format = short) {
   return { rows: found.rows, x: found.step.map(map), values: found.tables[metric], rowLabel, format, ...xAxis() };
 }
 
-/** Rows of a table of the chosen run as lines, cool to warm. */
+/** Rows of a table of the chosen run as lines, from cool to warm colours. */
 function rowsAsLines(group, metric, name, rest) {
   const found = view.chosen[group];
   if (!found || !found.tables[metric]) return null;
@@ -121,7 +121,7 @@ function rowsAsLines(group, metric, name, rest) {
   return { series, ...xAxis(), ...rest };
 }
 
-/** Losses by bin: of one run at five steps, of several at their last. */
+/** Losses by bin: for one run at five steps, for several runs at their last step. */
 function byBin(group, xLabel, rest = {}) {
   const having = view.runs.filter((run) => run[group]);
   if (!having.length) return null;
@@ -156,7 +156,7 @@ function byBin(group, xLabel, rest = {}) {
 const seconds = (value) => (value >= 1 ? short(value, 3) + " s" : short(value * 1e3, 3) + " ms");
 const percent = (value) => (isNumber(value) ? short(value, 3) + " %" : "–");
 
-// One of each part of a step, in their order.
+// One colour for each part of a step, in order.
 const PART_COLORS = ["--c6", "--c0", "--c5", "--c1", "--c4", "--c2", "--c7"];
 
 function stepTime() {
@@ -188,7 +188,7 @@ function gradientNorm() {
   });
 }
 
-/** The validation data under gzip -9, in bits a byte. */
+/** The validation data under gzip -9, in bits per byte. */
 function gzip() {
   const books = view.chosen.ledger.validation || {};
   const value = (8 * books.gzip_bytes) / books.bytes;
@@ -221,42 +221,42 @@ const SECTIONS = [
     figures: [
       {
         id: "loss", title: "Loss", unit: "nats per token", log: "linear",
-        words: "A steep fall, then a long slope. Training and validation should fall together; a widening gap is overfitting. A spike that does not come back within a few dozen steps, or a plateau from the start, points at the learning rate.",
+        words: "A steep fall, then a long slope. Training and validation should fall together; a widening gap is overfitting. A spike that does not recover within a few dozen steps, or a plateau from the start, suggests a wrong learning rate.",
         draw: () => lines([...curve("loss", { name: "training", one: true, smooth: true, thin: true }), ...curve("validation_loss", { name: "validation", one: true, color: "var(--c1)", dashed: true, points: true })]),
       },
       {
         id: "perplexity", title: "Perplexity", unit: "exp(loss)", log: "log",
-        words: "How many equally likely tokens the model hesitates between. The same curve as the loss, in a unit one can picture; it compares runs of one tokenizer only.",
+        words: "How many equally likely tokens the model hesitates between. This is the same curve as the loss, in a unit that is easier to picture. Compare runs only if they use the same tokenizer.",
         draw: () => lines([...curve("loss", { name: "training", one: true, smooth: true, thin: true, change: Math.exp }), ...curve("validation_perplexity", { name: "validation", one: true, color: "var(--c1)", dashed: true, points: true })]),
       },
       {
         id: "bits", title: "Bits per byte", unit: "validation", log: "linear",
-        words: "Comparable between tokenizers, and with any compressor: below the line of gzip -9, the model knows more of the text than gzip finds in it.",
+        words: "You can compare this between tokenizers, and with any compressor. Below the line of gzip -9, the model predicts the text better than gzip does.",
         draw: () => lines(curve("validation_bits_per_byte", { name: "validation", points: true }), { lines: gzip() }),
       },
       {
         id: "accuracy", title: "Next-token accuracy", unit: "% of validation targets", log: "linear",
-        words: "How often the likeliest token is the right one. It moves later than the loss: probabilities improve before the order of the tokens does.",
+        words: "How often the likeliest token is the right one. It improves later than the loss, because probabilities improve before the ranking of the tokens does.",
         draw: () => lines(curve("validation_accuracy", { name: "validation", points: true, change: (y) => 100 * y }), { format: percent }),
       },
       {
         id: "learning_rate", title: "Learning rate", unit: "", log: "linear",
-        words: "Warm-up, plateau or slope, and decay, as the schedule says. Hold it against loss and gradient norm: what happens at its peak decides whether it is too high.",
+        words: "Warm-up, plateau or slope, and decay, as the schedule says. Compare it with the loss and the gradient norm: what happens at its peak shows whether it is too high.",
         draw: () => lines(curve("learning_rate", { name: "learning rate" })),
       },
       {
         id: "grad_norm", title: "Gradient norm", unit: "of all gradients, before clipping", log: "log",
-        words: "High and ragged at first, then settling. Dots above the line were scaled down to it; a run that is clipped at most steps trains with a smaller learning rate than it says. A slow rise late in a run often comes before a spike of the loss. A cross is a step that was not finite and was skipped.",
+        words: "It is high and ragged at first, then settles. Gradients at the dots above the line were scaled down to it. If most steps are clipped, the run effectively trains with a smaller learning rate than it says. A slow rise late in a run often comes before a spike in the loss. A cross marks a step that was not finite and was skipped.",
         draw: gradientNorm,
       },
       {
         id: "clipped_share", title: "Clipped steps", unit: "% since the last statistics", log: "never",
-        words: "Near 100 % for long: the clipping norm sets the pace, not the learning rate.",
+        words: "If this stays near 100 % for long, the clipping norm sets the pace, not the learning rate.",
         draw: () => lines(curve("clipped_share", { name: "clipped", points: true, change: (y) => 100 * y }), { zero: true, format: percent }),
       },
       {
         id: "loss_scale", title: "Loss scale", unit: "fp16", log: "log",
-        words: "Halved at each overflow, doubled after a while without. A scale that only falls means that gradients do not fit into fp16.",
+        words: "It is halved at each overflow, and doubled after a while without one. If it only falls, the gradients do not fit into fp16.",
         draw: () => lines(curve("loss_scale", { name: "loss scale" })),
       },
     ],
@@ -267,22 +267,22 @@ const SECTIONS = [
     figures: [
       {
         id: "tokens_per_second", title: "Throughput", unit: "tokens per second", log: "linear",
-        words: "Flat is healthy. Regular dips are evaluations, checkpoints or a slow reader; a fall that stays is a machine that is shared, or throttles.",
+        words: "Flat is healthy. Regular dips come from evaluations, checkpoints or slow reading. If it falls and stays low, the machine is shared with other work, or throttles.",
         draw: () => lines(curve("tokens_per_second", { name: "throughput", smooth: true, thin: true }), { zero: true }),
       },
       {
         id: "mfu", title: "Model FLOPs utilisation", unit: "% of a large matrix product's rate", log: "never",
-        words: "The share of what this hardware reaches in a large matrix product. Low with a small model is normal; low with a large one means waiting: look below for what.",
+        words: "How much of this hardware's rate in a large matrix product the run reaches. A low value is normal for a small model. For a large one, it means that the hardware waits: the plot of where the time goes shows for what.",
         draw: () => lines(curve("mfu", { name: "utilisation", smooth: true, thin: true, change: (y) => 100 * y }), { zero: true, format: percent }),
       },
       {
-        id: "memory", title: "Peak memory", unit: "GB, of the process with most", log: "never",
-        words: "Level after the first steps. A staircase that goes on is a leak.",
+        id: "memory", title: "Peak memory", unit: "GB, of the process that uses most", log: "never",
+        words: "This should be level after the first steps. A staircase that keeps rising is a memory leak.",
         draw: () => lines(curve("peak_memory_bytes", { name: "memory", change: (y) => y / 1e9 }), { zero: true, format: (y) => short(y, 4) + " GB" }),
       },
       {
-        id: "time", title: "Where the time of a step goes", unit: "ms a step", log: "never", kind: "stack", detail: true,
-        words: "Backward costs about twice forward. Visible data is a reader that is too slow; communication and waiting are the price of several processes: much waiting means that they have unequal work.",
+        id: "time", title: "Where the time of a step goes", unit: "ms per step", log: "never", kind: "stack", detail: true,
+        words: "Backward takes about twice as long as forward. If you can see the data part, reading is too slow. Communication and waiting are the price of several processes. Much waiting means that their work is unequal.",
         draw: stepTime,
       },
     ],
@@ -293,32 +293,32 @@ const SECTIONS = [
     figures: [
       {
         id: "layer_grad_norm", title: "Gradient norm by layer", unit: "by step", log: "log", kind: "heat", detail: true,
-        words: "Even from bottom to top is good. Dark lower layers get no gradient (vanishing); a bright layer at one step is where a spike began.",
+        words: "It should be even from bottom to top. Dark lower layers get no gradient (it vanishes). If one layer is bright at one step, a spike began there.",
         draw: () => heat("layers", "grad_norm", "layer"),
       },
       {
         id: "layer_update_ratio", title: "Update ratio by layer", unit: "|update| / |weight|", log: "log", kind: "heat", detail: true,
-        words: "How far a step moves each layer, relative to its size. It follows the learning rate; a layer much brighter than its neighbours is being overwritten.",
+        words: "How far a step moves each layer, relative to the size of its weights. It follows the learning rate. A layer that is much brighter than its neighbours is being overwritten.",
         draw: () => heat("layers", "update_ratio", "layer"),
       },
       {
         id: "update_ratio", title: "Update ratios", unit: "|update| / |weight|", log: "log", detail: true,
-        words: "A rule of thumb: about 1e-3 in mid-training. Much above, weights are thrown about; much below, they hardly learn.",
+        words: "A rule of thumb is about 1e-3 in mid-training. Far above that, the weights jump around. Far below it, they hardly learn.",
         draw: () => rowsAsLines("layers", "update_ratio", "layer", { lines: [{ y: 1e-3, label: "1e-3", always: true }] }),
       },
       {
         id: "activation_rms", title: "Activation RMS by layer", unit: "of the layer's output", log: "log", kind: "heat", detail: true,
-        words: "Grows with depth in a residual stream; growth over time without end is how bf16 and fp16 runs overflow.",
+        words: "It grows with depth in a residual stream. If it keeps growing over time, runs in bf16 and fp16 overflow.",
         draw: () => heat("layers", "activation_rms", "layer"),
       },
       {
         id: "activation_outliers", title: "Activation outliers by layer", unit: "max |x| / RMS", log: "log", kind: "heat", detail: true,
-        words: "How far the largest activation stands out. Some channels grow huge in trained models; they are what makes low precision hard.",
+        words: "How far the largest activation stands out. Some channels grow huge in trained models, and make low precision hard.",
         draw: () => heat("layers", "activation_outliers", "layer"),
       },
       {
         id: "dead_units", title: "Dead units by layer", unit: "% of the hidden units", log: "linear", kind: "heat", detail: true,
-        words: "Units of the feed-forward part that answer to no token. A rise early on may go back; a step upwards after a spike that stays is capacity lost.",
+        words: "Units of the feed-forward part that respond to no token. An early rise may reverse. If it jumps up after a spike and stays there, the model has lost capacity.",
         draw: () => {
           const found = heat("layers", "dead_units", "layer", percent);
           return found && { ...found, values: found.values.map((row) => row.map((value) => (value === null ? null : 100 * value))) };
@@ -326,37 +326,37 @@ const SECTIONS = [
       },
       {
         id: "layer_weight_norm", title: "Weight norm by layer", unit: "by step", log: "linear", kind: "heat", detail: true,
-        words: "Rises while a model learns; weight decay slows it.",
+        words: "It rises while a model learns. Weight decay slows the rise.",
         draw: () => heat("layers", "weight_norm", "layer"),
       },
       {
         id: "attention_entropy", title: "Attention entropy of every head", unit: "nats; rows: layer.head", log: "linear", kind: "heat", detail: true,
-        words: "High: a head that looks everywhere. Heads should part from each other as they specialise. One that falls to almost 0 and stays looks at one token only; many at once is attention collapse, a sign of a learning rate too high.",
+        words: "A high value means that a head looks everywhere. Heads should diverge as they specialise. A head that falls to almost 0 and stays there looks at only one token. If many do so at once, attention has collapsed, a sign that the learning rate is too high.",
         draw: () => heat("heads", "attention_entropy", "head"),
       },
       {
         id: "parameters", title: "Every parameter", unit: "", log: "log", kind: "heat", wide: true, detail: true,
-        words: "The same by tensor, where the layers' plots don't tell which one it is.",
+        words: "The same for each tensor, for when the plots by layer don't show which one is to blame.",
         draw: () => heat("parameters", parameterMetric, ""),
       },
       {
         id: "logits_entropy", title: "Entropy of the predictions", unit: "nats", log: "linear",
-        words: "Starts at the logarithm of the vocabulary and falls as the model gets surer. A well calibrated model's entropy is near its loss; far below it, it is sure and wrong.",
+        words: "It starts at the logarithm of the vocabulary size and falls as the model becomes more confident. The entropy of a well-calibrated model is close to its loss. If it is far below the loss, the model is confident and wrong.",
         draw: () => lines(curve("logits_entropy", { name: "entropy", points: true })),
       },
       {
         id: "top_1", title: "Probability of the likeliest token", unit: "% on average", log: "linear",
-        words: "Compare it with the accuracy: equal means calibrated, higher means too sure.",
+        words: "Compare it with the accuracy. If they are equal, the model is calibrated. If this is higher, it is overconfident.",
         draw: () => lines(curve("logits_top_1_probability", { name: "top 1", points: true, change: (y) => 100 * y }), { format: percent }),
       },
       {
         id: "logits_z", title: "z of the logits", unit: "mean log-sum-exp", log: "linear",
-        words: "Softmax does not see a constant added to all logits, so nothing holds z. A drift over thousands of steps ends in overflow in low precision.",
+        words: "Adding a constant to all logits does not change the softmax, so nothing keeps z in place. If it drifts over thousands of steps, it ends in overflow in low precision.",
         draw: () => lines(curve("logits_z", { name: "z", points: true })),
       },
       {
         id: "noise", title: "Gradient noise scale", unit: "tokens", log: "log",
-        words: "About the batch size beyond which more tokens a step buy little. It grows as the loss falls; far above the line, a larger batch would pay, far below, it is wasted.",
+        words: "About the batch size beyond which more tokens per step help little. It grows as the loss falls. If it is far above the line, a larger batch would pay off. If it is far below, the batch is larger than necessary.",
         draw: () => {
           const step = Number(view.chosen.truth["batch.targets_per_full_step"]);
           return lines(curve("gradient_noise_scale", { name: "noise scale", points: true }), { lines: step ? [{ y: step, label: "a step's tokens" }] : [] });
@@ -364,12 +364,12 @@ const SECTIONS = [
       },
       {
         id: "by_position", title: "Loss by position in the block", unit: "nats per token", log: "linear", own: true,
-        words: "Falls to the right where a model uses its context; flat means that it does not. The first positions have little context and stay hard.",
+        words: "It falls to the right if the model uses its context, and is flat if it does not. The first positions have little context and stay hard.",
         draw: () => byBin("by_position", "position in the block (tokens)"),
       },
       {
         id: "by_frequency", title: "Loss by token frequency", unit: "nats per token", log: "linear", own: true,
-        words: "Frequent tokens are learned first, rare ones last and never well. Where rare tokens alone stop falling, a run is short of data, not of steps.",
+        words: "Frequent tokens are learned first; rare ones are learned last, and never well. If only the loss of rare tokens stops falling, the run is short of data, not of steps.",
         draw: () => byBin("by_frequency", "tokens by frequency"),
       },
     ],
@@ -381,7 +381,7 @@ const KINDS = { stack: StackFigure, heat: HeatFigure };
 function figure(spec) {
   const made = new (KINDS[spec.kind] || LineFigure)(spec, view);
   if (spec.id === "parameters") {
-    const choose = h("select", { class: "tool", "aria-label": "what of every parameter", onchange: () => { parameterMetric = choose.value; made.redraw(); } });
+    const choose = h("select", { class: "tool", "aria-label": "what to show of every parameter", onchange: () => { parameterMetric = choose.value; made.redraw(); } });
     for (const [value, name] of [["update_ratio", "update ratio"], ["grad_norm", "gradient norm"], ["weight_norm", "weight norm"], ["second_moment", "second moment"]]) choose.append(h("option", { value }, name));
     made.tools.prepend(choose);
   }
@@ -391,7 +391,7 @@ function figure(spec) {
 
 // ---- text: summary, probe, samples, tables --------------------------------------------------------------------------
 
-/** A part of the page that is rebuilt from the data; what was scrolled stays where it was. */
+/** A part of the page that is rebuilt from the data. It keeps its scroll positions. */
 function part(element, build) {
   view.parts.push(() => {
     const scrolled = [...element.querySelectorAll(".scroll")].map((each) => [each.scrollTop, each.scrollLeft]);
@@ -437,7 +437,7 @@ function summary() {
     swatch.style.background = `var(--c${place % 8})`;
     const bar = h("div", { class: "progress" }, h("i"));
     if (done !== null) bar.firstChild.style.width = `${100 * done}%`;
-    const remarks = [status?.reason, totals.skipped ? `skipped as not finite: ${totals.skipped === 1 ? "1 step" : whole(totals.skipped) + " steps"}` : "", ...run.notes].filter(Boolean);
+    const remarks = [status?.reason, totals.skipped ? `skipped because not finite: ${totals.skipped === 1 ? "1 step" : whole(totals.skipped) + " steps"}` : "", ...run.notes].filter(Boolean);
     return h(
       "article",
       { class: "card run" },
@@ -449,7 +449,7 @@ function summary() {
   });
 }
 
-/** The probe's text, its tokens coloured by their loss, at the step of the slider. */
+/** The probe's text at the slider's step, with each token coloured by its loss. */
 function probe(place) {
   const slider = h("input", { type: "range", min: 0, step: 1, "aria-label": "step of the probe", oninput: () => { follow = Number(slider.value) === Number(slider.max); show(); } });
   const label = h("output", {});
@@ -491,14 +491,14 @@ function probe(place) {
 
   const chart = figure({
     id: "probe_loss", title: "Loss of the probe", unit: "nats per token", log: "linear",
-    words: "The mean over the text above: one text instead of a whole validation set, so the noise is in the weights, not in the data.",
+    words: "The mean over the text above. It is always the same short text, so any noise comes from the weights, not from the data.",
     draw: probeLoss,
   });
   place.append(
     h("div", { class: "card" },
       h("div", { class: "slider" }, slider, label),
       text, key,
-      h("p", { class: "words" }, "Each token of one fixed text, the warmer the more it surprised the model. Drag the slider: layout and punctuation cool first, then words that repeat, names last. Hover over a token for what the model expected instead.")),
+      h("p", { class: "words" }, "Each token of one fixed text: the warmer its colour, the more it surprised the model. Drag the slider: layout and punctuation cool down first, then repeated words, and names last. Hover over a token to see what the model expected instead.")),
     chart,
   );
   view.parts.push(() => {
@@ -515,10 +515,10 @@ function samples() {
   const found = view.chosen.samples;
   if (!found.length) return [];
   const rows = found.toReversed().map((sample) => h("li", {}, h("b", {}, `step ${whole(sample.step)}`), h("pre", {}, h("span", { class: "prompt" }, sample.prompt), sample.continuation)));
-  return [h("div", { class: "card" }, h("ol", { class: "scroll samples" }, ...rows), h("p", { class: "words" }, "Newest first; the prompt is muted. Repetition is the mark of an early model or a low temperature; look for the first text that keeps its own thread."))];
+  return [h("div", { class: "card" }, h("ol", { class: "scroll samples" }, ...rows), h("p", { class: "words" }, "Newest first; the prompt is muted. Repetition is typical of an early model or of a low temperature. Look for the first text that keeps its thread."))];
 }
 
-/** One table with a column a run; keys whose values differ come first, and stand out. */
+/** One table with a column for each run. Keys whose values differ come first and stand out. */
 function compared(pick, words) {
   const runs = view.data.runs;
   const keys = [...new Set(runs.flatMap((run) => Object.keys(pick(run))))];
@@ -533,13 +533,13 @@ function compared(pick, words) {
 
 function ledger() {
   const pick = (run) => Object.fromEntries(Object.entries(run.ledger).flatMap(([side, books]) => Object.entries(books).map(([key, value]) => [`${side}: ${key.replaceAll("_", " ")}`, value])));
-  const table = compared(pick, "The books of the data: text tokens and end-of-text tokens add up to trained targets, first and dropped tokens. Runs compare only where validation: sha256 is the same.");
+  const table = compared(pick, "The ledger of the data: text tokens and end-of-text tokens add up to trained targets, first tokens and dropped tokens. You can only compare runs if validation: sha256 is the same.");
   return table.length ? [h("details", { class: "card", open: true }, h("summary", {}, "Ledger"), ...table)] : [];
 }
 
 function sheets() {
   const truth = compared((run) => run.truth, "What was measured before the first step, not what was asked for.");
-  const config = compared((run) => run.config, "Every setting, resolved.");
+  const config = compared((run) => run.config, "All settings, including defaults.");
   return [
     ...(truth.length ? [h("details", { class: "card" }, h("summary", {}, "Truth sheet"), ...truth)] : []),
     ...(config.length ? [h("details", { class: "card" }, h("summary", {}, "Configuration"), ...config)] : []),
@@ -554,13 +554,13 @@ function decay() {
   return [
     h("details", { class: "card" }, h("summary", {}, "Decay groups"),
       h("div", { class: "scroll" }, h("table", {}, h("thead", {}, h("tr", {}, ...["weight decay", "numbers", "tensors", "names"].map((name) => h("th", {}, name)))), h("tbody", {}, ...rows))),
-      h("p", { class: "words" }, "Matrices decay; norms and biases, of which there are few, do not.")),
+      h("p", { class: "words" }, "Matrices decay. Norms and biases, of which there are few, do not.")),
   ];
 }
 
 // ---- putting it together --------------------------------------------------------------------------------------------
 
-/** Buttons of which one is pressed. */
+/** A row of buttons, of which one is pressed. */
 function choice(name, options, current, choose) {
   const buttons = options.map(([value, label]) => h("button", { type: "button", "aria-pressed": value === current, onclick: () => {
     for (const each of buttons) each.setAttribute("aria-pressed", each === buttons[options.findIndex(([other]) => other === value)]);
@@ -631,13 +631,13 @@ function build() {
   document.getElementById("page").replaceChildren(
     h("header", {}, h("div", { class: "top" }, h("h1", {}, "train_loop", h("small", {}, several ? `${view.data.runs.length} runs` : view.data.runs[0].folder)), live, themeButton()), h("div", { class: "bars" }, nav, toolbar)),
     main,
-    h("footer", {}, `Made by train_loop ${view.data.version}. Drag in a plot to zoom all of them, double-click to go back; arrow keys move the crosshair. Long curves keep the lowest and the highest point of each stretch.`),
+    h("footer", {}, `Made by train_loop ${view.data.version}. Drag in a plot to zoom all of them, double-click to zoom out; arrow keys move the crosshair. Long curves keep the lowest and the highest point of each stretch.`),
   );
   const titled = view.data.runs.map((run) => run.name).join(", ");
   document.title = `${titled} · train_loop`;
 }
 
-// ---- a page that is served asks for newer data while a run goes on --------------------------------------------------
+// ---- a served page asks for newer data as long as a run goes on -----------------------------------------------------
 
 const SECONDS_BETWEEN_QUESTIONS = 2;
 

@@ -1,8 +1,8 @@
-"""One or several runs as the plain data that a page, or a figure, is drawn from.
+"""One or more runs as the plain data that a page or a figure is drawn from.
 
-Curves are {"step", "value"}, thinned; where they were, {"mean_step", "mean"} beside it. What they are drawn against is
-found with `axis`, which says for a step how many tokens had been trained on and how long steps had taken. Layers, heads
-and parameters are tables [row][time].
+Curves are {"step", "value"}; if a curve was thinned, it also has {"mean_step", "mean"}. `axis` gives the x values: for
+a step, how many tokens had been trained on and how long the steps had taken. Layers, heads and parameters are tables
+[row][time].
 """
 
 import math
@@ -30,7 +30,7 @@ MOST_CELLS = 40_000  # of a table
 MOST_COLUMNS = 400
 MOST_PROBES = 100
 MOST_SAMPLES = 200
-MOST_LINES = 24  # losses by position and frequency: steps to choose from
+MOST_LINES = 24  # steps with losses by position and frequency
 TIME_BUCKETS = 160
 
 
@@ -40,7 +40,7 @@ def gather(runs: Sequence[RunFiles]) -> dict[str, Any]:
 
 
 def names(runs: Sequence[RunFiles]) -> list[str]:
-    """Of each run the last parts of its folder's path, as many as tell them apart."""
+    """A name for each run: as many of the last parts of its folder's path as are needed to tell the runs apart."""
     paths = [run.folder.resolve() for run in runs]
     for count in range(1, max((len(path.parts) for path in paths), default=1) + 1):
         short = [str(Path(*path.parts[-count:])) for path in paths]
@@ -51,6 +51,7 @@ def names(runs: Sequence[RunFiles]) -> list[str]:
 
 
 def _run(files: RunFiles, name: str) -> dict[str, Any]:
+    """Everything that a page shows of one run."""
     columns = _columns(files)
     config = _flat(files.documents["config"])
     truth = files.documents["truth"]
@@ -95,11 +96,11 @@ def _run(files: RunFiles, name: str) -> dict[str, Any]:
 
 
 def _columns(files: RunFiles) -> dict[str, NDArray[np.float64]]:
-    """The steps' columns in the order of their steps, each step once, with running sums of tokens and seconds."""
+    """The columns in order of steps, each step once, with running sums of tokens and seconds."""
     columns = {name: np.array(column, dtype=np.float64) for name, column in files.steps.items()}
     step = columns["step"]
     if len(step) and not (np.diff(step) > 0).all():
-        _, last = np.unique(step[::-1], return_index=True)  # the last line of a step counts
+        _, last = np.unique(step[::-1], return_index=True)  # a step's last line counts
         columns = {name: column[len(step) - 1 - last] for name, column in columns.items()}
     for name in ("tokens", "seconds"):
         columns[f"{name}_so_far"] = np.cumsum(np.nan_to_num(columns[name]))
@@ -166,7 +167,7 @@ def _marks(columns: dict[str, NDArray[np.float64]], which: NDArray[np.bool_]) ->
 
 
 def _time(columns: dict[str, NDArray[np.float64]]) -> dict[str, Any] | None:
-    """Seconds a step of each part, as means over at most 160 buckets of steps; `other` is what no part accounts for."""
+    """Seconds per step of each part, as means over at most 160 buckets; `other` is what no part accounts for."""
     parts = {part: columns[f"{part}_seconds"] for part in STEP_PARTS}
     if not any(_any(values) for values in parts.values()):
         return None
@@ -180,7 +181,7 @@ def _time(columns: dict[str, NDArray[np.float64]]) -> dict[str, Any] | None:
 
 
 def _in_order(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By step, the last of each."""
+    """Events in order of steps; if a step has several, the last one."""
     return [event for _, event in sorted({event["step"]: event for event in events}.items())]
 
 
@@ -193,19 +194,20 @@ def _list(value: Any) -> list[Any]:
 
 
 def _at(value: Any, *keys: str) -> Any:
+    """The value at a path of keys in nested dictionaries; None if there is none."""
     for key in keys:
         value = _mapping(value).get(key)
     return value
 
 
 def _picked(events: list[dict[str, Any]], *keys: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Steps and one number of each."""
+    """The events' steps, and one number of each event."""
     values = [number(_at(event, *keys)) for event in events]
     return np.array([event["step"] for event in events], np.float64), np.array(values, np.float64)
 
 
 def _natural(names: Iterable[str]) -> list[str]:
-    """Layers by number, all else as they come."""
+    """Layers in order of their numbers; other names in the given order."""
     found = list(names)
     return sorted(found, key=int) if all(name.isdecimal() for name in found) else found
 
@@ -213,7 +215,7 @@ def _natural(names: Iterable[str]) -> list[str]:
 def _table(
     events: list[dict[str, Any]], group: str, metrics: Iterable[str], lowest: bool = False
 ) -> dict[str, Any] | None:
-    """Tables [row][time] of what statistics say of layers or parameters, thinned to the highest of each bucket."""
+    """Tables [row][time] of statistics of layers or parameters, thinned to the highest value of each bucket."""
     rows = _natural(dict.fromkeys(str(name) for event in events for name in _mapping(event.get(group))))
     if not rows:
         return None
@@ -242,7 +244,7 @@ def _tables(
 
 
 def _heads(events: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The attention entropy of every head [layer.head][time], in nats; of each bucket the lowest."""
+    """The attention entropy of every head [layer.head][time], in nats, thinned to the lowest value of each bucket."""
     heads: dict[str, int] = {}
     for event in events:
         for layer, values in _mapping(event.get("layers")).items():
@@ -260,7 +262,7 @@ def _heads(events: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _lines(events: list[dict[str, Any]], key: str, bins: str) -> dict[str, Any] | None:
-    """Losses by position or frequency at a few steps, first and last among them."""
+    """Losses by position or frequency at a few steps, among them the first and the last."""
     having = [event for event in events if _list(event.get(key))]
     chosen = [having[place] for place in downsample.evenly(len(having), MOST_LINES)]
     if not chosen:
@@ -273,7 +275,7 @@ def _lines(events: list[dict[str, Any]], key: str, bins: str) -> dict[str, Any] 
 
 
 def _probe(events: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The probe's tokens at at most 100 steps; every different string stands once in `strings`."""
+    """The probe's tokens at no more than 100 steps. `strings` holds every distinct string once."""
     strings: dict[str, int] = {}
 
     def place(text: Any) -> int:
@@ -318,7 +320,7 @@ def _ledger(ledger: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
 
 
 def _groups(truth: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The optimizer's groups: weight decay, how many numbers, the names of their tensors."""
+    """The optimizer's groups: weight decay, count of numbers, names of tensors."""
     return [
         {
             "weight_decay": group.get("weight_decay"),
@@ -330,7 +332,7 @@ def _groups(truth: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as {"a.b": value}, lists of plain values as text."""
+    """Nested dictionaries as {"a.b": value}, and lists of plain values as text."""
     flat: dict[str, Any] = {}
     for key, each in _mapping(value).items():
         if isinstance(each, dict) and each:

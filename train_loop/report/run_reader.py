@@ -1,8 +1,7 @@
-"""A run's files as they are now: logs are followed from where the last look ended, so that a look at a run that grows
-costs what has been added.
+"""A run's files as they are now. Each look at a log continues where the last one ended, so it only reads what is new.
 
-Everything may be missing, damaged or half written (the run may be writing it this moment); what can't be read is told
-in `notes`, and is no error.
+Any file may be missing, damaged or half written (the run may be writing it right now). What can't be read is listed in
+`notes`; it is not an error.
 """
 
 import json
@@ -21,7 +20,7 @@ COLUMNS = (
     *("peak_memory_bytes", "loss_scale", "fixed_point_rounding", "skipped"),
     *(f"{part}_seconds" for part in STEP_PARTS),
 )
-"""What is kept of each step's line: a number, NaN where it has none."""
+"""What is kept of each step's line: numbers, with NaN for a missing one."""
 
 SMALL_FILES = ("config.yaml", "truth.json", "ledger.json", "status.json")
 LOGS = ("metrics.jsonl", "study.jsonl")
@@ -31,15 +30,15 @@ class RunFiles:
     """What the files of one run hold.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
 
     Attributes:
-        steps: the columns of the steps' lines, in `COLUMNS`.
-        events: the other lines of both logs by kind (evaluation, sample, statistics, probe), in their order.
-        documents: config, truth, ledger and status, each a dictionary, or None where there is none to read.
+        steps: the columns of the steps' lines; see `COLUMNS`.
+        events: the other lines of both logs by kind (evaluation, sample, statistics, probe), in order.
+        documents: config, truth, ledger and status; each is a dictionary, or None if it can't be read.
 
     Raises:
-        InputError: where the folder is no run's.
+        InputError: if the folder does not hold a run.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -57,6 +56,7 @@ class RunFiles:
         self.refresh()
 
     def _forget(self) -> None:
+        """Drop what was read from the logs."""
         self.steps = {name: array("d") for name in COLUMNS}
         self.events = {}
 
@@ -72,6 +72,7 @@ class RunFiles:
         self.documents = {Path(name).stem: self._document(name) for name in SMALL_FILES}
 
     def _take(self, event: dict[str, Any]) -> None:
+        """Add an event to the columns or to the other events."""
         if event["event"] == "step":
             for name, column in self.steps.items():
                 column.append(number(event.get(name)))
@@ -79,6 +80,7 @@ class RunFiles:
             self.events.setdefault(event["event"], []).append(event)
 
     def _document(self, name: str) -> dict[str, Any] | None:
+        """The contents of a small file; None if it is missing or can't be read."""
         path = self.folder / name
         try:
             text = path.read_text(encoding="utf-8")
@@ -88,25 +90,25 @@ class RunFiles:
         except (OSError, ValueError, RecursionError, InputError):
             found = None
         if not isinstance(found, dict):
-            self._damaged.append(f"{name} can't be read: damaged, or being written")
+            self._damaged.append(f"{name} can't be read: it is damaged, or is being written")
             return None
         return found
 
     @property
     def notes(self) -> list[str]:
-        """What could not be read, a line each."""
+        """What could not be read, one line for each."""
         lines = [
             f"{name}: {log.unreadable} damaged lines left out" for name, log in self._logs.items() if log.unreadable
         ]
         return self._damaged + lines
 
     def stamp(self) -> tuple[Any, ...]:
-        """Changes whenever a file does."""
+        """A value that changes whenever a file does."""
         return tuple(_stat(self.folder / name) for name in SMALL_FILES + LOGS)
 
 
 class _Followed:
-    """A file of JSON objects, a line each, that is appended to."""
+    """A growing file of JSON objects, one per line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -114,7 +116,7 @@ class _Followed:
         self._last = b""
 
     def is_another(self) -> bool:
-        """Whether the file no longer holds what was read: it was replaced, or cut, and may have grown since."""
+        """Whether the file no longer holds what was read, because it was replaced or cut (and may have grown since)."""
         if not self.read:
             return False
         try:
@@ -125,7 +127,7 @@ class _Followed:
             return True
 
     def more(self) -> Iterable[dict[str, Any]]:
-        """The events since the last look; a line without its end waits for the next."""
+        """The events since the last look. An incomplete last line waits for the next look."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self.read)
@@ -144,6 +146,7 @@ class _Followed:
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
+    """The event on a line, which needs a kind and a step; None if the line is damaged."""
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):
@@ -154,6 +157,7 @@ def _event(line: bytes) -> dict[str, Any] | None:
 
 
 def _stat(path: Path) -> tuple[int, int, int, int] | None:
+    """What tells one version of a file from another; None if there is no file."""
     try:
         found = path.stat()
     except OSError:
@@ -162,7 +166,7 @@ def _stat(path: Path) -> tuple[int, int, int, int] | None:
 
 
 def number(value: Any) -> float:
-    """A finite number as it is, anything else as NaN."""
+    """A finite number as it is; anything else as NaN."""
     if isinstance(value, bool):
         return float(value)
     if not isinstance(value, int | float):

@@ -1,8 +1,7 @@
-"""The page on loopback, renewed while a run goes on: the server looks at the files when the page asks.
+"""Serves the page on loopback, with new data as long as a run goes on: the server checks the files when the page asks.
 
-A page that asks for data.json says what it has (its ETag); as long as no file has changed, the answer is 304 and
-nothing is read. Only this machine is answered, and only under its own names, so that no web page can ask through a
-browser.
+A page that asks for data.json says what it has (its ETag). If no file has changed, the answer is 304 and nothing is
+read. The server only answers this machine, and only under its own names, so that no web page can ask through a browser.
 """
 
 import threading
@@ -19,7 +18,7 @@ HOST = "127.0.0.1"
 
 
 class Live:
-    """The data of runs as they are now; gathered anew only where a file has changed."""
+    """The data of runs as they are now. It is gathered again only when a file has changed."""
 
     def __init__(self, runs: Sequence[RunFiles]) -> None:
         self.runs = runs
@@ -28,7 +27,7 @@ class Live:
         self._data: dict[str, Any] = {}
 
     def tag(self) -> str:
-        """Changes with the files."""
+        """A tag that changes with the files."""
         return f'"{hash(self._now()) & 0xFFFFFFFFFFFFFFFF:x}"'
 
     def _now(self) -> Any:
@@ -46,13 +45,13 @@ class Live:
 
 
 def server(runs: Sequence[RunFiles], port: int) -> ThreadingHTTPServer:
-    """A server of these runs' page at http://127.0.0.1:port/, not started yet; port 0 takes a free one.
+    """A server for these runs' page at http://127.0.0.1:port/, not started yet. Port 0 takes any free port.
 
     Raises:
-        InputError: where the port can't be had.
+        InputError: if the port is not available.
     """
     if not 0 <= port <= 65535:
-        raise InputError(f"--serve {port}: a port is between 0 (any free one) and 65535")
+        raise InputError(f"--serve {port}: the port must be between 0 (any free one) and 65535")
     live = Live(runs)
 
     class Handler(_Handler):
@@ -65,10 +64,10 @@ def server(runs: Sequence[RunFiles], port: int) -> ThreadingHTTPServer:
 
 
 def serve(runs: Sequence[RunFiles], port: int, ready: Callable[[str], None]) -> None:
-    """Serve until the user interrupts; `ready` is told the address.
+    """Serve until the user interrupts. `ready` is called with the address.
 
     Raises:
-        InputError: where the port can't be had.
+        InputError: if the port is not available.
     """
     with server(runs, port) as serving:
         serving.daemon_threads = True
@@ -83,17 +82,17 @@ class _Handler(BaseHTTPRequestHandler):
     source: Live
 
     def do_GET(self) -> None:
-        """The page, or its data."""
+        """Answer with the page, or with its data."""
         if self.headers.get("Host", "").rpartition(":")[0] not in (HOST, "localhost"):
-            return self._answer(403, "text/plain", "ask 127.0.0.1")
+            return self._answer(403, "text/plain", "only 127.0.0.1 is served")
         if self.path == "/":
             return self._answer(200, "text/html", page(self.source.data(), live=True))
         if self.path == "/data.json":
-            tag = self.source.tag()  # from before the files are read: what comes meanwhile is asked for again
+            tag = self.source.tag()  # from before the files are read, so anything newer is asked for again
             if self.headers.get("If-None-Match") == tag:
                 return self._answer(304, "application/json", "", tag)
             return self._answer(200, "application/json", as_json(self.source.data() | {"live": True}), tag)
-        return self._answer(404, "text/plain", "there are / and /data.json")
+        return self._answer(404, "text/plain", "only / and /data.json exist")
 
     def _answer(self, status: int, kind: str, text: str, tag: str | None = None) -> None:
         body = text.encode()
@@ -107,8 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         try:
             self.wfile.write(body)
-        except (BrokenPipeError, ConnectionResetError):  # whoever asked has left
+        except (BrokenPipeError, ConnectionResetError):  # the client has gone
             pass
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Nothing: a line every two seconds tells nobody anything."""
+        """Log nothing: a line every two seconds would be of no use."""

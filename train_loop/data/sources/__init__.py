@@ -1,1 +1,1 @@
-"""Where documents come from. A source is a module with the documents themselves and a cheap key of what they are."""
+"""Where documents come from. A source is a module that gives documents, and a cheap key that identifies them."""

@@ -1,4 +1,4 @@
-"""Documents from files: .txt (one document a file), .jsonl, .json, .csv and .parquet (one a row)."""
+"""Documents from files: .txt (one document per file), .jsonl, .json, .csv and .parquet (one per row)."""
 
 import codecs
 import csv
@@ -16,47 +16,48 @@ from train_loop.data.formats import ROWS_AT_ONCE, Document, text_of
 from train_loop.data.token_store import TRAIN, VALIDATION
 from train_loop.errors import InputError, one_line
 
-_BLOCK_BYTES = 1 << 18  # of a text file, read at once
+_BLOCK_BYTES = 1 << 18  # how much of a text file is read at once
 
 
 def documents(data: DataConfig, split: str) -> Iterator[Document]:
     """The documents of data.files ("train") or data.validation_files ("validation"), file by file.
 
     Raises:
-        InputError: for a file that cannot be read; the message names file and place.
+        InputError: if a file cannot be read; the message names the file and the place.
     """
     patterns = data.files if split == TRAIN else data.validation_files
     return itertools.chain.from_iterable(_documents_of(path, data) for path in expand(patterns))
 
 
 def key(data: DataConfig) -> dict[str, Any]:
-    """Names, sizes and times of change of the files, not their contents."""
+    """Names, sizes and modification times of the files, not their contents."""
     return {"text_field": data.text_field, "join": data.join} | {
         split: [stamp(path) for path in expand(patterns)] for split, patterns in _patterns(data)
     }
 
 
 def size(data: DataConfig) -> int | None:
-    """Bytes of text to come, where all files are .txt; else unknown before they are read."""
+    """Bytes of text, if all files are .txt; otherwise it is not known before they are read."""
     paths = [path for _, patterns in _patterns(data) for path in expand(patterns)]
     return sum(map(os.path.getsize, paths)) if all(path.endswith((".py", ".txt")) for path in paths) else None
 
 
 def _patterns(data: DataConfig) -> list[tuple[str, list[str]]]:
+    """The splits that have files of their own, with their patterns."""
     named = [(TRAIN, data.files), (VALIDATION, data.validation_files)]
     return [(split, patterns) for split, patterns in named if patterns]
 
 
 def expand(patterns: list[str]) -> list[str]:
-    """The files that paths or glob patterns name, sorted within each pattern, each once.
+    """The files that paths or glob patterns name, sorted within each pattern, without repeats.
 
     Raises:
-        InputError: for a pattern without a file, an empty file, or a kind of file that is not known.
+        InputError: for a pattern that matches no file, an empty file, or an unknown kind of file.
     """
     paths: dict[str, None] = {}
     for pattern in patterns:
         expanded = os.path.expanduser(pattern)
-        # A path that exists is taken as it is: its brackets are no pattern.
+        # A path that exists is taken literally: brackets in it are not a pattern.
         found = [expanded] if os.path.isfile(expanded) else sorted(glob.glob(expanded, recursive=True))
         found = [path for path in found if os.path.isfile(path)]
         if not found:
@@ -72,11 +73,13 @@ def expand(patterns: list[str]) -> list[str]:
 
 
 def stamp(path: str) -> tuple[str, int, int]:
+    """A file's absolute path, its size [bytes] and its modification time [ns]."""
     stat = os.stat(path)
     return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
 
 
 def _documents_of(path: str, data: DataConfig) -> Iterator[Document]:
+    """The documents of one file."""
     read = _READERS[Path(path).suffix.lower()]
     try:
         if read is None:
@@ -90,10 +93,10 @@ def _documents_of(path: str, data: DataConfig) -> Iterator[Document]:
 
 @dataclass(frozen=True)
 class TextFile:
-    """The text of a file, strict UTF-8, in blocks that are read as they are asked for, each time anew.
+    """The text of a file, as strict UTF-8, in blocks that are read on demand. Each iteration reads it again.
 
     Raises:
-        InputError: while it is read, for a file that can't be, or isn't UTF-8; the message names the byte.
+        InputError: while iterating, if the file can't be read or isn't UTF-8; the message names the byte.
     """
 
     path: str
@@ -107,15 +110,15 @@ class TextFile:
                 while content := file.read(_BLOCK_BYTES):
                     text = self._decode(decoder, content, start)
                     start += len(content)
-                    if text:  # none, where the block holds but a part of a character
-                        yield text.removeprefix("\ufeff") if begins else text  # a byte-order mark is no text
+                    if text:  # empty if the block only holds part of a character
+                        yield text.removeprefix("\ufeff") if begins else text  # a byte-order mark is not text
                         begins = False
                 self._decode(decoder, b"", start, final=True)
         except OSError as error:
             raise _unreadable(self.path, error) from None
 
     def _decode(self, decoder: codecs.IncrementalDecoder, content: bytes, start: int, final: bool = False) -> str:
-        kept, _ = decoder.getstate()  # the first bytes of a character that the block before ended in
+        kept, _ = decoder.getstate()  # the first bytes of a character that began in the previous block
         try:
             return decoder.decode(content, final)
         except UnicodeDecodeError as error:
@@ -127,7 +130,7 @@ def _unreadable(path: str, error: OSError) -> InputError:
 
 
 def _not_utf8(path: str, start: int, error: UnicodeDecodeError) -> InputError:
-    """`start` is where the bytes that were decoded begin in the file."""
+    """The error for bytes that can't be decoded; `start` is where they begin in the file."""
     return InputError(
         f"{path}: not UTF-8 at byte {start + error.start} (value 0x{error.object[error.start]:02x}); "
         "convert the file, e.g. with iconv -t UTF-8"
@@ -158,7 +161,7 @@ def _read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_json(path: str) -> Iterator[tuple[str, Any]]:
-    """An array of rows, which is held in memory whole; or, as in .jsonl, one row a line."""
+    """An array of rows, which is held in memory as a whole; or one row per line, as in .jsonl."""
     with open(path, "rb") as file:
         first = next((line.lstrip() for line in file if line.strip()), b"")
     if not first.startswith(b"["):

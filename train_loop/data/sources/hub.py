@@ -1,4 +1,4 @@
-"""Documents from Hugging Face Datasets: the Hub's, or those of a local folder."""
+"""Documents from Hugging Face Datasets: from the Hub or from a local folder."""
 
 import os
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ from train_loop.errors import InputError, one_line
 
 
 def documents(data: DataConfig, split: str) -> Iterator[Document]:
-    """The documents of data.split ("train") or data.validation_split ("validation"), a row each.
+    """The documents of data.split ("train") or data.validation_split ("validation"), one per row.
 
     Raises:
-        InputError: for a data set, a split or a field that is not there.
+        InputError: if the data set, the split or the field does not exist.
     """
     name = data.split if split == TRAIN else data.validation_split or ""
     dataset = _load(data, name)
@@ -38,22 +38,23 @@ def documents(data: DataConfig, split: str) -> Iterator[Document]:
 
 
 def key(data: DataConfig) -> dict[str, Any]:
-    """A data set that was downloaded has a fingerprint; a stream is known by its name (and its files, if local)."""
+    """What identifies the data: a download's fingerprint, or a stream's name (and its files, if they are local)."""
     splits = [_split_key(data, name) for name in (data.split, data.validation_split) if name]
     return {"splits": splits, "text_field": data.text_field, "join": data.join}
 
 
 def size(data: DataConfig) -> int | None:
-    """Unknown before it is read."""
+    """None: the size is not known before reading."""
     return None
 
 
 def _load(data: DataConfig, split: str) -> Any:
+    """Load one split of the data set."""
     import datasets
 
     assert data.name is not None
     if os.path.isdir(data.name) and not any(path.is_file() for path in Path(data.name).rglob("*")):
-        raise InputError(f"data.name: {data.name}: the folder holds no file")
+        raise InputError(f"data.name: {data.name}: the folder has no files in it")
     try:
         return datasets.load_dataset(data.name, data.subset, split=split, streaming=data.streaming)
     except datasets.exceptions.DatasetNotFoundError as error:
@@ -63,6 +64,7 @@ def _load(data: DataConfig, split: str) -> Any:
 
 
 def _split_key(data: DataConfig, split: str) -> list[Any]:
+    """The part of `key` for one split."""
     key = [data.name, data.subset, split]
     if data.streaming:
         files = sorted(str(path) for path in Path(data.name or "").rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""Documents that every machine has: the source files of this Python's own standard library."""
+"""Documents that every machine has: the source files of the running Python's standard library."""
 
 import os
 import sys
@@ -16,9 +16,9 @@ _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "
 
 
 def source_files() -> list[tuple[str, str]]:
-    """(name, path) of the sources of the running Python's standard library, sorted by name.
+    """(name, path) of the source files of the running Python's standard library, sorted by name.
 
-    Without its tests, what was installed into it, and `encodings`: generated tables of characters, no text to learn.
+    Left out are its tests, installed packages, and `encodings`, whose generated tables of characters teach nothing.
     """
     root = sysconfig.get_path("stdlib")
     found = []
@@ -32,15 +32,15 @@ def source_files() -> list[tuple[str, str]]:
 
 
 def documents(data: DataConfig, split: str) -> Iterator[Document]:
-    """Every source file as a document; validation documents are always split off."""
+    """Every source file as one document. Validation documents are always split off from these."""
     return (Document(name, TextFile(path)) for name, path in source_files())
 
 
 def key(data: DataConfig) -> dict[str, Any]:
-    """What tells one Python's standard library from another one's."""
+    """What distinguishes one Python's standard library from another's."""
     return {"python": sys.version, "files": [(name, os.path.getsize(path)) for name, path in source_files()]}
 
 
 def size(data: DataConfig) -> int | None:
-    """Bytes of text to come."""
+    """Bytes of text."""
     return sum(os.path.getsize(path) for _, path in source_files())
