@@ -188,7 +188,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_and_says_why(
     for file in FILES:
         hurt(run / "checkpoints" / "step-00000010" / file, damage)
         assert command("train", *arguments) == 0
-        assert f"step-00000010: {file} " in command.err and "; passed over" in command.err
+        assert f"step-00000010: {file} " in command.err and "; skipped" in command.err
         assert f"resuming from {run / 'checkpoints' / 'step-00000008'}" in command.err
         assert without_speeds(run) == without_speeds(whole)
         assert (run / "model" / "model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()

@@ -58,7 +58,7 @@ def test_module_and_script_are_the_same() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["trian"], "no command trian; commands: prepare, train, evaluate, sample"),
+        (["trian"], "unknown command trian; commands: prepare, train, evaluate, sample"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["sample", "--model", "nowhere", "--prompt", "a"], "model nowhere: cannot be loaded"),
         (["sample", "--model", "nowhere"], "--prompt"),

@@ -122,7 +122,7 @@ def test_a_model_that_cannot_be_exported_is_one_line_and_the_run_goes_on_there(
 
     monkeypatch.setattr(model_folder, "write", write)
     assert command("train", *settings(train__max_steps=5)) == 1
-    assert command.err.splitlines()[-1].startswith("train-loop: export: ") and "goes on from here" in command.err
+    assert command.err.splitlines()[-1].startswith("train-loop: export: ") and "to go on from here" in command.err
     monkeypatch.undo()
     assert command("train", *settings(train__max_steps=5)) == 0 and (tmp_path / "run" / "model").is_dir()
 

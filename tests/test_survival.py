@@ -275,7 +275,7 @@ class TestVerifiedFinish:
     @pytest.mark.parametrize(
         ("what", "expected"),
         [
-            ("weight", "1 weights differ, transformer.h.0.mlp.c_proj.weight first"),
+            ("weight", "1 weights differ, first transformer.h.0.mlp.c_proj.weight"),
             ("setting", "its loss is "),
             ("tokenizer", "cannot be loaded and run by itself"),
         ],

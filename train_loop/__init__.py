@@ -1,12 +1,12 @@
 """train_loop: a causal-language-model training loop to read, to trust and to run anywhere.
 
-The one idea: the state of a run is (weights, optimizer moments, step). Everything else, the order of the
-data, the dropout masks, the learning rate, is a pure function of (configuration, seed, step).
+The one idea: the state of a run is (weights, optimizer moments, step). Everything else (the order of
+the data, the dropout masks, the learning rate) is a pure function of (configuration, seed, step).
 
 Where to start reading: `training/loop.py` (the run on one screen), `training/step.py` (one optimizer step on another),
 `data/order.py` (which tokens a step sees), `training/objective.py` (the loss).
 
-What stands in `__all__` is for everybody, and is imported when it is first used; everything else is private.
+The names in `__all__` are public, and are imported when they are first used; everything else is private.
 """
 
 from importlib import import_module
@@ -30,7 +30,7 @@ _HOMES = {
     "TrainingError": "errors",
 }
 
-if TYPE_CHECKING:  # what `__getattr__` finds, for tools that read and do not run
+if TYPE_CHECKING:  # what `__getattr__` finds, for tools that read code and do not run it
     from train_loop.config.load import load_config
     from train_loop.config.sampling import Sampling
     from train_loop.config.schema import Config

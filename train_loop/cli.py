@@ -1,8 +1,8 @@
 """The commands: `train-loop X` and `python -m train_loop X` are the same.
 
 Results go to stdout, progress and logs to stderr. Exit codes: 0 done, 2 a mistake in the input (one line), 3 stopped
-early by a signal with a checkpoint written, 1 anything else. torch is imported by the commands that need it, so help
-and mistakes in a configuration take no time.
+early by a signal with a checkpoint written, 1 anything else. Only the commands that need torch import it, so help and
+mistakes in a configuration show up at once.
 """
 
 import argparse
@@ -40,14 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"train-loop {versions.__version__}")
             return EXIT_DONE
         if given[0] not in COMMANDS:
-            raise InputError(f"no command {given[0]}; commands: {', '.join(COMMANDS)}")
+            raise InputError(f"unknown command {given[0]}; commands: {', '.join(COMMANDS)}")
         return COMMANDS[given[0]](given[1:])
     except InputError as error:
         _complain(error)
         return EXIT_BAD_INPUT
     except LostError as error:
         _complain(error, error.speaks)
-        # No way out of the interpreter that waits for the lost one.
+        # Leave at once: the interpreter's usual end would wait for the lost process.
         sys.stdout.flush()
         os._exit(EXIT_FAILED)
     except TrainingError as error:
@@ -56,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
-        # On whichever process it happened.
+        # Printed by whichever process it happened on.
         print(
-            "train-loop: out of memory; lower batch.micro_batch_size (or say auto), evaluation.batch_size, or use "
-            "--model.activation_checkpointing true; the same command goes on from the last checkpoint",
+            "train-loop: out of memory; lower batch.micro_batch_size (or set it to auto) or evaluation.batch_size, or "
+            "use --model.activation_checkpointing true; the same command continues from the last checkpoint",
             file=sys.stderr,
         )
         return EXIT_FAILED
@@ -94,7 +94,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def _overview() -> str:
     lines = ["usage: train-loop COMMAND [options]", "", "commands:"]
     lines += [f"  {name:9} {command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items() if command.__doc__]
-    lines += ["", "train-loop COMMAND --help tells more; every setting can be given as --section.key value."]
+    lines += ["", "train-loop COMMAND --help says more; every setting can be given as --section.key value."]
     return "\n".join(lines)
 
 
@@ -106,9 +106,9 @@ def _wants_help(arguments: list[str], command: str, usage: str) -> bool:
 
 
 def _ready_libraries() -> None:
-    """Check the libraries' versions, and keep them quiet while nothing is wrong: their notes would drown ours."""
+    """Check the libraries' versions, and silence all but their errors: their notes would drown out ours."""
     versions.check()
-    # Datasets asks for this when it is loaded, which takes a second and is not always needed.
+    # Datasets reads this when it is loaded; loading it takes a second and is not always needed.
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     import transformers
 
@@ -130,7 +130,7 @@ def prepare(arguments: list[str]) -> int:
 
 
 def train(arguments: list[str]) -> int:
-    """Do the whole job: prepare, train (resuming by itself), evaluate, sample, export; prints a summary."""
+    """Do the whole job: prepare, train (resuming automatically), evaluate, sample, export; prints a summary."""
     if _wants_help(arguments, "train", "--config FILE [--section.key value ...]"):
         return EXIT_DONE
     config = config_from_arguments(arguments)
@@ -162,7 +162,7 @@ def _print_summary(summary: Any, config: Config) -> None:
 def _stopped() -> int:
     """The exit code of a run that a signal has stopped.
 
-    A launcher that restarts what fails would start it again; to that, stopping is success. status.json says stopped.
+    A launcher that restarts failures would restart it, so there a stop counts as success. status.json says stopped.
     """
     restarts, so_far = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
     return EXIT_DONE if so_far < restarts else EXIT_STOPPED
@@ -196,17 +196,17 @@ def sample(arguments: list[str]) -> int:
     option = parser.add_argument
     option("--model", metavar="MODEL", required=True, help="model folder, Hub name, or a run or one of its checkpoints")
     option("--prompt", action="append", default=[], help="text to continue; may be repeated")
-    option("--prompts", metavar="FILE", help="a prompt a line, or in .jsonl each line's prompt; - is standard input")
+    option("--prompts", metavar="FILE", help="a prompt per line, or in .jsonl each line's prompt; - is standard input")
     option("--interactive", action="store_true", help="ask for prompts")
     for name, described in _sampling_options():
         option(name, **described)
-    option("--batch_size", type=int, default=8, help="texts that grow together; makes no difference to them (8)")
-    option("--json", action="store_true", help="print one JSON object a prompt")
+    option("--batch_size", type=int, default=8, help="how many texts grow together; does not change them (8)")
+    option("--json", action="store_true", help="print one JSON object per prompt")
     given = parser.parse_args(arguments)
     if given.interactive and (given.prompt or given.prompts or given.json):
         raise InputError("--interactive asks for prompts and shows texts: leave out --prompt, --prompts and --json")
     if given.log_probabilities and not given.json:
-        raise InputError("--log_probabilities are told in JSON; add --json")
+        raise InputError("--log_probabilities appear only in JSON; add --json")
     if given.batch_size < 1:
         raise InputError(f"--batch_size {given.batch_size}: must be at least 1")
     from train_loop.generation.prompts import converse, read_prompts
@@ -266,20 +266,19 @@ def inspect(arguments: list[str]) -> int:
     option = parser.add_argument
     option("--run", metavar="FOLDER", required=True, help="folder of the run; nothing is written to it")
     option("--step", type=int, required=True, help="number of the step, from 1, as in metrics.jsonl")
-    option("--compare", type=int, metavar="STEP", help="another step, to set beside it")
+    option("--compare", type=int, metavar="STEP", help="another step, to show side by side")
     option(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="what the step would have been with another setting (optimizer.learning_rate=1e-4, dropout=0); repeated "
-        "for several",
+        help="show the step with another setting, too (optimizer.learning_rate=1e-4, dropout=0); repeat it for several",
     )
-    option("--json", action="store_true", help="print one JSON object a step, with everything")
-    option("--html", metavar="FILE", help="write a page as well")
+    option("--json", action="store_true", help="print one JSON object per step, with everything")
+    option("--html", metavar="FILE", help="also write a page")
     given = parser.parse_args(arguments)
     if given.compare is not None and given.set:
-        raise InputError("inspect: --compare sets another step beside it, --set the same one; give one of them")
+        raise InputError("inspect: --compare shows another step, --set the same step changed; give only one of them")
     steps = [given.step] if given.compare is None else [given.step, given.compare]
     _ready_libraries()
     from pathlib import Path
@@ -310,16 +309,16 @@ def inspect(arguments: list[str]) -> int:
 
 
 def report(arguments: list[str]) -> int:
-    """Show what happened in one or several runs, on one page; prints where it is."""
+    """Show what happened in one or several runs, on one page; prints the page's path."""
     parser = _Parser("report", description=report.__doc__, allow_abbrev=False)
     option = parser.add_argument
     option("--run", metavar="RUN", action="append", required=True, help="folder of a run; repeat it to compare runs")
     option("--output", metavar="FILE", help="the page (report.html in the first run's folder)")
     option("--png", metavar="FOLDER", help="also draw each figure as a PNG into this folder; needs matplotlib")
-    option("--serve", metavar="PORT", type=int, help="serve the page on 127.0.0.1, renewed while a run goes on")
+    option("--serve", metavar="PORT", type=int, help="serve the page on 127.0.0.1, updated while a run goes on")
     given = parser.parse_args(arguments)
     if given.serve is not None and (given.output or given.png):
-        raise InputError("--serve shows a page and writes none: leave out --output and --png")
+        raise InputError("--serve shows a page without writing it: leave out --output and --png")
     from pathlib import Path
 
     from train_loop.report import figures, html_page, server
@@ -338,13 +337,13 @@ def report(arguments: list[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are `InputError`s: one line, no usage text before it."""
+    """argparse that raises mistakes as `InputError`s: one line, without a usage text."""
 
     def __init__(self, command: str, **options: Any) -> None:
         super().__init__(prog=f"train-loop {command}", **options)
 
     def error(self, message: str) -> NoReturn:
-        """Raise InputError instead of printing and leaving."""
+        """Raise InputError instead of printing and exiting."""
         raise InputError(f"{self.prog}: {message}")
 
 

@@ -1,4 +1,4 @@
-"""One run, put together: set up, resume, train, finish. The only module that knows all the others."""
+"""Puts one run together: set up, resume, train, finish. This is the only module that knows all the others."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -54,16 +54,16 @@ class Summary:
     """How a run ended.
 
     Attributes:
-        step: finished steps, of `total_steps`.
+        step: finished steps, out of `total_steps`.
         stopped: the signal that ended it early, or None.
         evaluation: that of the exported weights, or else the last one: loss, perplexity, bits_per_byte, accuracy,
             tokens.
         exported_step: the step of the exported weights, or None.
-        hub: the model's address on the Hub, if it went there.
-        folder: of the run.
-        model_folder: of the exported model.
-        ledger: of the data.
-        is_main_process: whether this process is the one that speaks for the run.
+        hub: the model's address on the Hub, if it was uploaded.
+        folder: the run's folder.
+        model_folder: the exported model's folder.
+        ledger: the data's ledger.
+        is_main_process: whether this process speaks for the run.
     """
 
     step: int
@@ -80,7 +80,7 @@ class Summary:
 
 @dataclass
 class Setup:
-    """A run that is set up, its folder, the checkpoint that it goes on from, and the later ones that are damaged."""
+    """A run that is set up, its folder, the checkpoint that it continues from, and the damaged later ones."""
 
     run: Run
     folder: RunFolder
@@ -89,10 +89,10 @@ class Setup:
 
 
 def prepare(config: Config, documents: Documents | tuple[str, Iterable[str]] | None = None) -> Prepared:
-    """Turn documents into a token store, or find the one that is there.
+    """Turn documents into a token store, or find the existing one.
 
     Args:
-        config: its sections data and tokenizer count.
+        config: only its sections data and tokenizer matter.
         documents: a name and texts, instead of the configured source.
 
     Raises:
@@ -109,18 +109,18 @@ def train(
     documents: Documents | tuple[str, Iterable[str]] | None = None,
     callbacks: Sequence[Observer] = (),
 ) -> Summary:
-    """The whole job: prepare, train (resuming where it was cut off), evaluate, export, verify.
+    """Do the whole job: prepare, train (resuming where it was cut off), evaluate, export, verify.
 
     Args:
         config: the settings.
         model: a causal language model in fp32, which is trained in place, instead of the configured one.
         documents: a name and texts, instead of the configured source.
-        callbacks: told of each step and each evaluation, on every process.
+        callbacks: called for each step and each evaluation, on every process.
 
     Raises:
-        InputError: for a mistake in the configuration or the data; nothing was written to the run's folder then.
-        TrainingError: when training cannot go on.
-        LostError: when another process is gone.
+        InputError: for a mistake in the configuration or the data; the run's folder is then untouched.
+        TrainingError: if training cannot go on.
+        LostError: if another process is gone.
     """
     versions.check()
     config = own_documents.configure(config, documents)
@@ -197,7 +197,7 @@ def _summary(setup: Setup, history: History, finished: Finished | None) -> Summa
 
 
 def _claim(setup: Setup, heartbeat: Heartbeat) -> None:
-    """Measure what the run is, refuse what contradicts itself, and write down whose folder this is."""
+    """Measure what the run is, refuse contradictions, and mark the folder as this run's."""
     run, folder, accelerator = setup.run, setup.folder, setup.run.context.accelerator
     sheet = truth_sheet.measure(run)
     truth_sheet.check(sheet)
@@ -210,7 +210,7 @@ def _claim(setup: Setup, heartbeat: Heartbeat) -> None:
 
 
 def _resume(setup: Setup) -> None:
-    """Go on from the checkpoint that was found, if there is one."""
+    """Continue from the checkpoint that was found, if there is one."""
     if setup.found is None:
         return
     accelerator, state = setup.run.context.accelerator, setup.run.state
@@ -224,7 +224,7 @@ def _resume(setup: Setup) -> None:
 
 
 def _observers(setup: Setup, log: MetricsLog, progress: Progress) -> list[Observer]:
-    """Those who watch a run, in the order in which they are told."""
+    """A run's observers, in the order in which they are called."""
     run, past, step = setup.run, log.past, setup.run.state.step
     study, evaluated = run.config.study, past.evaluations[-1]["step"] if past.evaluations else None
     observers: list[Observer] = [log, ProgressLines(progress, evaluated)]
@@ -238,12 +238,12 @@ def _observers(setup: Setup, log: MetricsLog, progress: Progress) -> list[Observ
 
 
 def _fit(loop: Loop) -> bool:
-    """Train to the end, with smaller micro-batches where memory runs out; returns whether a signal came first."""
+    """Train to the end, with smaller micro-batches if memory runs out; returns whether a signal came first."""
     while True:
         try:
             return loop.train()
         except RuntimeError as error:
-            batch_size.halve(loop.run, error)  # or raise it
+            batch_size.halve(loop.run, error)  # or raise the error
             _choose_compiled(loop.run)
 
 
@@ -276,18 +276,18 @@ def _saving(setup: Setup, manager: CheckpointManager, history: History, log: Met
         if (problem := manager.wait()) is not None:
             raise TrainingError(
                 f"step {state.step}: the checkpoint could not be written ({problem}); make room for it in "
-                f"{setup.folder.path}, and the same command goes on from the last one that is whole"
+                f"{setup.folder.path}, then start the same command again to go on from the last whole one"
             )
 
     return save
 
 
 def set_up(config: Config, heartbeat: Heartbeat | None = None, model: PreTrainedModel | None = None) -> Setup:
-    """Data, model, optimizer and processes of a run, checked; nothing is written to the run's folder.
+    """Set up and check data, model, optimizer and processes of a run; writes nothing to the run's folder.
 
     Args:
         config: the settings.
-        heartbeat: its processes, called together; called here where nobody watches over them.
+        heartbeat: watches over the run's processes; if None, a new one does.
         model: see `train`.
 
     Raises:
@@ -346,7 +346,7 @@ def set_up(config: Config, heartbeat: Heartbeat | None = None, model: PreTrained
 
 
 def replay(folder: Path, steps: Sequence[int]) -> Replay:
-    """The steps of a run, to be taken again; see `Replay`."""
+    """Get ready to replay steps of a run; see `Replay`."""
     return Replay(folder, steps, lambda config: set_up(config).run)
 
 
@@ -362,7 +362,7 @@ def _windows(store: TokenStore, config: Config, tokenizer: PreTrainedTokenizerFa
 
 
 def _choose_compiled(run: Run) -> None:
-    """Have those shapes compiled, where any are, that come in every step and in every evaluation."""
+    """If layers are compiled, choose the shapes that occur in every step and in every evaluation."""
     if not run.config.model.compile:
         return
     plan, length = run.batches.plan, run.config.data.block_size
@@ -372,17 +372,17 @@ def _choose_compiled(run: Run) -> None:
 
 
 def _to_resume(accelerator: Accelerator, folder: RunFolder) -> tuple[storage.CheckpointRef | None, dict[int, str]]:
-    """The newest whole checkpoint, and which later ones are damaged; the main process looks, all get the same.
+    """The newest whole checkpoint, and which later ones are damaged; the main process looks, and all get the same.
 
     Raises:
-        InputError: when there are checkpoints, but none is whole.
+        InputError: if there are checkpoints, but none is whole.
     """
     main = accelerator.is_main_process
     looked = run_on_all_ranks(accelerator, "look", lambda: storage.newest(folder.checkpoints) if main else None)
     found, damaged = broadcast_from_main(accelerator, looked) or (None, {})
     if main:
         for line in damaged.values():
-            say(f"{line}; passed over")
+            say(f"{line}; skipped")
     if found is None and damaged:
         raise InputError(
             f"run.output_dir {folder.path}: no checkpoint is whole ({'; '.join(damaged.values())}); put one back from "
@@ -392,17 +392,17 @@ def _to_resume(accelerator: Accelerator, folder: RunFolder) -> tuple[storage.Che
 
 
 def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, Any]:
-    """Evaluate a model exactly on the configured validation data; the same on every process.
+    """Evaluate a model exactly on the configured validation data; all processes get the same result.
 
     Args:
         model: a folder, a name on the Hub, a run or one of its checkpoints; or a model, with the configured tokenizer.
-        config: its section data counts, and of the others what says how to compute.
+        config: its section data, and whatever in the others says how to compute.
 
     Returns:
         loss (nats per target), perplexity, bits_per_byte, accuracy, tokens (the number of targets).
 
     Raises:
-        InputError: for a model or data that cannot be had, or don't go together.
+        InputError: if the model or the data cannot be loaded, or they don't fit together.
     """
     versions.check()
     heartbeat = Heartbeat(config.run, shared_settings(config))

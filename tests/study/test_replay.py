@@ -203,7 +203,7 @@ def test_mistakes(command: Command, run: Path, tmp_path: Path) -> None:
         (["--run", run, "--step", steps + 1], f"has steps 1 to {steps}"),
         (["--run", run, "--step", 1, "--compare", 999], f"has steps 1 to {steps}"),
         (["--run", run, "--step", "x"], "invalid int value"),
-        (["--run", run, "--step", 1, "--compare", 2, "--set", "dropout=0"], "give one of them"),
+        (["--run", run, "--step", 1, "--compare", 2, "--set", "dropout=0"], "give only one of them"),
         (["--run", run, "--step", 1, "--set", "optimizer.learning_rat=1"], "did you mean"),
         (["--run", run, "--step", 1, "--set", "optimizer.learning_rate"], "section.key=value"),
         (["--run", run, "--step", 1, "--set", "data.block_size=8"], "another run"),

@@ -1,4 +1,4 @@
-"""After the last step: choose the weights, export them, have them verified, upload them."""
+"""After the last step: choose the weights, export them, verify them, upload them."""
 
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from train_loop.training.state import Run
 
 
 class Finished(NamedTuple):
-    """The step whose weights were exported, and the model's address on the Hub, if it went there."""
+    """The step whose weights were exported, and the model's address on the Hub, if it was uploaded."""
 
     step: int
     hub: str | None
@@ -31,16 +31,16 @@ def finalize(run: Run, folder: RunFolder, evaluations: list[dict[str, Any]]) -> 
     """Export the model and have it verified. All processes must call this.
 
     Args:
-        run: that has been trained, and is no more afterwards; there is a checkpoint of its state.
-        folder: its folder.
-        evaluations: their records.
+        run: a trained run with a checkpoint of its state; it is not trained further.
+        folder: the run's folder.
+        evaluations: the records of its evaluations.
 
     Returns:
-        None when a signal came first.
+        None if a signal came first.
 
     Raises:
-        TrainingError: when the model cannot be written, or what was written is not the model that was trained.
-        InputError: when the Hub refuses it.
+        TrainingError: if the model cannot be written, or the written model is not the one that was trained.
+        InputError: if the Hub refuses it.
     """
     accelerator, state, stop = run.context.accelerator, run.state, run.context.stop
     chosen = _choose(run, folder, evaluations)
@@ -86,15 +86,15 @@ def _write(
             say(f"exported model verified in a clean process: all weights, loss {expected.loss:.4f}, greedy tokens")
         model_folder.publish(temporary, folder.model)
     except (OSError, SafetensorError) as error:
-        raise TrainingError(f"export: {one_line(error)}; the same command goes on from here") from None
+        raise TrainingError(f"export: {one_line(error)}; start the same command again to go on from here") from None
     return Finished(chosen.step, model_folder.push(folder.model, config) if config.export.push_to_hub else None)
 
 
 def _choose(run: Run, folder: RunFolder, evaluations: list[dict[str, Any]]) -> storage.CheckpointRef:
-    """The checkpoint whose weights are exported: the last one, or the best that is whole.
+    """The checkpoint whose weights are exported: the last one, or the best one that is whole.
 
     Raises:
-        TrainingError: when there is none.
+        TrainingError: if there is none.
     """
     steps = [run.state.step]
     if run.config.export.from_ == "best":
@@ -122,7 +122,7 @@ def _choose(run: Run, folder: RunFolder, evaluations: list[dict[str, Any]]) -> s
 
 
 def _expected(run: Run) -> verify.Expected | None:
-    """What the exported model has to give to others; None when asked to stop. All processes must call this."""
+    """What the exported model must reproduce; None if asked to stop. All processes must call this."""
     accelerator, objective, model = run.context.accelerator, run.context.objective, run.state.model
     windows = run.validation
     blocks = verify.probed(windows)

@@ -1,6 +1,6 @@
 """The finished model as a plain Transformers folder: safetensors, configuration, tokenizer, generation settings, card.
 
-`AutoModelForCausalLM.from_pretrained` and `pipeline("text-generation", model=...)` take it as it is.
+`AutoModelForCausalLM.from_pretrained` and `pipeline("text-generation", model=...)` load it as it is.
 """
 
 import os
@@ -33,17 +33,17 @@ def write(
     """Write a model folder.
 
     Args:
-        folder: where; what is there is removed.
-        model: for its configuration.
-        weights: its weights by name, tied ones once (`checkpoint.tensors`).
-        tokenizer, config, ledger, evaluations: what else belongs into the folder and its card.
-        step: that the weights are of.
+        folder: where to write; anything already there is removed.
+        model: has the configuration to write.
+        weights: its weights by name, tied ones once (`storage.tensors`).
+        tokenizer, config, ledger, evaluations: what else belongs in the folder and its card.
+        step: the step that the weights are from.
     """
     shutil.rmtree(folder, ignore_errors=True)
     if config.model.activation_checkpointing:
         compat.checkpoint_activations(model, False)
     model.generation_config = generation_config(config, tokenizer)
-    model.save_pretrained(folder, state_dict=dict(weights))  # it empties the one that it is given
+    model.save_pretrained(folder, state_dict=dict(weights))  # a copy, because this empties it
     if (context := context_length(model)) is not None:
         tokenizer.model_max_length = context
     tokenizer.save_pretrained(folder)
@@ -53,14 +53,14 @@ def write(
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Put a model folder that is whole in its place."""
+    """Move a whole model folder into its place."""
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
     sync(folder.parent)
 
 
 def generation_config(config: Config, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
-    """The configured sampling as defaults of Transformers' `generate`."""
+    """The configured sampling as defaults for Transformers' `generate`."""
     sample = config.sample
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
     begins = {} if tokenizer.bos_token_id is None else {"bos_token_id": tokenizer.bos_token_id}
@@ -74,7 +74,7 @@ def model_card(config: Config, ledger: dict[str, Any], evaluations: list[dict[st
     """README.md of the model folder: what it was trained on, how, and with what result."""
     header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["train_loop"]}
     base = config.model.name_or_path
-    # The Hub reads these two as names of its own repositories; a local path is none.
+    # The Hub reads these two as names of its own repositories, which local paths are not.
     if base and not os.path.exists(base):
         header["base_model"] = base
     if config.data.source == "hub" and config.data.name and not os.path.exists(config.data.name):
@@ -127,7 +127,7 @@ def push(folder: Path, config: Config) -> str:
     """Upload the model folder to the Hub; returns its address.
 
     Raises:
-        InputError: when the Hub refuses (no login, no such user), with its reason.
+        InputError: if the Hub refuses (no login, no such user), with its reason.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -137,6 +137,6 @@ def push(folder: Path, config: Config) -> str:
         repository = api.create_repo(config.export.hub_model_id or config.output_dir.name, exist_ok=True)
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Upload model")
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        cure = f"the model is in {folder}, log in with hf auth login"
+        cure = f"the model is in {folder}; log in with hf auth login"
         raise InputError(f"export.push_to_hub: {one_line(error)}; {cure}") from None
     return str(repository)

@@ -1,8 +1,7 @@
-"""The verified finish: an exported model has to be the trained one to somebody who has only the folder.
+"""The verified finish: an exported model must be the trained one for somebody who has only the folder.
 
-It is loaded by Transformers alone, in a clean process, offline (`verify_subprocess.py`), which must find there
-every weight to the bit, the same loss on validation data, and the same greedy continuation. Only then is a run
-complete.
+Transformers alone loads it, offline, in a clean process (`verify_subprocess.py`). The process must find every weight to
+the bit, the same loss on validation data, and the same greedy continuation. Only then is a run complete.
 """
 
 import hashlib
@@ -27,19 +26,19 @@ from train_loop.errors import TrainingError
 from train_loop.precision import PRECISIONS
 
 MOST_TOKENS = 65_536
-"""Validation tokens that are evaluated again at most: those of as many whole windows, spread evenly."""
+"""At most this many validation tokens are evaluated again, in whole windows, spread evenly."""
 NEW_TOKENS = 20
 
 _PROGRAM = str(Path(__file__).with_name("verify_subprocess.py"))
 _PROMPT = 8  # tokens, the first ones of the validation data
 _POLL_SECONDS = 0.1
-# What launchers tell their processes; a process of its own has nothing to do with it.
+# Variables that launchers set for their own processes; the clean process must not see them.
 _LAUNCHERS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PARALLELISM_CONFIG_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_")
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the clean process has to find: loss in nats per target on `blocks`, token ids of a greedy continuation."""
+    """What the clean process must find: loss in nats per target on `blocks`, token ids of a greedy continuation."""
 
     blocks: Ids
     loss: float
@@ -71,28 +70,28 @@ def verify(
     """Check an exported model in a clean process.
 
     Args:
-        folder: of the model.
-        weights: that were trained, by name, on the CPU.
+        folder: the model's folder.
+        weights: the trained weights, by name, on the CPU.
         windows: the validation data.
         expected: what the trained model gives.
-        batch_size: windows of one forward pass.
-        precision: run.mixed_precision that `expected` was computed in; the clean process computes in fp32.
-        device: where.
-        stop: asked now and then; True ends the check.
+        batch_size: windows in one forward pass.
+        precision: run.mixed_precision when `expected` was computed; the clean process computes in fp32.
+        device: where to compute.
+        stop: called now and then; True ends the check.
 
     Returns:
-        Whether the check was done: False if it was ended early.
+        Whether the check was done: False if it ended early.
 
     Raises:
-        TrainingError: when the exported model is not the trained one.
+        TrainingError: if the exported model is not the trained one.
     """
     with tempfile.TemporaryDirectory(prefix="train_loop-") as name:
         probe = Path(name)
         _write_probe(probe, weights, windows, expected, batch_size)
         out = probe / "out"
         with open(out, "w+", encoding="utf-8") as stdout, open(probe / "err", "w+", encoding="utf-8") as stderr:
-            # -P: the folder of the script, which is this package's, is not where modules are looked for. In a session
-            # of its own, a signal to this process's group does not reach it.
+            # -P: Python does not look for modules in the script's folder, which belongs to this package. In a session
+            # of its own, the process gets no signals to this one's group.
             process = subprocess.Popen(
                 [sys.executable, "-P", _PROGRAM, str(folder.resolve()), str(probe), device],
                 stdout=stdout,
@@ -122,14 +121,14 @@ def verify(
 
 
 def _differences(found: dict[str, Any], expected: Expected, precision: str) -> str:
-    """What a clean process found otherwise than expected, in words; empty where nothing."""
+    """How the findings of a clean process differ from those expected, in words; empty if they don't."""
     _, same_loss, same_logit = PRECISIONS[precision]
     if names := found["other_weights"]:
-        return f"{len(names)} weights differ, {names[0]} first"
+        return f"{len(names)} weights differ, first {names[0]}"
     if not math.isclose(found["loss"], expected.loss, rel_tol=same_loss, abs_tol=1e-6):
-        return f"its loss is {found['loss']:.6f}, that of the trained one {expected.loss:.6f}"
+        return f"its loss is {found['loss']:.6f}, that of the trained model {expected.loss:.6f}"
     if found["greedy"] != expected.continuation and not max(found["gaps"], default=0.0) <= same_logit:
-        return f"it continues with tokens {found['greedy']}, the trained one with {expected.continuation}"
+        return f"it continues with tokens {found['greedy']}, the trained model with {expected.continuation}"
     return ""
 
 
@@ -153,7 +152,7 @@ def _write_probe(
 
 
 def new_tokens(windows: Windows) -> int:
-    """How many tokens are added to the prompt: no more than fit into one block."""
+    """How many tokens to add to the prompt: no more than fit into one block."""
     return max(0, min(NEW_TOKENS, windows.block_size - len(prompt(windows))))
 
 

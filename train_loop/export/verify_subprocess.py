@@ -1,10 +1,10 @@
-"""Run by `verify.py` in a process of its own, without this package: what Transformers makes of an exported model.
+"""Runs for `verify.py` in a process of its own, without this package: what Transformers makes of an exported model.
 
     python verify_subprocess.py MODEL_FOLDER PROBE_FOLDER DEVICE          prints one JSON object
 
 PROBE_FOLDER/probe.safetensors has inputs, targets and (where documents are isolated) positions [sequences, block]
-int64; probe.json has how many sequences to feed at a time, prompt and expected continuation as token ids, and the
-SHA-256 of every weight's bytes.
+int64; probe.json has the number of sequences to feed at a time, prompt and expected continuation as token ids, and
+the SHA-256 of every weight's bytes.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ def main(model_folder: str, probe_folder: str, device: str) -> None:
         greedy = whole[0, len(prompt) :].tolist()
     if greedy and greedy[-1] == tokenizer.eos_token_id:
         greedy.pop()
-    # How far each expected token is from being the likeliest: two that are equally likely may go either way.
+    # How far each expected token is from being the likeliest: of two equally likely ones, either may win.
     logits = model(input_ids=torch.tensor([prompt + expected], device=device), use_cache=False).logits[0].float()
     gaps = [float(at.max() - at[token]) for at, token in zip(logits[len(prompt) - 1 :], expected, strict=False)]
     found = {"loss": nll / count, "targets": count, "greedy": greedy, "gaps": gaps, "other_weights": other}

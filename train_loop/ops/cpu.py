@@ -1,8 +1,8 @@
-"""What makes training on a CPU fast: matrix products by oneDNN, and memory that is kept.
+"""What makes training on a CPU fast: matrix products by oneDNN, and memory that stays with the process.
 
-The same arithmetic as torch's own, differently rounded. torch hands fp32 products to MKL, which on many CPUs (AMD's
+The arithmetic is that of torch, rounded differently. torch hands fp32 products to MKL, which on many CPUs (AMD's
 among them) does not use the widest instructions; oneDNN does. Gradients of weights stay with MKL where it wins.
-What was measured: `scripts/bench/README.md`.
+Measurements: `scripts/bench/README.md`.
 """
 
 import ctypes
@@ -30,17 +30,17 @@ def has_products() -> bool:
 
 
 def fits(*tensors: torch.Tensor | None) -> bool:
-    """Whether `product` is for these tensors, here: fp32 on the CPU, outside of autocast."""
+    """Whether `product` can take these tensors here: fp32 on the CPU, outside of autocast."""
     return not torch.is_autocast_enabled("cpu") and all(
         each is None or (each.device.type == "cpu" and each.dtype == torch.float32) for each in tensors
     )
 
 
 def use_products(model: PreTrainedModel) -> None:
-    """Let a model's linear layers multiply by oneDNN, in place, where that is possible.
+    """Let a model's linear layers multiply by oneDNN, in place, if possible.
 
-    The output of a GELU that goes into one is not kept for the backward pass, but computed again from its input, which
-    is kept anyway: of GPT-2's activations that is a sixth, for half a percent of a step.
+    If a GELU's output goes into one of them, the backward pass recomputes it from the GELU's input, which is kept
+    anyway. This saves a sixth of GPT-2's activations, for half a percent of a step.
     """
     if has_products():
         for layer in model.modules():
@@ -54,7 +54,7 @@ _MadeFrom = tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]
 
 
 class _Remade:
-    """The forward pass of a GELU whose output knows how to be made again."""
+    """The forward pass of a GELU; its output carries what is needed to recompute it."""
 
     def __init__(self, approximate: str) -> None:
         self._gelu = functools.partial(F.gelu, approximate=approximate)
@@ -99,7 +99,7 @@ class _Product(torch.autograd.Function):
         rows = gradient.flatten(0, -2)
         if context.needs_input_grad[1]:
             flat = (x if context.remake is None else context.remake(x)).flatten(0, -2)
-            # Laid out in memory as the weight is, so that nothing has to be rearranged to add it up.
+            # Laid out in memory like the weight, so that adding it up rearranges nothing.
             to_weight = _of_rows(rows, flat) if weight.is_contiguous() else _of_rows(flat, rows).t()
         if context.needs_input_grad[2]:
             to_bias = rows.sum(0)
@@ -107,31 +107,31 @@ class _Product(torch.autograd.Function):
 
 
 def _of_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """A^T B for A [rows, m], B [rows, n], by the library that is faster at results [m, n] of that shape."""
+    """A^T B for A [rows, m], B [rows, n], by the library that is faster for results of this shape [m, n]."""
     return product(a.t(), b.t()) if b.shape[1] > a.shape[1] else a.t() @ b
 
 
 class TiedGradient:
     """Where an output layer's gradient waits for that of the embedding that shares its weight.
 
-    Added up by torch, the embedding's would be a second matrix of that size, of zeros but for the rows of a few tokens.
-    Backpropagation comes to the embedding last, so its rows can be added to what is already there.
+    In torch, the embedding's gradient is a second matrix of that size, with zeros except in the rows of a few tokens.
+    Backpropagation reaches the embedding last, so here its rows are added to the gradient that is already there.
     """
 
     def __init__(self) -> None:
         self.waiting: torch.Tensor | None = None
 
     def take(self) -> torch.Tensor | None:
-        """What waits, which doesn't any more."""
+        """Hand out the waiting gradient, if there is one; nothing waits afterwards."""
         gradient, self.waiting = self.waiting, None
         return gradient
 
 
 def tie_gradients(model: PreTrainedModel) -> TiedGradient | None:
-    """Let a tied embedding, in place, add its gradient to that of `LinearCrossEntropy`.
+    """Let a tied embedding add its gradient to that of `LinearCrossEntropy`, in place.
 
     Returns:
-        What to give to `LinearCrossEntropy`; None where weights are not tied, or the embedding does more than look up.
+        An argument for `LinearCrossEntropy`; None if weights are not tied, or the embedding does more than look up.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     plain = type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.scale_grad_by_freq
@@ -167,13 +167,13 @@ class _Rows(torch.autograd.Function):
 class LinearCrossEntropy(torch.autograd.Function):
     """Summed nll of targets under softmax(W h + b), in chunks of positions, so that logits are never held whole.
 
-    Both passes are done in the first one, as the gradient needs nothing but the probabilities that are there anyway:
+    The forward pass does the work of both, as the gradient needs only the probabilities, which are there anyway:
 
         d nll / d logits = softmax(logits) - onehot(target)
 
     Arguments of `apply`: hidden [positions, width], weight [vocabulary, width], bias [vocabulary] or None, targets
-    [positions] int64, the target that counts for none, positions a chunk, and the `TiedGradient` of a weight that is
-    also an embedding's. Returns the nll, [] float32, in nats.
+    [positions] int64, the value of targets to ignore, positions per chunk, and the `TiedGradient` of a weight that an
+    embedding shares. Returns the nll, [] float32, in nats.
     """
 
     @staticmethod
@@ -210,7 +210,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 to_weight.addmm_(gradient.t(), hidden[rows], beta=0 if first == 0 else 1)
             if to_bias is not None:
                 to_bias += gradient.sum(0)
-            del logits, gradient  # before the next ones come: two chunks' need not be held
+            del logits, gradient  # before the next chunk, so that only one is held
         context.gradients, context.tied = (to_hidden, to_weight, to_bias), tied
         return torch.cat(nll).sum()
 
@@ -224,13 +224,13 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep memory that was freed, for the next step, instead of handing it back to the kernel.
+    """Let the C library keep freed memory for the next step instead of handing it back to the kernel.
 
-    Big buffers come and go many times in a step; each that is fetched from the kernel again is filled with zeros page
-    by page. What a step needs at most stays with the process then. For glibc; others are left as they are.
+    Big buffers come and go many times in a step, and the kernel fills each one that it hands out again with zeros, page
+    by page. The process then keeps as much memory as a step needs at most. Only glibc can do this.
 
     Returns:
-        Whether it was done.
+        Whether the C library is glibc and did it.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
@@ -242,16 +242,16 @@ def keep_freed_memory() -> bool:
 def speed_up(
     model: PreTrainedModel, training: bool, products: bool = True, keep_memory: bool = True
 ) -> TiedGradient | None:
-    """All of it for a model on a CPU, in place; a model on another device is left as it is.
+    """Do all of this for a model on a CPU, in place; a model on another device stays as it is.
 
     Args:
         model: on its device.
-        training: whether gradients and dropout masks will be wanted.
-        products: whether its linear layers are to multiply by oneDNN; compiled layers do without.
+        training: whether gradients and dropout masks will be needed.
+        products: whether its linear layers multiply by oneDNN; compiled layers do not.
         keep_memory: see `keep_freed_memory`.
 
     Returns:
-        What `LinearCrossEntropy` needs to know of a tied embedding.
+        What `LinearCrossEntropy` needs to know about a tied embedding.
     """
     if model.device.type != "cpu":
         return None

@@ -1,9 +1,9 @@
-"""Dropout on a CPU by cheaper random numbers (Srivastava et al., 2014).
+"""Dropout on a CPU with cheaper random numbers (Srivastava et al., 2014).
 
     keep = bits >= 65,536 p        y = x keep / (1 - p)        16 random bits for each number
 
-torch's own draws from MKL, whose random numbers took 4 % of a training step. These are torch's generator's, cut into
-pieces of 16 bits; p is rounded to 1/65,536, and what is kept is scaled by the rounded one, so that the mean stays x.
+torch's own dropout draws from MKL, whose random numbers took 4 % of a training step. Here they come from torch's
+generator, cut into 16 bits each. p is rounded to 1/65,536, and the rounded p scales what is kept: the mean stays x.
 """
 
 from typing import Any
@@ -16,10 +16,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 _STEPS = 1 << 16
-_SMALL = 1 << 13  # numbers: of fewer, torch's are as fast
+_SMALL = 1 << 13  # for fewer numbers, torch's dropout is as fast
 _ATTENTION = "sdpa_cheap_dropout"
 
-# An operator, so that a compiler takes its numbers as they come and never draws them twice.
+# An operator, so that a compiler takes its numbers as given and never draws them twice.
 _operators = library.Library("train_loop", "FRAGMENT")
 _operators.define("random_bits(Tensor like) -> Tensor", tags=[torch.Tag.nondeterministic_seeded])
 
@@ -37,7 +37,7 @@ library.register_fake(
 
 
 def use_cheap_dropout(model: PreTrainedModel) -> None:
-    """Let a model's dropout, in place, be this one on a CPU; that of attention, too, where torch's sdpa computes it."""
+    """Let a model use this dropout on a CPU, in place; its attention, too, if torch's sdpa computes it."""
     drops = bool(getattr(model.config, "attention_dropout", 0))
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -54,12 +54,12 @@ class Dropout(nn.Dropout):
     """`drop` as a layer."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [...] with a share of p dropped in training, and as it is otherwise."""
+        """x [...] with a share p of it dropped in training, unchanged otherwise."""
         return drop(x, self.p) if self.training else x
 
 
 def drop(x: torch.Tensor, p: float) -> torch.Tensor:
-    """x [...] with each number put to 0 with probability p, and the others divided by 1 - p."""
+    """x [...] with each number set to 0 with probability p, and the others divided by 1 - p."""
     return _Dropout.apply(x, round(p * _STEPS)) if _is_worth_it(x, p) else F.dropout(x, p)
 
 
@@ -68,7 +68,7 @@ def _is_worth_it(x: torch.Tensor, p: float) -> bool:
 
 
 class _Dropout(torch.autograd.Function):
-    """Keeps the bits for the backward pass: half of what the mask would take as numbers."""
+    """Keeps the bits for the backward pass; they take half the memory of a mask of numbers."""
 
     @staticmethod
     def forward(context: Any, x: torch.Tensor, threshold: int) -> torch.Tensor:
@@ -86,7 +86,7 @@ class _Dropout(torch.autograd.Function):
 def _dropped(x: torch.Tensor, bits: torch.Tensor, threshold: int) -> torch.Tensor:
     if torch.compiler.is_compiling():  # torch 2.11 compiles what follows into a gradient of zeros
         return torch.where(bits >= threshold - _STEPS // 2, x, 0) * (_STEPS / (_STEPS - threshold))
-    # Compared into numbers: a mask of booleans would have to be converted, which takes four times as long.
+    # The comparison writes numbers, because converting a mask of booleans takes four times as long.
     keep = torch.ge(bits, threshold - _STEPS // 2, out=torch.empty_like(x))
     return keep.mul_(x).mul_(_STEPS / (_STEPS - threshold))
 
@@ -102,17 +102,17 @@ def attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """softmax(Q K^T scaling + mask) V with dropout of the probabilities, as Transformers calls for it.
+    """softmax(Q K^T scaling + mask) V with dropout of the probabilities; Transformers calls it.
 
-    Without dropout, or on another device than a CPU, it is torch's scaled_dot_product_attention.
+    Without dropout, or on a device other than a CPU, it is torch's scaled_dot_product_attention.
 
     Args:
         query: [batch, heads, queries, width].
         key, value: [batch, heads or fewer, keys, width].
-        attention_mask: what to attend to, bool, or numbers to be added [batch, 1 or heads, queries, keys].
+        attention_mask: bool, True where to attend, or numbers to add [batch, 1 or heads, queries, keys].
 
     Returns:
-        [batch, queries, heads, width], and no weights.
+        [batch, queries, heads, width], and None instead of weights.
     """
     more = any(others.get(name) is not None for name in ("position_bias", "cache", "softcap"))
     if more or not _is_worth_it(query, dropout):
@@ -126,7 +126,7 @@ def attention(
     if attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:  # added, which is faster than filled in
+        if attention_mask.dtype == torch.bool:  # adding is faster than filling in
             hidden = torch.zeros_like(attention_mask, dtype=scores.dtype)
             attention_mask = hidden.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
         scores = scores.add_(attention_mask)

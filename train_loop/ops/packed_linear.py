@@ -1,9 +1,9 @@
 """Matrices in the order in which a CPU multiplies them.
 
-Text comes out token by token, so each token needs every weight once, for one or a few rows of activations: what takes
-time is to fetch the weights from memory. A matrix product of general shapes fetches and rearranges them for every call;
-rearranged once, with oneDNN, they are read in one stream. Two cores: products at 1.8 times the rate with one row, 3
-times with eight (`scripts/bench/README.md`).
+Generation goes token by token, and each token needs every weight once, for one or a few rows of activations: most of
+the time goes into fetching the weights from memory. A general matrix product fetches and rearranges them in every call;
+once oneDNN has rearranged them, they are read in one stream. On two cores, products are 1.8 times as fast with one row,
+3 times with eight (`scripts/bench/README.md`).
 """
 
 from typing import Any
@@ -16,16 +16,16 @@ from transformers.pytorch_utils import Conv1D
 
 from train_loop.ops import cpu
 
-_ROWS = 8  # that the order is chosen for; others work, too
+_ROWS = 8  # rows that the order is chosen for; other numbers work, too
 
 
 def pack(model: PreTrainedModel) -> bool:
     """Give a model's linear layers packed copies of their matrices, in place, for use without gradients.
 
-    Its weights stay as they are and must not change any more. The copies need as much memory again.
+    The weights stay as they are and must not change afterwards. The copies need as much memory again.
 
     Returns:
-        Whether it was done: on a CPU, for fp32, where torch has oneDNN and the memory has room.
+        Whether it was done: only on a CPU, for fp32, if torch has oneDNN and there is enough memory.
     """
     layers: list[Any] = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
     needed = sum(4 * layer.weight.numel() for layer in layers)
