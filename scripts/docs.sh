@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The documents as a site: builds site/, or serves it while you write.
+# Turns the documents into a site: builds site/, or serves it while you write.
 #
-#   bash scripts/docs.sh                    # checks the documents, then builds site/; a warning is an error
-#   bash scripts/docs.sh serve [address]    # http://127.0.0.1:8000/, renewed at every change
+#   bash scripts/docs.sh                    # checks the documents, then builds site/; warnings are errors
+#   bash scripts/docs.sh serve [address]    # serves http://127.0.0.1:8000/, and updates it after every change
 #
-# Makes .venv-docs from docs/requirements.txt when it is missing or stale. PYTHON names the interpreter to make it with.
+# Makes .venv-docs from docs/requirements.txt if it is missing or out of date. PYTHON names the interpreter for it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 case ${1:-build} in
     build | serve) ;;
-    *) echo "docs.sh: unknown: $1; say nothing, or serve" >&2 && exit 2 ;;
+    *) echo "docs.sh: unknown argument $1; use none, or serve" >&2 && exit 2 ;;
 esac
 
 wanted=$(cksum <docs/requirements.txt)
@@ -25,7 +25,7 @@ export NO_MKDOCS_2_WARNING=1
 if [ "${1:-build}" = serve ]; then
     exec .venv-docs/bin/mkdocs serve --quiet --dev-addr "${2:-127.0.0.1:8000}"
 fi
-python=.venv/bin/python # which can also say which commands and settings there are
+python=.venv/bin/python # if it is there, commands and settings are checked, too
 [ -x "$python" ] || python=.venv-docs/bin/python
 "$python" scripts/check_docs.py
 .venv-docs/bin/mkdocs build --strict --quiet --site-dir site

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh and test.sh: makes .venv in the repository when it is missing or stale.
+# Sourced by quickstart.sh and test.sh. Makes .venv in the repository if it is missing or out of date.
 #
-# PYTHON names the interpreter to make it with (python3.11 or newer); the packages are those of constraints.txt.
+# PYTHON names the interpreter for it (python3.11 or newer). constraints.txt lists the packages.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
@@ -18,7 +18,7 @@ find_python() {
     return 1
 }
 
-# Fresh when made from the very files that say what belongs into it.
+# .venv is up to date if it was made from the current versions of these two files.
 wanted=$(cat pyproject.toml constraints.txt | cksum)
 if [ ! -x .venv/bin/python ] || [ "$(cat .venv/made-from 2>/dev/null)" != "$wanted" ]; then
     python=$(find_python) || exit 1

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Check on this machine's GPU, in eight minutes, what can't be checked without one, and measure the rest.
+# Checks, on this machine's GPU and in eight minutes, what can't be checked without a GPU, and measures the rest.
 #
-#   bash scripts/gpu_day.sh [--cpu] [--parts PART ...] [--python P] [--output DIR]          (--help tells more)
+#   bash scripts/gpu_day.sh [--cpu] [--parts PART ...] [--python P] [--output DIR]          (see --help)
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -31,7 +31,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 
-command -v "$python" >/dev/null || complain "--python $python: is not there; name a Python that has torch"
+command -v "$python" >/dev/null || complain "--python $python: not found; name a Python that has torch"
 [ "$("$python" -c 'import sys; print(sys.version_info >= (3, 11))' 2>/dev/null)" = True ] ||
-    complain "--python $python: is no Python 3.11 or newer"
+    complain "--python $python: is not Python 3.11 or newer"
 exec "$python" "$root/scripts/gpu_day/day.py" ${arguments[@]+"${arguments[@]}"}

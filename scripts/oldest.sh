@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Runs the test suite with the oldest versions of the libraries that train_loop works with, and with the newest.
 #
-#   bash scripts/oldest.sh [oldest] [newest] [-- arguments for pytest]      (both, where none is named)
+#   bash scripts/oldest.sh [oldest] [newest] [-- arguments for pytest]      (default: both)
 #
-# Makes .venv-oldest (constraints-oldest.txt) and .venv-newest (whatever is newest today), of several gigabytes each:
-# PyPI's torch brings CUDA's libraries along, and runs on a CPU as well. PYTHON names the interpreter to make them with.
+# Makes .venv-oldest (constraints-oldest.txt) and .venv-newest (whatever is newest today). Each takes several gigabytes,
+# because PyPI's torch includes CUDA's libraries; it also runs on a CPU. PYTHON names the interpreter for them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,7 +12,7 @@ which=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case $1 in
         oldest | newest) which+=("$1") ;;
-        *) echo "oldest.sh: unknown: $1; say oldest, newest, or both, and what pytest is to be told after --" >&2 && exit 2 ;;
+        *) echo "oldest.sh: unknown argument $1; use oldest, newest, or both, and put pytest's arguments after --" >&2 && exit 2 ;;
     esac
     shift
 done

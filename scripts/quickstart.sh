@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train, evaluate and sample a small language model on the Python standard library: about three minutes on two cores.
+# Trains, evaluates and samples a small language model on Python's standard library: about three minutes on two cores.
 #
 #   bash scripts/quickstart.sh [--section.key value ...]        (arguments go to `train`)
 set -euo pipefail

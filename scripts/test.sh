@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything CI checks: format, lint, types, tests.
+# Runs everything that CI checks: format, lint, types, tests.
 #
 #   bash scripts/test.sh [arguments for pytest]                 (-m "not slow" leaves the longest tests out)
 set -euo pipefail

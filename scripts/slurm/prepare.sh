@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The preparation as a job of its own, without GPUs that would wait for it. submit.sh submits it before the training.
+# Prepares the data in a separate job, so that no GPUs wait for it. submit.sh submits it before the training.
 #
 #   sbatch scripts/slurm/prepare.sh --config configs/eli5_distilgpt2.yaml [--section.key value ...]
 #
-# The store lies in $TRAIN_LOOP_CACHE (or data.cache_dir, else ~/.cache/train_loop), on a disk that all nodes share.
+# The store is in data.cache_dir, or else $TRAIN_LOOP_CACHE, or else ~/.cache/train_loop, on a disk that all nodes share.
 #
 #SBATCH --job-name=prepare
 #SBATCH --nodes=1

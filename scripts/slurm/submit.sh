@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Two jobs: the preparation, and the training that begins when it has succeeded. From the root of the repository:
+# Submits two jobs: the preparation, and the training, which begins after it has succeeded. From the repository's root:
 #
 #   bash scripts/slurm/submit.sh scripts/slurm/many_nodes.sh --config configs/eli5_distilgpt2.yaml [--section.key value ...]
 #
-# SBATCH_OPTIONS go to both jobs, say SBATCH_OPTIONS="--partition=gpu --account=project". Prints the numbers of both.
+# SBATCH_OPTIONS apply to both jobs, e.g. SBATCH_OPTIONS="--partition=gpu --account=project". Prints both job numbers.
 set -euo pipefail
 
-training=${1:?the sbatch file of the training, then what train gets}
+training=${1:?name the sbatch file of the training, then the arguments of train}
 shift
 read -r -a options <<<"${SBATCH_OPTIONS:-}"
 prepare=$(sbatch --parsable "${options[@]}" scripts/slurm/prepare.sh "$@")
-# afterok: with kill-on-invalid-dep, a preparation that fails takes the training out of the queue.
+# afterok and kill-on-invalid-dep: if the preparation fails, the training leaves the queue.
 train=$(sbatch --parsable --dependency="afterok:$prepare" --kill-on-invalid-dep=yes "${options[@]}" "$training" "$@")
-echo "preparation: job $prepare; training: job $train, when that is done"
+echo "preparation: job $prepare; training: job $train, after that"

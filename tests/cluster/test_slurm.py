@@ -211,4 +211,4 @@ def test_a_mistake_goes_back_into_no_queue(slurm: Slurm, make: Callable[..., lis
     number = slurm.do("sbatch", "--parsable", *OPTIONS, f"--output={tmp_path}/%x-%j.out", ONE, *arguments).strip()
     done = slurm.wait(number, lambda job: job["JobState"] not in ("RUNNING", "PENDING", "COMPLETING"))
     assert done["JobState"] == "FAILED" and done["Restarts"] == "0"
-    assert "no such file" in log_of(tmp_path) and "is not begun" in log_of(tmp_path)
+    assert "no such file" in log_of(tmp_path) and "is not started yet" in log_of(tmp_path)
