@@ -39,8 +39,7 @@ def installed() -> dict[str, str]:
 def check() -> None:
     """Refuse libraries that are missing or older than their floor.
 
-    Raises:
-        InputError: names the first such library, its version and the floor.
+    Raises InputError, which names the first such library, its version and the floor.
     """
     for name, (floor, _) in WORK.items():
         found = version(name)

@@ -157,8 +157,7 @@ class CheckpointManager:
     def _exchange(self, part: int, parts: int, write: Callable[[], Checksums]) -> Checksums:
         """Write a part; the main process gets the checksums of all parts.
 
-        Raises:
-            OSError: if a part could not be written.
+        Raises OSError if a part could not be written.
         """
         if parts == 1:
             return write()

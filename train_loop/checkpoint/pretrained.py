@@ -23,8 +23,7 @@ def load(name: str, attention: str | None = None) -> tuple[PreTrainedModel, PreT
             is none, its newest checkpoint), or a checkpoint's folder.
         attention: the attention implementation; None leaves the choice to Transformers.
 
-    Raises:
-        InputError: if there is no such model.
+    Raises InputError if there is no such model.
     """
     path = Path(name)
     if re.fullmatch(r"step-\d{8,}", path.name) and path.absolute().parent.name == "checkpoints":

@@ -27,11 +27,8 @@ def restore(
 ) -> None:
     """Load a checkpoint's weights into a model; with an optimizer, also its moments and fp16's loss scale.
 
-    All processes must call this.
-
-    Raises:
-        ValueError: if the checkpoint belongs to another model; then nothing is changed.
-        InputError: if FSDP2 shards the model and a host does not have the checkpoint.
+    All processes must call this. Raises ValueError if the checkpoint belongs to another model; then nothing is changed.
+    Raises InputError if FSDP2 shards the model and a host does not have the checkpoint.
     """
 
     def read() -> None:
@@ -70,8 +67,7 @@ def check_disk(accelerator: Accelerator, path: Path) -> None:
         accelerator: the processes.
         path: a file that the main process has just written.
 
-    Raises:
-        InputError: names the hosts that don't see the file.
+    Raises InputError, which names the hosts that don't see the file.
     """
     if not accelerator.is_fsdp2:
         return

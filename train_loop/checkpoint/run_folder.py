@@ -60,8 +60,7 @@ class RunFolder:
     def check(self, config: Config) -> None:
         """Refuse a folder that this run must not write to. This changes nothing.
 
-        Raises:
-            InputError: names what differs, or what is in the way.
+        Raises InputError, which names what differs, or what is in the way.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"run.output_dir {self.path}: is a file; name a folder")
@@ -88,8 +87,7 @@ class RunFolder:
     ) -> None:
         """Make this folder the run's own: write its configuration, ledger, truth sheet and model architecture.
 
-        Raises:
-            InputError: if the folder holds a run on other data, or can't be written to.
+        Raises InputError if the folder holds a run on other data, or can't be written to.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)

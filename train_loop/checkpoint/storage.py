@@ -132,8 +132,7 @@ def commit(folder: Path, state: dict[str, Any], sums: Checksums) -> Path:
     Returns:
         The checkpoint's folder.
 
-    Raises:
-        OSError: if a part is missing.
+    Raises OSError if a part is missing.
     """
     temporary, final = temporary_folder(folder, state["step"]), _folder(folder, state["step"])
     for name, expected in sums.items():
@@ -243,10 +242,8 @@ def find_damage(folder: Path) -> str | None:
 def load(found: CheckpointRef, model: nn.Module, optimizer: Optimizer) -> None:
     """Load a checkpoint's weights and moments into a model and its optimizer.
 
-    Each process reads the rows that it holds, whichever processes wrote them.
-
-    Raises:
-        ValueError: if the checkpoint belongs to another model; then nothing is changed.
+    Each process reads the rows that it holds, whichever processes wrote them. Raises ValueError if the checkpoint
+    belongs to another model; then nothing is changed.
     """
     load_weights(found, model)
     state = _inner(optimizer).state

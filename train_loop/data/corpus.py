@@ -33,8 +33,7 @@ class Corpus:
     def documents(self, split: str) -> Iterator[Document]:
         """The documents of "train" or "validation", in the order of the source.
 
-        Raises:
-            InputError: if a source cannot be read; the message names the file and the place.
+        Raises InputError if a source cannot be read; the message names the file and the place.
         """
         return (document for found, document in self.splits() if found == split)
 

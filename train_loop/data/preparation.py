@@ -61,8 +61,7 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, sh
         tokenizer: used instead of the configured one, for example to evaluate another model on this data.
         shown: whether to print progress.
 
-    Raises:
-        InputError: if the data cannot be read, or if a split has no target.
+    Raises InputError if the data cannot be read, or if a split has no target.
     """
     corpus = Corpus(config.data)
     vocab_size = config.tokenizer.train_vocab_size

@@ -41,8 +41,7 @@ _END_OF_WORD = re.compile(r".*\S(?=[ \n\r\t]\s{0,9}\S)", re.DOTALL)
 def load(name_or_path: str) -> PreTrainedTokenizerFast:
     """A tokenizer from the Hub or a local folder.
 
-    Raises:
-        InputError: if there is none, if it has no end-of-text token, or if it is not a fast one.
+    Raises InputError if there is none, if it has no end-of-text token, or if it is not a fast one.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
@@ -58,10 +57,8 @@ def load(name_or_path: str) -> PreTrainedTokenizerFast:
 def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE (Sennrich et al., 2016; Radford et al., 2019) with at most `vocab_size` entries.
 
-    It covers every text, since it falls back on single bytes. The end-of-text token has id 0.
-
-    Raises:
-        InputError: if there is too little text for so many entries.
+    It covers every text, since it falls back on single bytes. The end-of-text token has id 0. Raises InputError if
+    there is too little text for so many entries.
     """
     tokenizer = untrained()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

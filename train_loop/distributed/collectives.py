@@ -33,8 +33,7 @@ def run_on_all_ranks(accelerator: Accelerator, purpose: str, work: Callable[[], 
         purpose: a name for the work, the same on all processes.
         work: what to do; its result is returned.
 
-    Raises:
-        InputError, TrainingError: if `work` raised one on any process.
+    Raises InputError or TrainingError if `work` raised one on any process.
     """
     if accelerator.num_processes == 1:
         return work()
@@ -83,8 +82,7 @@ class KeyValueMailbox:
             pause: waits for a number of seconds; returns True to stop waiting.
             seconds: between two checks.
 
-        Raises:
-            OSError: if the wait was stopped before all texts had arrived.
+        Raises OSError if the wait was stopped before all texts had arrived.
         """
         while not self.store.check(self.keys):
             if pause(seconds):
@@ -118,8 +116,7 @@ def reduce_exactly(accelerator: Accelerator, tensor: torch.Tensor, operation: Li
 def check_same(accelerator: Accelerator, what: str, value: object, cure: str) -> None:
     """Stop if processes don't agree on something that they must share.
 
-    Raises:
-        InputError: on all processes; the message names two that differ.
+    Raises InputError on all processes; the message names two that differ.
     """
     if accelerator.num_processes == 1:
         return

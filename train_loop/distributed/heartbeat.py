@@ -43,9 +43,8 @@ class Heartbeat:
         step: returns the step that this process has reached; the others can see it.
         lost: called with the reason before this process ends because another one has ended.
 
-    Raises:
-        InputError: if two processes differ; the message names both, and what differs.
-        LostError: if a process does not arrive within `run.preflight_timeout_seconds`; the message names it.
+    Raises InputError if two processes differ; the message names both, and what differs. Raises LostError if a process
+    does not arrive within `run.preflight_timeout_seconds`; the message names it.
     """
 
     def __init__(self, run: RunConfig, settings: dict[str, Any]) -> None:
@@ -75,8 +74,7 @@ class Heartbeat:
     def connecting(self) -> Iterator[None]:
         """Within this context, the processes have to reach each other within `preflight_timeout_seconds`.
 
-        Raises:
-            LostError: names the processes that were not reached.
+        Raises LostError, which names the processes that were not reached.
         """
         if self.world_size == 1:
             yield

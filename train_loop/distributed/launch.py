@@ -26,9 +26,8 @@ from train_loop.errors import InputError, one_line
 def start(run: RunConfig, heartbeat: Heartbeat, project_dir: Path | None = None) -> Accelerator:
     """The processes and devices of a run.
 
-    Raises:
-        InputError: if the launcher or the hardware provides something other than what was asked for.
-        LostError: if the processes don't reach each other in time.
+    Raises InputError if the launcher or the hardware provides something other than what was asked for; LostError if the
+    processes don't reach each other in time.
     """
     _check_launcher(run)
     if run.reproducible == "bitwise":  # every kernel gives the same bits for the same input, wherever it runs

@@ -74,9 +74,8 @@ class Preflight:
         owns_store: whether the store ends with this process.
         roster: host, pid and local rank of each process.
 
-    Raises:
-        InputError: if two processes differ; the message names both, and what differs.
-        LostError: if a process does not arrive within `run.preflight_timeout_seconds`; the message names it.
+    Raises InputError if two processes differ; the message names both, and what differs. Raises LostError if a process
+    does not arrive within `run.preflight_timeout_seconds`; the message names it.
     """
 
     def __init__(self, run: RunConfig, settings: dict[str, Any]) -> None:

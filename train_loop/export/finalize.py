@@ -38,9 +38,8 @@ def finalize(run: Run, folder: RunFolder, evaluations: list[dict[str, Any]]) -> 
     Returns:
         None if a signal came first.
 
-    Raises:
-        TrainingError: if the model cannot be written, or the written model is not the one that was trained.
-        InputError: if the Hub refuses it.
+    Raises TrainingError if the model cannot be written, or the written model is not the one that was trained;
+    InputError if the Hub refuses it.
     """
     accelerator, state, stop = run.context.accelerator, run.state, run.context.stop
     chosen = _choose(run, folder, evaluations)
@@ -93,8 +92,7 @@ def _write(
 def _choose(run: Run, folder: RunFolder, evaluations: list[dict[str, Any]]) -> storage.CheckpointRef:
     """The checkpoint whose weights are exported: the last one, or the best one that is whole.
 
-    Raises:
-        TrainingError: if there is none.
+    Raises TrainingError if there is none.
     """
     steps = [run.state.step]
     if run.config.export.from_ == "best":

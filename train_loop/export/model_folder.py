@@ -126,8 +126,7 @@ Source: {data.get(config.data.source, f"data set `{config.data.name}`")}. Finger
 def push(folder: Path, config: Config) -> str:
     """Upload the model folder to the Hub; returns its address.
 
-    Raises:
-        InputError: if the Hub refuses (no login, no such user), with its reason.
+    Raises InputError if the Hub refuses (no login, no such user), with its reason.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

@@ -82,8 +82,7 @@ def verify(
     Returns:
         Whether the check was done: False if it ended early.
 
-    Raises:
-        TrainingError: if the exported model is not the trained one.
+    Raises TrainingError if the exported model is not the trained one.
     """
     with tempfile.TemporaryDirectory(prefix="train_loop-") as name:
         probe = Path(name)

@@ -57,8 +57,7 @@ def generate(
         on_token: called with each row's number and new token; True ends the text there.
         notice: called with a line that the user should see.
 
-    Raises:
-        InputError: for a prompt longer than the model's context, and for tokens that are not in its vocabulary.
+    Raises InputError for a prompt longer than the model's context, and for tokens that are not in its vocabulary.
     """
     check_tokens(feed.model, sampling)
     for prompt in prompts:
@@ -95,11 +94,7 @@ def generate(
 
 
 def check_prompt(model: PreTrainedModel, prompt: Sequence[int]) -> None:
-    """Refuse a prompt (token ids) that is longer than the model's context.
-
-    Raises:
-        InputError: with both lengths.
-    """
+    """Refuse a prompt (token ids) that is longer than the model's context. Raises InputError with both lengths."""
     context = context_length(model)
     if context is not None and len(prompt) > context:
         raise InputError(f"prompt: {len(prompt)} tokens exceed the model's context of {context}; shorten it")
@@ -108,8 +103,7 @@ def check_prompt(model: PreTrainedModel, prompt: Sequence[int]) -> None:
 def check_tokens(model: PreTrainedModel, sampling: Sampling) -> None:
     """Refuse to ban or to stop at tokens that a model does not have, and to ban all tokens.
 
-    Raises:
-        InputError: names the tokens.
+    Raises InputError, which names the tokens.
     """
     vocabulary = model.config.get_text_config().vocab_size
     for name, ids in (("banned_tokens", sampling.banned_tokens), ("stop_tokens", sampling.stop_tokens)):

@@ -16,8 +16,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
         prompts: from the command line.
         file: one prompt per line, or if it ends in .jsonl, each line's "prompt"; "-" is standard input.
 
-    Raises:
-        InputError: if the file can't be read, or there is no prompt.
+    Raises InputError if the file can't be read, or there is no prompt.
     """
     found = list(prompts)
     if file is not None:

@@ -65,8 +65,7 @@ class Sampler:
         Args:
             name: see `pretrained.load`.
 
-        Raises:
-            InputError: if there is no such model.
+        Raises InputError if there is no such model.
         """
         model, tokenizer = pretrained.load(name)
         model.eval().to(accelerate.PartialState().device)
@@ -98,9 +97,8 @@ class Sampler:
             on_text: called with each new stretch of text as soon as its characters are whole; useful for one text.
             stop: called after each token; True ends all texts there.
 
-        Raises:
-            InputError: for an empty prompt if the tokenizer has no token to begin with, and for a prompt longer than
-                the model's context.
+        Raises InputError for an empty prompt if the tokenizer has no token to begin with, and for a prompt longer than
+        the model's context.
         """
         ids = []
         for number, prompt in enumerate(prompts, 1):
@@ -222,8 +220,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, core: Any = None
         prompt: the text.
         core: `encoder(tokenizer)`, if it already exists.
 
-    Raises:
-        InputError: if the prompt is empty and there is no such token.
+    Raises InputError if the prompt is empty and there is no such token.
     """
     ids: list[int] = (core or encoder(tokenizer)).encode(prompt, add_special_tokens=False).ids
     start = tokenizer.bos_token_id

@@ -65,8 +65,7 @@ class EventFile:
     def flush(self) -> None:
         """Sync what was written to disk. This may be called from another thread.
 
-        Raises:
-            OSError: if that is not possible.
+        Raises OSError if that is not possible.
         """
         with self._writing:
             self._write()
@@ -75,11 +74,7 @@ class EventFile:
         os.fsync(self._file)
 
     def close(self) -> None:
-        """Write the waiting lines and sync them to disk.
-
-        Raises:
-            OSError: if that is not possible.
-        """
+        """Write the waiting lines and sync them to disk. Raises OSError if that is not possible."""
         self.flush()
         os.close(self._file)
 
@@ -150,19 +145,14 @@ class MetricsLog:
     def flush(self) -> None:
         """Sync what was written to disk. This may be called from another thread.
 
-        Raises:
-            OSError: if that is not possible.
+        Raises OSError if that is not possible.
         """
         for file in (self._events, self._study):
             if file is not None:
                 file.flush()
 
     def close(self) -> None:
-        """Write the waiting lines and sync them to disk.
-
-        Raises:
-            OSError: if that is not possible.
-        """
+        """Write the waiting lines and sync them to disk. Raises OSError if that is not possible."""
         for file in (self._events, self._study):
             if file is not None:
                 file.close()

@@ -31,8 +31,7 @@ def start_trackers(accelerator: Accelerator, run: Path, step: int, settings: dic
 def check_trackers(names: list[str]) -> None:
     """Refuse trackers that Accelerate would silently leave out.
 
-    Raises:
-        InputError: for a tracker that is unknown or not installed.
+    Raises InputError for a tracker that is unknown or not installed.
     """
     available = {str(each) for each in get_available_trackers()}
     for name in names:

@@ -35,8 +35,7 @@ from train_loop.rng import seed_torch
 def build(config: Config, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel | None = None) -> PreTrainedModel:
     """The model of a configuration, or a given one, in fp32, checked against tokenizer and block size.
 
-    Raises:
-        InputError: if the model cannot be loaded or built, or its vocabulary or context is too small.
+    Raises InputError if the model cannot be loaded or built, or its vocabulary or context is too small.
     """
     if model is not None:
         source = f"the {type(model).__name__}"
@@ -71,11 +70,7 @@ def fuse_activations(model: PreTrainedModel) -> None:
 
 
 def check_positions(model: PreTrainedModel) -> None:
-    """Refuse a model that cannot be told where documents begin.
-
-    Raises:
-        InputError: names the model.
-    """
+    """Refuse a model that cannot be told where documents begin. Raises InputError, which names the model."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise InputError(
             f"data.isolate_documents: {type(model).__name__} takes no positions, so it cannot be told where documents "
@@ -104,8 +99,7 @@ def without_compile(model: torch.nn.Module) -> AbstractContextManager[object]:
 def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
     """A model from the Hub or a local folder. It never runs code from there, nor reads pickles, which may be code.
 
-    Raises:
-        InputError: if the model cannot be loaded.
+    Raises InputError if the model cannot be loaded.
     """
 
     def build(attention: str | None) -> PreTrainedModel:
@@ -153,11 +147,7 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrained
 
 
 def _blame_attention(attention: str | None, build: Callable[[str | None], PreTrainedModel], error: Exception) -> None:
-    """Blame the attention implementation for an error if the model can be built without it.
-
-    Raises:
-        InputError: if so.
-    """
+    """Blame the attention implementation for an error if the model can be built without it. Raises InputError if so."""
     if attention is None:
         return
     try:
@@ -202,11 +192,7 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, block_size: int, source: str) -> None:
-    """Refuse a tokenizer or a block size that the model cannot take.
-
-    Raises:
-        InputError: with both numbers.
-    """
+    """Refuse a tokenizer or a block size that the model cannot take. Raises InputError with both numbers."""
     context, vocabulary = context_length(model), len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     if context is not None and block_size > context:
         beyond = f"exceeds the context of {source}, {context} tokens; use at most {context}"

@@ -22,8 +22,7 @@ _BLOCK_BYTES = 1 << 18  # how much of a text file is read at once
 def documents(data: DataConfig, split: str) -> Iterator[Document]:
     """The documents of data.files ("train") or data.validation_files ("validation"), file by file.
 
-    Raises:
-        InputError: if a file cannot be read; the message names the file and the place.
+    Raises InputError if a file cannot be read; the message names the file and the place.
     """
     patterns = data.files if split == TRAIN else data.validation_files
     return itertools.chain.from_iterable(_documents_of(path, data) for path in expand(patterns))
@@ -51,8 +50,7 @@ def _patterns(data: DataConfig) -> list[tuple[str, list[str]]]:
 def expand(patterns: list[str]) -> list[str]:
     """The files that paths or glob patterns name, sorted within each pattern, without repeats.
 
-    Raises:
-        InputError: for a pattern that matches no file, an empty file, or an unknown kind of file.
+    Raises InputError for a pattern that matches no file, an empty file, or an unknown kind of file.
     """
     paths: dict[str, None] = {}
     for pattern in patterns:
@@ -95,8 +93,7 @@ def _documents_of(path: str, data: DataConfig) -> Iterator[Document]:
 class TextFile:
     """The text of a file, as strict UTF-8, in blocks that are read on demand. Each iteration reads it again.
 
-    Raises:
-        InputError: while iterating, if the file can't be read or isn't UTF-8; the message names the byte.
+    Raises InputError while iterating, if the file can't be read or isn't UTF-8; the message names the byte.
     """
 
     path: str
