@@ -31,10 +31,7 @@ class Corpus:
     data: DataConfig
 
     def documents(self, split: str) -> Iterator[Document]:
-        """The documents of "train" or "validation", in the order of the source.
-
-        Raises InputError if a source cannot be read; the message names the file and the place.
-        """
+        """The documents of "train" or "validation" in the source's order; InputError names what can't be read."""
         return (document for found, document in self.splits() if found == split)
 
     def splits(self) -> Iterator[tuple[str, Document]]:
@@ -54,10 +51,7 @@ class Corpus:
                     following = next(chosen)
 
     def key(self) -> dict[str, Any]:
-        """A cheap description of what this corpus is made from: names, sizes and modification times, not contents.
-
-        Two corpora with the same key hold the same documents. The token store is filed under this key.
-        """
+        """What this corpus is made from, cheaply (no contents); the token store is filed under it."""
         data = self.data
         key: dict[str, Any] = {"source": data.source, "max_documents": data.max_documents}
         key |= _SOURCES[data.source].key(data)

@@ -54,14 +54,9 @@ _BATCH_CHARACTERS = 125_000
 def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, shown: bool = True) -> Prepared:
     """The token store of a configuration; built first if it does not exist yet.
 
-    The store is the same whether documents are isolated or not; only the ledger differs.
-
-    Args:
-        config: only the sections data and tokenizer matter (and model.name_or_path, whose tokenizer is the default).
-        tokenizer: used instead of the configured one, for example to evaluate another model on this data.
-        shown: whether to print progress.
-
-    Raises InputError if the data cannot be read, or if a split has no target.
+    The store is the same whether documents are isolated or not; only the ledger differs. A `tokenizer` is used instead
+    of the configured one, for example to evaluate another model on this data; `shown` prints progress. Raises
+    InputError if the data cannot be read, or if a split has no target.
     """
     corpus = Corpus(config.data)
     vocab_size = config.tokenizer.train_vocab_size

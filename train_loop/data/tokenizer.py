@@ -4,9 +4,8 @@ Text is encoded as it is. Nothing is added before or after it, and text that hap
 `<|endoftext|>` in a document about tokenizers) stays ordinary text. The only special token in the data is the
 end-of-text token that the store adds after each document.
 
-A document is encoded in pieces, cut where the cut changes no token. So a document takes little memory, however long
-it is, and all cores share the work. Small pieces are also encoded faster than large ones, because what the Rust core
-needs for them stays in the caches.
+A document is encoded in pieces, cut where the cut changes no token. So it takes little memory, however long it is, and
+all cores share the work. Small pieces are also faster, because what the Rust core needs for them stays in the caches.
 """
 
 import hashlib
@@ -39,10 +38,7 @@ _END_OF_WORD = re.compile(r".*\S(?=[ \n\r\t]\s{0,9}\S)", re.DOTALL)
 
 
 def load(name_or_path: str) -> PreTrainedTokenizerFast:
-    """A tokenizer from the Hub or a local folder.
-
-    Raises InputError if there is none, if it has no end-of-text token, or if it is not a fast one.
-    """
+    """A tokenizer from the Hub or a local folder; InputError if there is none, or none that is fast and ends texts."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -133,12 +129,8 @@ def pieces(core: Tokenizer, blocks: Iterable[str], size: int | None = None) -> I
     """Cut a text into pieces of about `size` characters. Their tokens, put together, are those of the whole text.
 
     A text is only cut at the end of a word, where the cut does not change the tokens around it. If there is no such
-    place nearby, the piece grows. No piece is empty.
-
-    Args:
-        core: what will encode the pieces.
-        blocks: the text in blocks; the pieces don't depend on where these end. At most a piece and a block are held.
-        size: in characters; by default large enough that looking for places to cut costs little.
+    place nearby, the piece grows. No piece is empty. The pieces don't depend on where the blocks end; at most a piece
+    and a block are held. By default, `size` is so large that looking for places to cut costs little.
     """
     known = _splits_at_words(core)
     size = size or (_PIECE if known else _TRIED_PIECE)
@@ -212,10 +204,7 @@ def first_token_bytes(core: Tokenizer, text: str, token: int) -> int:
 
 
 def strings(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds [tokens]. Together these strings are the whole text.
-
-    If several tokens make up one character, the last of them gets it and the others get an empty string.
-    """
+    """The text that each token adds [tokens], which is empty for all tokens of one character but the last."""
     found: list[str] = []
     start = read = 0  # start: where decoding begins again, for context; read: how many tokens are done
 

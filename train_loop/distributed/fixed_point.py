@@ -29,14 +29,8 @@ TOLERANCE = 1e-6  # rounding to integers, relative to the gradient's norm: below
 class FixedPointSum:
     """The gradient of one step, summed over micro-batches and processes; their order changes no bit.
 
-    It takes 8 bytes per parameter in addition to what training needs anyway.
-
-    Args:
-        accelerator: the processes.
-        parameters: the trained parameters.
-
-    Attributes:
-        rounding: how far the last sum can be from the exact one, relative to its norm; 0 for a zero gradient.
+    It takes 8 bytes per parameter in addition to what training needs anyway. `rounding` is how far the last sum can be
+    from the exact one, relative to its norm; 0 for a zero gradient.
     """
 
     def __init__(self, accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -74,13 +68,10 @@ class FixedPointSum:
 
     @torch.no_grad()
     def finish(self, targets: int) -> bool:
-        """Write the sum over all processes, divided by `targets`, into the parameters' gradients.
+        """Write the sum over all processes, divided by `targets`, into the parameters' gradients; NaN if not finite.
 
-        A gradient that is not finite becomes NaN.
-
-        Returns:
-            Whether the scale fitted. If it did not, this function has called `begin` with a better one, and all
-            micro-batches have to be computed and added again.
+        Returns whether the scale fitted. If it did not, this function has called `begin` with a better one, and all
+        micro-batches have to be computed and added again.
         """
         if self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(self.total)

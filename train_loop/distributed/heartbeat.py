@@ -31,20 +31,10 @@ _LEFT = "left"
 
 
 class Heartbeat:
-    """The heartbeats of a run's processes. All processes first meet in the pre-flight check (`preflight.py`).
+    """The heartbeats of a run's processes, which first meet in the pre-flight check; see `Preflight`, and its errors.
 
-    With only one process, this class does nothing.
-
-    Args:
-        run: its two time-outs are used.
-        settings: what all processes must share, by name.
-
-    Attributes:
-        step: returns the step that this process has reached; the others can see it.
-        lost: called with the reason before this process ends because another one has ended.
-
-    Raises InputError if two processes differ; the message names both, and what differs. Raises LostError if a process
-    does not arrive within `run.preflight_timeout_seconds`; the message names it.
+    With only one process, this class does nothing. `step` returns the step that this process has reached, which the
+    others can see. `lost` is called with the reason before this process ends because another one has ended.
     """
 
     def __init__(self, run: RunConfig, settings: dict[str, Any]) -> None:
@@ -72,10 +62,7 @@ class Heartbeat:
 
     @contextmanager
     def connecting(self) -> Iterator[None]:
-        """Within this context, the processes have to reach each other within `preflight_timeout_seconds`.
-
-        Raises LostError, which names the processes that were not reached.
-        """
+        """Within this context, the processes have to reach each other in time; LostError names those not reached."""
         if self.world_size == 1:
             yield
             return

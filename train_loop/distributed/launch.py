@@ -1,8 +1,7 @@
 """Devices and processes: what `accelerate launch` started, checked against what it was asked to start.
 
 Some ways of launching silently do something other than what they say: one process instead of two, two processes that
-each believe they are alone, plain data parallelism instead of FSDP. All of them stop here, and the message gives the
-command that works.
+each believe they are alone, plain data parallelism instead of FSDP. All stop here, with the command that works.
 """
 
 import atexit

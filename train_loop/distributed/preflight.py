@@ -40,11 +40,7 @@ def report(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def difference(reports: list[dict[str, Any]]) -> str | None:
-    """The first thing that two processes must share but don't, as a line that names both; None if all agree.
-
-    Args:
-        reports: of all processes, in order.
-    """
+    """The first thing that two processes must share but don't, as a line that names both; None if all agree."""
     first = reports[0]
     for process, other in enumerate(reports):
         for kind, what, cure in (
@@ -62,20 +58,11 @@ def difference(reports: list[dict[str, Any]]) -> str | None:
 
 
 class Preflight:
-    """The meeting of a run's processes before it begins. There are several of them, started by a launcher.
+    """The meeting of a run's processes, started by a launcher, before it begins. `settings` are what all must share.
 
-    Args:
-        run: its time-out is used.
-        settings: what all processes must share, by name.
-
-    Attributes:
-        rank, world_size: this process, and how many there are.
-        store, address: the connection.
-        owns_store: whether the store ends with this process.
-        roster: host, pid and local rank of each process.
-
-    Raises InputError if two processes differ; the message names both, and what differs. Raises LostError if a process
-    does not arrive within `run.preflight_timeout_seconds`; the message names it.
+    `store` and `address` are the connection, which ends with this process if `owns_store`; `roster` has the host, pid
+    and local rank of each process. Raises InputError if two processes differ, naming both and what differs, and
+    LostError naming a process that does not arrive within `run.preflight_timeout_seconds`.
     """
 
     def __init__(self, run: RunConfig, settings: dict[str, Any]) -> None:

@@ -20,10 +20,7 @@ _BLOCK_BYTES = 1 << 18  # how much of a text file is read at once
 
 
 def documents(data: DataConfig, split: str) -> Iterator[Document]:
-    """The documents of data.files ("train") or data.validation_files ("validation"), file by file.
-
-    Raises InputError if a file cannot be read; the message names the file and the place.
-    """
+    """The documents of data.files or data.validation_files; InputError names the file and place that can't be read."""
     patterns = data.files if split == TRAIN else data.validation_files
     return itertools.chain.from_iterable(_documents_of(path, data) for path in expand(patterns))
 
@@ -48,10 +45,7 @@ def _patterns(data: DataConfig) -> list[tuple[str, list[str]]]:
 
 
 def expand(patterns: list[str]) -> list[str]:
-    """The files that paths or glob patterns name, sorted within each pattern, without repeats.
-
-    Raises InputError for a pattern that matches no file, an empty file, or an unknown kind of file.
-    """
+    """The files of paths or patterns, sorted within each, without repeats; InputError if none, empty or unknown."""
     paths: dict[str, None] = {}
     for pattern in patterns:
         expanded = os.path.expanduser(pattern)
