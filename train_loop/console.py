@@ -87,13 +87,7 @@ class Progress:
             self._line()
 
     def update(self, amount: int, values: str = "", curve: float | None = None) -> None:
-        """Increase the count.
-
-        Args:
-            amount: by how much, in the unit.
-            values: text to show next to the count, e.g. `loss 3.21`.
-            curve: the next value of the curve that is drawn before this text.
-        """
+        """Count `amount` more, and show `values` next to it, e.g. `loss 3.21`, after the curve with its next value."""
         self.count += amount
         self.values = values or self.values
         if curve is not None and (self.bar is not None or self.lines):

@@ -12,11 +12,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopRequest:
     """Within this context, SIGTERM, SIGINT and SIGUSR1 set `name` instead of ending the process.
 
-    A second SIGINT ends it as usual, for users at the keyboard who cannot wait.
-
-    Args:
-        is_lost: whether an error means that another process is gone. In that case signals stay ignored, because this
-            process still has to find out which one.
+    A second SIGINT ends it as usual, for users at the keyboard who cannot wait. If an error `is_lost`, another process
+    is gone; then signals stay ignored, because this process still has to find out which one.
     """
 
     def __init__(self, is_lost: Callable[[BaseException], bool] = lambda error: False) -> None:

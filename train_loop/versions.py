@@ -37,10 +37,7 @@ def installed() -> dict[str, str]:
 
 
 def check() -> None:
-    """Refuse libraries that are missing or older than their floor.
-
-    Raises InputError, which names the first such library, its version and the floor.
-    """
+    """Refuse libraries that are missing or older than their floor: InputError names the first, and its floor."""
     for name, (floor, _) in WORK.items():
         found = version(name)
         if found is None:

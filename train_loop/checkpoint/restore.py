@@ -1,9 +1,8 @@
 """Load a checkpoint into a run's model, even if only the main process's host has it.
 
-If the hosts share a disk, each process reads what it holds. If they don't, only the main process's host has the
-checkpoints. With DDP, each process holds everything, so the main process reads it and sends it to the others. With
-FSDP2, no process holds the whole state, or could hold it. That needs a shared disk, and a run without one stops before
-it trains.
+If the hosts share a disk, each process reads what it holds. If they don't, the main process reads the checkpoint and,
+with DDP, sends it to the others, which hold the same. With FSDP2, no process holds the whole state, or could hold it.
+That needs a shared disk, and a run without one stops before it trains.
 """
 
 import socket
@@ -61,14 +60,7 @@ def restore(
 
 
 def check_disk(accelerator: Accelerator, path: Path) -> None:
-    """Refuse FSDP2 if the hosts do not share a disk. All processes must call this.
-
-    Args:
-        accelerator: the processes.
-        path: a file that the main process has just written.
-
-    Raises InputError, which names the hosts that don't see the file.
-    """
+    """Refuse FSDP2 if a host does not see a file that the main process has just written; all must call this."""
     if not accelerator.is_fsdp2:
         return
     content = broadcast_from_main(accelerator, path.read_bytes() if accelerator.is_main_process else b"")

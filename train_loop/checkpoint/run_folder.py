@@ -58,10 +58,7 @@ class RunFolder:
         return self.path / "model"
 
     def check(self, config: Config) -> None:
-        """Refuse a folder that this run must not write to. This changes nothing.
-
-        Raises InputError, which names what differs, or what is in the way.
-        """
+        """Refuse a folder that this run must not write to: InputError names what differs, or what is in the way."""
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"run.output_dir {self.path}: is a file; name a folder")
         stored = self.path / "config.yaml"
@@ -85,10 +82,7 @@ class RunFolder:
     def claim(
         self, config: Config, ledger: dict[str, Any], truth: dict[str, Any], architecture: Sequence[Savable]
     ) -> None:
-        """Make this folder the run's own: write its configuration, ledger, truth sheet and model architecture.
-
-        Raises InputError if the folder holds a run on other data, or can't be written to.
-        """
+        """Make this folder the run's own; InputError if it holds a run on other data, or can't be written to."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim(config, ledger, truth)

@@ -74,13 +74,7 @@ class CheckpointRef:
 
 
 def shards(model: nn.Module, optimizer: Optimizer, main: bool = True) -> Shards:
-    """What this process has to write of the state. Nothing is copied or sent.
-
-    Args:
-        model: unwrapped, so that its names are those of an exported model.
-        optimizer: AdamW over the same parameters.
-        main: whether this is the main process, which writes what all processes hold.
-    """
+    """What this process has to write of the state; `main` writes what all processes hold. Nothing is copied or sent."""
     state = _inner(optimizer).state
     weights = tensors_once(model)
     moments: dict[str, torch.Tensor] = {}
@@ -98,17 +92,7 @@ def shards(model: nn.Module, optimizer: Optimizer, main: bool = True) -> Shards:
 
 
 def write_part(folder: Path, part: int, parts: int, held: Shards) -> Checksums:
-    """Write what one process holds, and sync it to disk.
-
-    Args:
-        folder: the checkpoint's temporary folder.
-        part: number of this part, from 0.
-        parts: how many parts there are.
-        held: from `shards`.
-
-    Returns:
-        Sizes and checksums of the files.
-    """
+    """Write what one process holds as part number `part`, from 0, of `parts`, and sync it to disk."""
     folder.mkdir(parents=True, exist_ok=True)
     sums: Checksums = {}
     for kind in KINDS:
@@ -122,17 +106,9 @@ def write_part(folder: Path, part: int, parts: int, held: Shards) -> Checksums:
 
 
 def commit(folder: Path, state: dict[str, Any], sums: Checksums) -> Path:
-    """Turn the temporary folder with all parts in it into the checkpoint.
+    """Turn the temporary folder with all parts in it into the checkpoint; OSError if a part is missing.
 
-    Args:
-        folder: the run's `checkpoints`.
-        state: plain values; "step" names the checkpoint, "parts" says how many there are.
-        sums: of the files of all parts.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises OSError if a part is missing.
+    In `state`, which holds plain values, "step" names the checkpoint and "parts" says how many there are.
     """
     temporary, final = temporary_folder(folder, state["step"]), _folder(folder, state["step"])
     for name, expected in sums.items():
@@ -163,15 +139,10 @@ def clear(folder: Path) -> None:
 def prune(
     folder: Path, keep: int, step: int, protected_steps: Collection[int] = (), damaged: Collection[int] = ()
 ) -> None:
-    """Remove all but the newest `keep` checkpoints.
+    """Remove all but the newest `keep` checkpoints of this run's past, which ends at `step`.
 
-    Args:
-        folder: the run's `checkpoints`.
-        keep: how many of the newest stay.
-        step: the step of the newest. Later checkpoints are not part of this run's past; they are replaced when their
-            step comes.
-        protected_steps: steps whose checkpoints stay as well; so do those that were made for study.
-        damaged: steps whose checkpoints were skipped. They are removed and don't count.
+    Later checkpoints are not part of it; they are replaced when their step comes. Those of `protected_steps` stay as
+    well, and those that were made for study; damaged ones are removed and don't count.
     """
     past = []
     for each in _newest_first(folder):
@@ -240,11 +211,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def load(found: CheckpointRef, model: nn.Module, optimizer: Optimizer) -> None:
-    """Load a checkpoint's weights and moments into a model and its optimizer.
-
-    Each process reads the rows that it holds, whichever processes wrote them. Raises ValueError if the checkpoint
-    belongs to another model; then nothing is changed.
-    """
+    """Load a checkpoint's weights and moments, each process the rows it holds; ValueError if it is another model's."""
     load_weights(found, model)
     state = _inner(optimizer).state
     with _open(found, "optimizer") as moments:
@@ -268,13 +235,7 @@ def load_weights(found: CheckpointRef, model: nn.Module) -> None:
 
 
 def in_memory(model: nn.Module, optimizer: Optimizer | None, with_moments: bool) -> Iterator[torch.Tensor]:
-    """A model's weights and, if asked for, AdamW's state: each tensor once, in an order that only the model decides.
-
-    Args:
-        model: unwrapped; not sharded.
-        optimizer: over the model's parameters; state that does not exist yet is created as zeros.
-        with_moments: whether to include the optimizer's state.
-    """
+    """An unsharded model's weights and, if asked for, AdamW's state: each once, in an order that the model decides."""
     weights = tensors_once(model)
     for weight in weights.values():
         yield weight.detach()

@@ -28,18 +28,10 @@ class Finished(NamedTuple):
 
 
 def finalize(run: Run, folder: RunFolder, evaluations: list[dict[str, Any]]) -> Finished | None:
-    """Export the model and have it verified. All processes must call this.
+    """Export the model and have it verified; None if a signal came first. All processes must call this.
 
-    Args:
-        run: a trained run with a checkpoint of its state; it is not trained further.
-        folder: the run's folder.
-        evaluations: the records of its evaluations.
-
-    Returns:
-        None if a signal came first.
-
-    Raises TrainingError if the model cannot be written, or the written model is not the one that was trained;
-    InputError if the Hub refuses it.
+    The run has a checkpoint of its state, and is not trained further. Raises TrainingError if the model cannot be
+    written, or the written model is not the one that was trained; InputError if the Hub refuses it.
     """
     accelerator, state, stop = run.context.accelerator, run.state, run.context.stop
     chosen = _choose(run, folder, evaluations)
@@ -90,10 +82,7 @@ def _write(
 
 
 def _choose(run: Run, folder: RunFolder, evaluations: list[dict[str, Any]]) -> storage.CheckpointRef:
-    """The checkpoint whose weights are exported: the last one, or the best one that is whole.
-
-    Raises TrainingError if there is none.
-    """
+    """The checkpoint whose weights are exported: the last one, or the best one that is whole."""
     steps = [run.state.step]
     if run.config.export.from_ == "best":
         finite = [record for record in evaluations if record["loss"] is not None]

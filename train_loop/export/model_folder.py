@@ -30,14 +30,11 @@ def write(
     evaluations: list[dict[str, Any]],
     step: int,
 ) -> None:
-    """Write a model folder.
+    """Write a model folder in place of anything that is there, with the weights of a step.
 
     Args:
-        folder: where to write; anything already there is removed.
         model: has the configuration to write.
         weights: its weights by name, tied ones once (`storage.tensors`).
-        tokenizer, config, ledger, evaluations: what else belongs in the folder and its card.
-        step: the step that the weights are from.
     """
     shutil.rmtree(folder, ignore_errors=True)
     if config.model.activation_checkpointing:
@@ -124,10 +121,7 @@ Source: {data.get(config.data.source, f"data set `{config.data.name}`")}. Finger
 
 
 def push(folder: Path, config: Config) -> str:
-    """Upload the model folder to the Hub; returns its address.
-
-    Raises InputError if the Hub refuses (no login, no such user), with its reason.
-    """
+    """Upload the model folder to the Hub; returns its address. InputError if the Hub refuses, with its reason."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

@@ -23,17 +23,11 @@ from train_loop.rng import key, uniform
 
 @dataclass
 class Generated:
-    """Tokens that continue a prompt.
+    """Tokens that continue a prompt."""
 
-    Args:
-        tokens: ids, without the one that ended the text.
-        log_probabilities: the tokens' natural ones under the model's distribution, before any filter (if asked for).
-        finish_reason: "stop" if a token or the caller ended the text, "length" after max_new_tokens.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    log_probabilities: list[float] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] | None = None
+    tokens: list[int] = field(default_factory=list)  # ids, without the one that ended the text
+    log_probabilities: list[float] = field(default_factory=list)  # natural, before any filter (if asked for)
+    finish_reason: Literal["stop", "length"] | None = None  # "length" after max_new_tokens
 
 
 @torch.no_grad()
@@ -50,14 +44,12 @@ def generate(
 
     Args:
         feed: decoder of a model that is already in the right mode (train or eval).
-        prompts: token ids, at least one each, at most the model's context.
-        sampling: how tokens are chosen.
+        prompts: token ids, at least one each; InputError for one longer than the model's context.
+        sampling: how tokens are chosen; InputError for tokens that are not in the model's vocabulary.
         eos: id of the end-of-text token, which ends a text; None if there is none.
         samples: each row's sample number, from 0, among those of its prompt; None: all are 0.
         on_token: called with each row's number and new token; True ends the text there.
         notice: called with a line that the user should see.
-
-    Raises InputError for a prompt longer than the model's context, and for tokens that are not in its vocabulary.
     """
     check_tokens(feed.model, sampling)
     for prompt in prompts:
@@ -101,10 +93,7 @@ def check_prompt(model: PreTrainedModel, prompt: Sequence[int]) -> None:
 
 
 def check_tokens(model: PreTrainedModel, sampling: Sampling) -> None:
-    """Refuse to ban or to stop at tokens that a model does not have, and to ban all tokens.
-
-    Raises InputError, which names the tokens.
-    """
+    """Raise InputError for tokens to ban or to stop at that a model does not have, and if all are banned."""
     vocabulary = model.config.get_text_config().vocab_size
     for name, ids in (("banned_tokens", sampling.banned_tokens), ("stop_tokens", sampling.stop_tokens)):
         if outside := [token for token in ids if not 0 <= token < vocabulary]:

@@ -40,33 +40,25 @@ class Decoder:
     """Feeds any causal language model, with a growing cache."""
 
     def __init__(self, model: PreTrainedModel, use_cache: bool = True) -> None:
-        """Decoder of a model that is already in the right mode (train or eval).
-
-        Args:
-            model: the language model.
-            use_cache: False recomputes all positions for every token, for comparison.
-        """
+        """Decoder of a model that is already in the right mode (train or eval); without cache, for comparison."""
         self.model = model
         self._use_cache = use_cache
         self._cache_name = compat.cache_name(model)
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
 
     def start(self, rows: Rows, room: int) -> torch.Tensor:
-        """See `Feed`; `room` makes no difference here."""
         self._ids, mask = _padded(rows, self.model.device)
         self._mask = None if bool(mask.all()) else mask
         self._cache: Any = None
         return self._forward()
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """See `Feed`."""
         self._ids = torch.cat([self._ids, tokens[:, None]], dim=1)
         if self._mask is not None:
             self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
         return self._forward()
 
     def keep(self, rows: Sequence[int]) -> None:
-        """See `Feed`."""
         index = torch.tensor(rows, device=self._ids.device)
         self._ids = self._ids[index]
         self._mask = None if self._mask is None else self._mask[index]
@@ -95,12 +87,7 @@ class StaticDecoder:
     """
 
     def __init__(self, model: PreTrainedModel, record: "Record") -> None:
-        """Decoder of a model that `fits`.
-
-        Args:
-            model: the language model, in eval mode.
-            record: turns a step into a replay before its first use, as a `recorder` does.
-        """
+        """Decoder of a model in eval mode that `fits`; `record` turns a step into a replay, as a `recorder` does."""
         self.model = model
         self._record = record
         self._cache_name = compat.cache_name(model)
@@ -120,7 +107,6 @@ class StaticDecoder:
         )
 
     def start(self, rows: Rows, room: int) -> torch.Tensor:
-        """See `Feed`."""
         device = self.model.device
         ids, mask = _padded(rows, device)
         batch, length = ids.shape
@@ -150,14 +136,13 @@ class StaticDecoder:
         return logits
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """See `Feed`."""
         assert self._replay is not None, "no room was asked for"
         self._tokens[self._rows, 0] = tokens
         self._replay()
         return self._logits[self._rows]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """See `Feed`; the other rows are still computed, but not used."""
+        """The other rows are still computed, but not used."""
         self._rows = self._rows[torch.tensor(rows, device=self._rows.device)]
 
     def _step(self) -> None:

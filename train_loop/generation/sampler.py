@@ -46,12 +46,9 @@ class Sampler:
         feed: Feed | None = None,
         notice: Callable[[str], None] = say,
     ) -> None:
-        """Sampler of a model that may be trained further.
+        """Sampler of a model that may be trained further: its mode (train or eval) is restored after use.
 
-        Args:
-            model, tokenizer: what to sample from; the model's mode (train or eval) is restored after use.
-            feed: how the model is fed; a `Decoder` if None.
-            notice: called with what the user should know, for example that the context is full.
+        Without a `feed`, the model is fed by a `Decoder`. `notice` is called with a line that the user should see.
         """
         self.model, self.tokenizer = model, tokenizer
         self._feed = feed or Decoder(model)
@@ -60,13 +57,7 @@ class Sampler:
 
     @classmethod
     def load(cls, name: str) -> "Sampler":
-        """Sampler of a model on disk or on the Hub, as fast as the device allows.
-
-        Args:
-            name: see `pretrained.load`.
-
-        Raises InputError if there is no such model.
-        """
+        """Sampler of a model on disk or on the Hub (see `pretrained.load`), as fast as the device allows."""
         model, tokenizer = pretrained.load(name)
         model.eval().to(accelerate.PartialState().device)
         record = recorder(model.device)
@@ -88,17 +79,12 @@ class Sampler:
         on_text: Callable[[str], None] = lambda text: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[list[Continuation]]:
-        """Continuations of each prompt, prompt by prompt.
+        """Continuations of each prompt, prompt by prompt, `batch_size` texts at a time.
 
-        Args:
-            prompts: beginnings of texts; all are checked before the first is continued.
-            sampling: how tokens are chosen.
-            batch_size: how many texts grow together.
-            on_text: called with each new stretch of text as soon as its characters are whole; useful for one text.
-            stop: called after each token; True ends all texts there.
-
-        Raises InputError for an empty prompt if the tokenizer has no token to begin with, and for a prompt longer than
-        the model's context.
+        All prompts are checked before the first is continued; InputError for one that is longer than the model's
+        context, or empty if the tokenizer has no token to begin with. `on_text` is called with each new stretch of text
+        as soon as its characters are whole, which is useful for one text; `stop` after each token: True ends all texts
+        there.
         """
         ids = []
         for number, prompt in enumerate(prompts, 1):
@@ -159,14 +145,7 @@ class Text:
         stop: Sequence[str] = (),
         on_text: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """A continuation that is still empty.
-
-        Args:
-            tokenizer: decodes the tokens.
-            prompt: token ids before it; some tokenizers treat the first word of a text differently.
-            stop: strings that end it.
-            on_text: called with each new stretch.
-        """
+        """A continuation that is still empty, of a prompt (some tokenizers treat a text's first word differently)."""
         self._tokenizer, self._stop, self._on_text = tokenizer, stop, on_text
         self._ids = list(prompt)
         self._from, self._read = 0, len(self._ids)  # decoded again for context, and already read
@@ -213,14 +192,8 @@ class Text:
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, core: Any = None) -> list[int]:
     """A prompt's token ids; the spelling of a special token counts as ordinary text.
 
-    An empty prompt becomes the token that begins texts.
-
-    Args:
-        tokenizer: the tokenizer.
-        prompt: the text.
-        core: `encoder(tokenizer)`, if it already exists.
-
-    Raises InputError if the prompt is empty and there is no such token.
+    An empty prompt becomes the token that begins texts; InputError if there is none. `core` is `encoder(tokenizer)`, if
+    it already exists.
     """
     ids: list[int] = (core or encoder(tokenizer)).encode(prompt, add_special_tokens=False).ids
     start = tokenizer.bos_token_id

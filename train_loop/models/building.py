@@ -1,7 +1,6 @@
 """Load any causal language model that Transformers has, or initialise one from scratch.
 
-Weights are fp32 whatever `run.mixed_precision` says: autocast rounds copies of them, and the optimizer changes
-the originals.
+Weights are fp32 whatever `run.mixed_precision` says: autocast rounds copies, the optimizer changes the originals.
 """
 
 import inspect
@@ -97,10 +96,7 @@ def without_compile(model: torch.nn.Module) -> AbstractContextManager[object]:
 
 
 def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
-    """A model from the Hub or a local folder. It never runs code from there, nor reads pickles, which may be code.
-
-    Raises InputError if the model cannot be loaded.
-    """
+    """A model from the Hub or a local folder, or InputError. Neither code nor pickles, which may be code, are read."""
 
     def build(attention: str | None) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -116,10 +112,7 @@ def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
 
 
 def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """A model with random weights, keyed by `run.seed`, from `model.architecture`.
-
-    Unless it says otherwise, the vocabulary is the tokenizer's and the context one block.
-    """
+    """A model with random weights, keyed by `run.seed`; by default its context is one block."""
     attention = config.model.attention
 
     def build(attention: str | None) -> PreTrainedModel:
