@@ -109,6 +109,7 @@ class Look:
     # --- losses and logits
 
     def _of_logits(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        """Keep nll, entropy, top-1 probability and z of each position."""
         for rows, target in zip(logits.split(_ROWS), targets.split(_ROWS), strict=True):
             z = rows.logsumexp(-1)
             probability = (rows - z[:, None]).exp_()
@@ -152,12 +153,15 @@ class Look:
             yield
 
     def _enter(self, number: int) -> Callable[..., None]:
+        """A hook that notes which layer runs."""
+
         def enter(module: nn.Module, arguments: Any) -> None:
             self._layer = number
 
         return enter
 
     def _of_layer(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        """Add up the size of a layer's output; the layer has run."""
         x = output[0] if isinstance(output, tuple) else output
         x = x.flatten(0, -2)[self._real.flatten()].float()
         self._add(f"{self._layer}/squares", exact(x.square().sum(1)).sum())
@@ -166,6 +170,7 @@ class Look:
         self._layer = None
 
     def _of_units(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        """Count at how many positions each unit's output is above 0."""
         if isinstance(output, torch.Tensor) and output.shape[:-1].numel() == self._real.numel():
             above = (output.flatten(0, -2) > 0)[self._real.flatten()].sum(0)
             self._add(f"{self._layer}/above", above)

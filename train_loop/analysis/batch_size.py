@@ -104,6 +104,7 @@ def largest_micro_batch(
 def _fits(
     accelerator: Accelerator, objective: nn.Module, adamw: torch.optim.Optimizer, block_size: int, size: int
 ) -> bool:
+    """Whether a trial step with one sequence, then with `size`, stays within this process's memory."""
     training = objective.training
     objective.train()
     try:

@@ -95,12 +95,14 @@ def _table(found: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
 
 
 def _sources(sequence: dict[str, Any]) -> str:
+    """The documents of a window's tokens, in words."""
     return ", ".join(
         f"{each['name']} from token {each['offset']:,} ({each['tokens']:,})" for each in sequence["documents"]
     )
 
 
 def _text(sequence: dict[str, Any], colour: bool) -> str:
+    """A window's text; with `colour`, each token is coloured by its loss."""
     pieces = []
     for token, loss in zip(sequence["tokens"], sequence["losses"], strict=True):
         text = visible(token)
@@ -161,6 +163,7 @@ def page(found: list[dict[str, Any]], title: str) -> str:
 
 
 def _span(token: str, loss: float | None) -> str:
+    """A token as HTML, shaded by its loss."""
     if loss is None:
         return f"<span>{_escaped(token)}</span>"
     share = round(100 * min(1.0, loss / _DARKEST))

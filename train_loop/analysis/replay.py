@@ -187,6 +187,7 @@ class Replay:
         return [first, second | {"from_step": self.from_step, "set": list(changes), "verification": None}]
 
     def _changed(self, changes: Sequence[str]) -> tuple[Config, bool]:
+        """The settings with changes, and whether dropout stays on."""
         other, dropout = self._settings(), True
         for change in changes:
             key, equals, text = change.partition("=")
@@ -393,6 +394,7 @@ def _state(run: Run) -> dict[str, Any]:
 
 @torch.no_grad()
 def _put_back(run: Run, state: dict[str, Any]) -> None:
+    """Put weights, moments and loss scale, as `_state` copied them, into a run."""
     tensors = tensors_once(run.state.model)
     shapes = {name: tensor.shape for name, tensor in state["weights"].items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != shapes:

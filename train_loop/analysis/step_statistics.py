@@ -131,6 +131,7 @@ class StepStatistics(Observer):
         self._handles, self._before, self._sums, self._micro_batches, self._batch = [], {}, {}, [], None
 
     def _clips(self, norm: float | None) -> bool:
+        """Whether a step with this gradient norm is clipped."""
         limit = self.context.max_grad_norm
         return limit is not None and norm is not None and norm > limit
 
@@ -186,6 +187,7 @@ class StepStatistics(Observer):
     # --- results
 
     def _values(self, batch: StepBatch, grad_norm: float) -> dict[str, Any]:
+        """The record of a watched step."""
         sums = over_processes(self.context.accelerator, self._sums | self._noise_sums())
         limit = self.context.max_grad_norm
         # What clipping multiplied the gradients by.
@@ -267,6 +269,7 @@ class StepStatistics(Observer):
         return dict(zip(("noise/square", "noise/inverse", "noise/count"), total, strict=True))
 
     def _noise(self, found: dict[str, float], big: float, targets: int) -> dict[str, Any]:
+        """The gradient noise scale and its two parts; None if the step has fewer than two micro-batches."""
         count = found["noise/count"]
         if count < 2:
             return {"gradient_noise_scale": None, "gradient_noise": None}

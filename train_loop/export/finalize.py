@@ -54,6 +54,7 @@ def _write(
     chosen: storage.CheckpointRef,
     expected: verify.Expected | None,
 ) -> Finished | None:
+    """Write, verify, publish and upload the model; None if a signal came first."""
     config, accelerator, model = run.config, run.context.accelerator, run.state.model
     temporary = folder.model.with_name("model.tmp")
     try:

@@ -125,6 +125,7 @@ def _differences(found: dict[str, Any], expected: Expected, precision: str) -> s
 def _write_probe(
     probe: Path, weights: dict[str, torch.Tensor], windows: Windows, expected: Expected, batch_size: int
 ) -> None:
+    """Write what the clean process needs: validation windows, prompt and hashes of the weights."""
     batches = list(loader(windows, cut(expected.blocks, batch_size)))
     names = ("inputs", "targets") if batches[0].positions is None else ("inputs", "targets", "positions")
     tensors = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
@@ -147,6 +148,7 @@ def new_tokens(windows: Windows) -> int:
 
 
 def _environment() -> dict[str, str]:
+    """This process's variables without those of launchers; libraries stay offline."""
     own = {"RANK", "WORLD_SIZE"}
     kept = {name: value for name, value in os.environ.items() if name not in own and not name.startswith(_LAUNCHERS)}
     return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

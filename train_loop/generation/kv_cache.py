@@ -37,7 +37,7 @@ class Feed(Protocol):
 
 
 class Decoder:
-    """Feeds any causal language model, with a growing cache."""
+    """A `Feed` for any causal language model, with a growing cache."""
 
     def __init__(self, model: PreTrainedModel, use_cache: bool = True) -> None:
         """Decoder of a model that is already in the right mode (train or eval); without cache, for comparison."""
@@ -80,7 +80,7 @@ class Decoder:
 
 
 class StaticDecoder:
-    """Feeds a model through a cache of fixed size, so that every step does the same work on the same memory.
+    """A `Feed` through a cache of fixed size, so that every step does the same work on the same memory.
 
     A GPU can then record the step once and replay it as a whole, instead of waiting for Python to launch each of its
     hundreds of small kernels.

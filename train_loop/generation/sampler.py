@@ -116,6 +116,7 @@ class Sampler:
         on_text: Callable[[str], None],
         stop: Callable[[], bool],
     ) -> list[Continuation]:
+        """Continue one batch of (prompt, sample number)."""
         prompts, samples = zip(*batch, strict=True)
         texts = [Text(self.tokenizer, prompt, sampling.stop, on_text) for prompt in prompts]
         eos, training = self.tokenizer.eos_token_id, self.model.training
@@ -164,6 +165,7 @@ class Text:
         return self._text
 
     def _decode(self, last: bool) -> None:
+        """Decode the new tokens, look for strings that end the text, and pass on what can no longer change."""
         if self._ended:
             return
         known, whole = (
@@ -184,6 +186,7 @@ class Text:
         self._hand_on(len(self._text) - (0 if self._ended else max(begun, default=0)))
 
     def _hand_on(self, end: int) -> None:
+        """Pass on the text up to `end`."""
         if end > self._handed_on:
             self._on_text(self._text[self._handed_on : end])
             self._handed_on = end

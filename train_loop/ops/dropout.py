@@ -84,6 +84,7 @@ class _Dropout(torch.autograd.Function):
 
 
 def _dropped(x: torch.Tensor, bits: torch.Tensor, threshold: int) -> torch.Tensor:
+    """x without the numbers whose bits are below the threshold; the others are scaled."""
     if torch.compiler.is_compiling():  # torch 2.11 compiles what follows into a gradient of zeros
         return torch.where(bits >= threshold - _STEPS // 2, x, 0) * (_STEPS / (_STEPS - threshold))
     # The comparison writes numbers, because converting a mask of booleans takes four times as long.
