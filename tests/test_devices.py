@@ -45,7 +45,7 @@ SAMPLING = (
     ("--top_k", "0", "--repetition_penalty", "1.2"),
 )
 REFUSED = {
-    "run__mixed_precision": ("bf16", "this device (TOY) does not have it; it has no | fp16"),
+    "run__mixed_precision": ("bf16", "this device (TOY) does not support it; it supports no | fp16"),
     "run__reproducible": ("bitwise", "needs 64-bit numbers, which this device (TOY) does not have"),
 }
 
@@ -166,7 +166,7 @@ def test_a_cpu_says_what_it_has(command: Command, settings: Callable[..., list[s
     assert not devices.pins_memory(CPU) and not devices.has_events(CPU) and devices.graph_type(CPU) is None
     assert devices.name(CPU) == "CPU" and devices.peak_memory(CPU)() > 2**20
     assert command("train", *settings(run__mixed_precision="fp16")) == 2
-    assert "run.mixed_precision fp16: this device (CPU) does not have it; it has no | bf16" in command.err
+    assert "run.mixed_precision fp16: this device (CPU) does not support it; it supports no | bf16" in command.err
 
 
 def test_what_is_exact_goes_where_float64_is(monkeypatch: pytest.MonkeyPatch) -> None:

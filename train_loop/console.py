@@ -105,6 +105,7 @@ class Progress:
         return " ".join(each for each in (self.curve.text(sys.stderr.encoding), self.values) if each)
 
     def _line(self) -> None:
+        """Print a line of progress."""
         self.last_line = time.monotonic()
         seconds = self.last_line - self.started
         of = f"/{_scaled(self.total, self.unit)}" if self.total else ""

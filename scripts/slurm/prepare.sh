@@ -3,7 +3,7 @@
 #
 #   sbatch scripts/slurm/prepare.sh --config configs/eli5_distilgpt2.yaml [--section.key value ...]
 #
-# The store is in data.cache_dir, or else $TRAIN_LOOP_CACHE, or else ~/.cache/train_loop, on a disk that all nodes share.
+# The store is in data.cache_dir, or $TRAIN_LOOP_CACHE, or else ~/.cache/train_loop, on a disk that all nodes share.
 #
 #SBATCH --job-name=prepare
 #SBATCH --nodes=1

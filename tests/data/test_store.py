@@ -221,7 +221,7 @@ def test_damage_is_named(tmp_path: Path, tokenizer_folder: Path) -> None:
     settings = configured(tmp_path, tokenizer_folder)
     folder = preparation.prepare(settings, shown=False).folder
     (folder / VALIDATION / "tokens.bin").write_bytes(b"12")
-    with pytest.raises(InputError, match=r"tokens.bin: damaged, 2 bytes where \d+ belong"):
+    with pytest.raises(InputError, match=r"tokens.bin: damaged, has 2 bytes instead of \d+"):
         preparation.prepare(settings, shown=False)
     (folder / "ledger.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):

@@ -76,7 +76,7 @@ def test_torchrun_without_the_variable_stops_and_with_it_works(settings: Setting
 @pytest.mark.parametrize(
     ("variables", "changes", "expected"),
     [
-        ({}, {"run__mixed_precision": "fp16"}, "fp16: this device (CPU) does not have it; it has no | bf16"),
+        ({}, {"run__mixed_precision": "fp16"}, "fp16: this device (CPU) does not support it; it supports no | bf16"),
         ({}, {"run__mixed_precision": "fp8"}, "fp8"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {}, "say --run.mixed_precision bf16, or launch with"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}, "--model.compile true"),

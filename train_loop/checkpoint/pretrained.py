@@ -46,7 +46,7 @@ def _from_run(
         if found is None:
             raise InputError(problem)
         if not run.architecture.is_dir():
-            raise InputError(f"run {run.path}: has no {run.architecture.name}; its next start writes it")
+            raise InputError(f"run {run.path}: has no {run.architecture.name}; start the run again to write it")
         config: Any = AutoConfig.from_pretrained(run.architecture)
         built = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
         try:

@@ -113,7 +113,7 @@ def commit(folder: Path, state: dict[str, Any], sums: Checksums) -> Path:
     temporary, final = temporary_folder(folder, state["step"]), _folder(folder, state["step"])
     for name, expected in sums.items():
         if not (temporary / name).is_file() or (temporary / name).stat().st_size != expected["bytes"]:
-            raise OSError(f"{name} is not here; run.output_dir has to be on a disk that all hosts share")
+            raise OSError(f"{name} is missing here; run.output_dir has to be on a disk that all hosts share")
     _write_json(temporary / "state.json", state)
     files = sums | {"state.json": _sums(temporary / "state.json")}
     _write_json(temporary / "manifest.json", {"files": files, "sha256": _digest(files)})
@@ -343,7 +343,7 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint. It disappears at once: nobody ever sees half of it."""
+    """Remove a checkpoint. It disappears in one go, so no reader ever sees half of it."""
     hidden = folder.with_name(f"{_TEMPORARY}removed-{folder.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(folder, hidden)

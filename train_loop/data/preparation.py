@@ -221,6 +221,7 @@ class _SplitWriter:
         self.documents.write(ends.tobytes())
 
     def _write(self, ids: npt.ArrayLike) -> None:
+        """Append token ids [tokens] to tokens.bin and to its digest."""
         content = np.asarray(ids, dtype=self.dtype).tobytes()
         self.digest.update(content)
         self.tokens.write(content)

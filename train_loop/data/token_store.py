@@ -64,7 +64,7 @@ class TokenStore:
         path = folder / "tokens.bin"
         found = path.stat().st_size if path.exists() else 0
         if found != expected:
-            raise InputError(f"{path}: damaged, {found} bytes where {expected} belong; remove {folder.parent}")
+            raise InputError(f"{path}: damaged, has {found} bytes instead of {expected}; remove {folder.parent}")
         # A plain view of the map, because memmap's own indexing runs Python code each time.
         self.tokens: npt.NDArray[Any] = np.asarray(np.memmap(path, dtype, "r")) if expected else np.empty(0, dtype)
         documents = folder / "documents.bin"

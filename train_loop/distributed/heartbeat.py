@@ -181,7 +181,7 @@ class Heartbeat:
         """The line that says that the store, and with it process 0, is lost."""
         seconds, here = time.monotonic() - self._store_heard, socket.gethostname()
         lost = f"lost {self._name(0)}, with the store at {self._address}"
-        return f"{lost}: not reached from {here} for {seconds:.0f} s; {GOES_ON}"
+        return f"{lost}: {here} has not reached it for {seconds:.0f} s; {GOES_ON}"
 
     def _silent(self, seconds: float) -> str | None:
         """The line that names a process that has ended or has been silent for this long; None if there is none."""

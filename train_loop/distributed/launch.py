@@ -121,7 +121,7 @@ def _check_launcher(run: RunConfig) -> None:
             raise InputError(f"the launcher asks for {what}; {cure}")
     for name in ("TP_SIZE", "CP_SIZE", "SP_SIZE"):
         if int(asked(f"PARALLELISM_CONFIG_{name}") or 1) > 1:
-            only = "train_loop has data parallelism only (DDP, FSDP2)"
+            only = "train_loop only has data parallelism (DDP, FSDP2)"
             raise InputError(f"the launcher asks for {name.lower()} > 1; {only}")
     if asked("ACCELERATE_USE_FSDP") == "true":
         if os.environ.get("FSDP_VERSION", "1") != "2":
@@ -163,8 +163,8 @@ def _check_processes(accelerator: Accelerator, run: RunConfig) -> None:
         )
     if run.mixed_precision not in (present := devices.precisions(device)):
         raise InputError(
-            f"run.mixed_precision {run.mixed_precision}: this device ({name}) does not have it; "
-            f"it has {' | '.join(present)}"
+            f"run.mixed_precision {run.mixed_precision}: this device ({name}) does not support it; "
+            f"it supports {' | '.join(present)}"
         )
 
 

@@ -112,6 +112,7 @@ class Preflight:
         self.store.set(f"report/{self.rank}", json.dumps(own))
 
         def wait(*keys: str) -> bool:
+            """Wait for some keys; False if they don't all come in time."""
             while not all(self.store.check([key]) for key in keys):
                 if time.monotonic() - began > self._patience:
                     return False

@@ -128,6 +128,7 @@ def _paint_lines(
 
 
 def _paint_time(run: dict[str, Any], axes: Any) -> bool:
+    """Draw the parts of a step's time as stacked areas."""
     time = run["time"]
     if time is None:
         return False
@@ -142,6 +143,7 @@ def _paint_time(run: dict[str, Any], axes: Any) -> bool:
 
 
 def _paint_heat(run: dict[str, Any], group: str, table: str, rows: str, label: str, axes: Any) -> bool:
+    """Draw a table as a heat map, with a logarithmic scale if its values differ by more than a factor of 20."""
     found = run[group]
     if found is None or table not in found["tables"]:
         return False
@@ -161,6 +163,7 @@ def _paint_heat(run: dict[str, Any], group: str, table: str, rows: str, label: s
 
 
 def _paint_bins(found: dict[str, Any] | None, label: str, axes: Any) -> bool:
+    """Draw losses by bin, one line for each of up to five steps."""
     if found is None:
         return False
     bins, steps = found["bins"], found["step"]

@@ -110,6 +110,7 @@ def _columns(files: RunFiles) -> dict[str, NDArray[np.float64]]:
 def _totals(
     columns: dict[str, NDArray[np.float64]], config: dict[str, Any], truth: dict[str, Any] | None, limit: float
 ) -> dict[str, Any]:
+    """The numbers of a run's summary."""
     there = len(columns["step"])
     last = {
         name: columns[name][-1] if there else math.nan for name in ("step", "epoch", "tokens_so_far", "seconds_so_far")
@@ -143,12 +144,14 @@ def _median(values: NDArray[np.float64]) -> float:
 
 
 def _axis(columns: dict[str, NDArray[np.float64]]) -> dict[str, list[float | None]]:
+    """Steps, thinned, with the tokens and the seconds up to each of them."""
     chosen = downsample.evenly(len(columns["step"]), downsample.MOST_POINTS)
     names = {"step": "step", "tokens": "tokens_so_far", "seconds": "seconds_so_far"}
     return {key: [0.0, *downsample.rounded(columns[name][chosen], 10)] for key, name in names.items()}
 
 
 def _curve(steps: NDArray[np.float64], values: NDArray[np.float64]) -> dict[str, list[float | None]]:
+    """A curve, thinned if it is long."""
     chosen = downsample.kept(values)
     curve = {"step": downsample.rounded(steps[chosen], 12), "value": downsample.rounded(values[chosen])}
     if len(chosen) < len(values):
@@ -158,6 +161,7 @@ def _curve(steps: NDArray[np.float64], values: NDArray[np.float64]) -> dict[str,
 
 
 def _marks(columns: dict[str, NDArray[np.float64]], which: NDArray[np.bool_]) -> dict[str, list[float | None]]:
+    """Some steps and their gradient norms, for marks in the plot of the gradient norm."""
     places = np.flatnonzero(which)
     places = places[downsample.evenly(len(places), downsample.MOST_POINTS)]
     return {
@@ -233,6 +237,7 @@ def _tables(
     cell: Callable[[dict[str, Any], str, str], float],
     lowest: bool,
 ) -> dict[str, Any]:
+    """One table [row][time] for each metric, thinned to the highest (or lowest) value of each bucket."""
     columns = max(1, min(MOST_COLUMNS, MOST_CELLS // len(rows)))
     tables = {}
     for metric in metrics:
@@ -302,12 +307,14 @@ def _probe(events: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _pairs(value: Any) -> Iterator[tuple[Any, Any]]:
+    """The pairs in a list; anything else in it is left out."""
     for pair in _list(value):
         if isinstance(pair, list) and len(pair) == 2:
             yield pair[0], pair[1]
 
 
 def _samples(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Steps, prompts and continuations of at most `MOST_SAMPLES` samples."""
     keys = ("prompt", "continuation")
     return [
         {"step": events[place]["step"]} | {key: str(events[place].get(key, "")) for key in keys}

@@ -95,6 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(404, "text/plain", "only / and /data.json exist")
 
     def _answer(self, status: int, kind: str, text: str, tag: str | None = None) -> None:
+        """Send a response; `kind` is its content type, `tag` its ETag."""
         body = text.encode()
         self.send_response(status)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")

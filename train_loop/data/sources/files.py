@@ -60,7 +60,7 @@ def expand(patterns: list[str]) -> list[str]:
         if os.path.getsize(path) == 0:
             raise InputError(f"data.files: {path}: the file is empty")
         if Path(path).suffix.lower() not in _READERS:
-            raise InputError(f"data.files: {path}: unknown kind of file; known are {', '.join(_READERS)}")
+            raise InputError(f"data.files: {path}: unknown kind of file; train_loop reads {', '.join(_READERS)}")
     return list(paths)
 
 
@@ -138,6 +138,7 @@ def _decode(content: bytes, path: str, start: int = 0) -> str:
 
 
 def _lines(path: str) -> Iterator[str]:
+    """The lines of a file, decoded one by one."""
     start = 0
     with open(path, "rb") as file:
         for line in file:
@@ -146,6 +147,7 @@ def _lines(path: str) -> Iterator[str]:
 
 
 def _read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
+    """One row per line; like every reader, yields the place of a row in the file, and the row."""
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
             yield f"line {number}", _parse_json(line.rstrip(), path, number)
@@ -163,6 +165,7 @@ def _read_json(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parse_json(text: str, path: str, line: int) -> Any:
+    """The value of a JSON text that begins at a line of the file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
