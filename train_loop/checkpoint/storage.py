@@ -237,15 +237,12 @@ def load_weights(found: CheckpointRef, model: nn.Module) -> None:
 def in_memory(model: nn.Module, optimizer: Optimizer | None, with_moments: bool) -> Iterator[torch.Tensor]:
     """An unsharded model's weights and, if asked for, AdamW's state: each once, in an order that the model decides."""
     weights = tensors_once(model)
-    for weight in weights.values():
-        yield weight.detach()
+    yield from (weight.detach() for weight in weights.values())
     if optimizer is None or not with_moments:
         return
     state = _inner(optimizer).state
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for parameter in weights.values():
-        if id(parameter) not in trained:
-            continue
+    for parameter in (weight for weight in weights.values() if id(weight) in trained):
         if parameter not in state:
             state[parameter] = {moment: torch.zeros_like(parameter.detach()) for moment in _MOMENTS}
             state[parameter]["step"] = torch.zeros((), device=parameter.device)

@@ -156,5 +156,5 @@ class Preflight:
 def _list(noun: str, numbers: list[int]) -> str:
     """A noun with its numbers: `processes 1, 3`; at most eight of them."""
     shown = ", ".join(str(number) for number in numbers[:8]) + (", ..." if len(numbers) > 8 else "")
-    plural = "es" if noun.endswith("s") else "s"
-    return f"{noun}{plural if len(numbers) > 1 else ''} {shown}"
+    plural = ("es" if noun.endswith("s") else "s") if len(numbers) > 1 else ""
+    return f"{noun}{plural} {shown}"

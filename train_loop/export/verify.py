@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,8 @@ def verify(
                 while process.poll() is None:
                     if stop():
                         return False
-                    try:
+                    with suppress(subprocess.TimeoutExpired):
                         process.wait(_POLL_SECONDS)
-                    except subprocess.TimeoutExpired:
-                        continue
             finally:
                 process.kill()
                 process.wait()

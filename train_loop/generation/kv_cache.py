@@ -75,8 +75,7 @@ class Decoder:
             inputs |= {"attention_mask": self._mask, "position_ids": _positions(self._mask)[:, -new:]}
         output: Any = self.model(**inputs, use_cache=self._use_cache, **self._options)
         self._cache = output.get(self._cache_name) if self._use_cache else None
-        logits: torch.Tensor = output.logits[:, -1].float()
-        return logits
+        return output.logits[:, -1].float()
 
 
 class StaticDecoder:
@@ -158,8 +157,7 @@ class StaticDecoder:
             logits_to_keep=1,
             **{self._cache_name: self._cache},
         )
-        logits: torch.Tensor = output.logits[:, -1].float()
-        return logits
+        return output.logits[:, -1].float()
 
 
 Record = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
@@ -183,8 +181,7 @@ def recorder(device: torch.device) -> Record | None:
         graph = graph_type()
         with backend.graph(graph):
             step()
-        replay: Callable[[], None] = graph.replay
-        return replay
+        return graph.replay
 
     return record
 

@@ -229,10 +229,9 @@ def _backwards(path: Path) -> Iterator[tuple[bytes, int]]:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """The event on a line; None if the line is damaged."""
     try:
-        event: dict[str, Any] = json.loads(line)
+        return json.loads(line)
     except ValueError:
         return None
-    return event
 
 
 def plain(value: Any) -> Any:

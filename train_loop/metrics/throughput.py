@@ -111,9 +111,7 @@ class Throughput:
 
     def _exposed(self) -> float:
         """Seconds by which the exchange of gradients outlasted the last backward pass."""
-        if self._parallel is None:
-            return 0.0
-        found = self._parallel._get_ddp_logging_data()
+        found = self._parallel._get_ddp_logging_data() if self._parallel is not None else {}
         exposed = found.get("backward_comm_time", 0) - found.get("backward_compute_comm_overlap_time", 0)
         return max(0.0, exposed / 1e9)
 

@@ -99,10 +99,9 @@ def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
     """A model from the Hub or a local folder, or InputError. Neither code nor pickles, which may be code, are read."""
 
     def build(attention: str | None) -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype=torch.float32, attn_implementation=attention, use_safetensors=True
         )
-        return model
 
     try:
         return build(attention)
