@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,31 +30,15 @@ class Savable(Protocol):
         """Write it into a folder."""
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The folder of one run."""
 
-    path: Path
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder with the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        """The log of steps and evaluations."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def architecture(self) -> Path:
-        """The model's configuration and tokenizer, without weights."""
-        return self.path / "architecture"
-
-    @property
-    def model(self) -> Path:
-        """The exported model."""
-        return self.path / "model"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"  # the log of steps and evaluations
+        self.architecture = path / "architecture"  # the model's configuration and tokenizer, without weights
+        self.model = path / "model"  # the exported one
 
     def check(self, config: Config) -> None:
         """Refuse a folder that this run must not write to: InputError names what differs, or what is in the way."""
