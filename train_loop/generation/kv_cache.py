@@ -40,7 +40,7 @@ class Decoder:
     """A `Feed` for any causal language model, with a growing cache."""
 
     def __init__(self, model: PreTrainedModel, use_cache: bool = True) -> None:
-        """Decoder of a model that is already in the right mode (train or eval); without cache, for comparison."""
+        """Decoder of a model already in the right mode (train or eval); without `use_cache`, all is recomputed."""
         self.model = model
         self._use_cache = use_cache
         self._cache_name = compat.cache_name(model)
