@@ -32,16 +32,9 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """The summed nll of targets under softmax(W h + b), without ever holding all logits; built into torch 2.13.
 
-    Args:
-        hidden: [positions, width].
-        weight: W [vocabulary, width].
-        targets: int64 [positions].
-        bias: b [vocabulary].
-        ignored: the target value that does not count.
-        chunk: number of positions whose logits are held at once.
-
-    Returns:
-        The sum in nats, [] float32. Under autocast, products have its type and sums are in fp32, forward and backward.
+    Takes hidden [positions, width], weight W [vocabulary, width], targets int64 [positions], bias b [vocabulary], the
+    target value that does not count, and the number of positions whose logits are held at once. Returns the sum in
+    nats, [] float32. Under autocast, products have its type and sums are in fp32, forward and backward.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -71,12 +64,11 @@ def linear_cross_entropy(
 
 def checkpoint_activations(model: PreTrainedModel, on: bool) -> None:
     """Turn recomputing activations in the backward pass on or off; Transformers 5.23 has these names."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(
-            {"use_reentrant": False}
-        ) if on else model.activation_checkpointing_disable()
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
     else:
-        model.gradient_checkpointing_enable({"use_reentrant": False}) if on else model.gradient_checkpointing_disable()
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def checkpoints_activations(model: PreTrainedModel) -> bool:
@@ -91,10 +83,7 @@ def cache_name(model: PreTrainedModel) -> str:
 
 
 def static_cache_counts() -> bool:
-    """Whether fixed-size caches know how full they are, so that a step can be recorded: from Transformers 5.4 on.
-
-    If they don't, a growing cache gives the same tokens, but more slowly on a GPU.
-    """
+    """Whether fixed-size caches know how full they are, so that a step can be recorded: from Transformers 5.4 on."""
     return hasattr(StaticLayer(max_cache_len=1), "cumulative_length")
 
 

@@ -8,7 +8,6 @@ The blocks show the loss of the whole run so far, from its first step on the lef
 import math
 import sys
 import time
-from types import TracebackType
 
 from tqdm import tqdm
 
@@ -70,21 +69,16 @@ class Progress:
         self.curve = Sparkline()
         self.last_look = 0.0
         self.started = self.last_line = time.monotonic()
-        terminal = shown and sys.stderr.isatty()
-        scaled = unit == "B"
-        self.bar = (
-            tqdm(total=total, initial=start, desc=title, unit=unit, unit_scale=scaled, dynamic_ncols=True)
-            if terminal
-            else None
-        )
-        self.lines = shown and not terminal
+        self.bar: tqdm | None = None
+        if shown and sys.stderr.isatty():
+            scaled = unit == "B"
+            self.bar = tqdm(total=total, initial=start, desc=title, unit=unit, unit_scale=scaled, dynamic_ncols=True)
+        self.lines = shown and self.bar is None
 
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self.bar is not None:
             if self.values:
                 self.bar.set_postfix_str(self._values(), refresh=False)
@@ -93,13 +87,7 @@ class Progress:
             self._line()
 
     def update(self, amount: int, values: str = "", curve: float | None = None) -> None:
-        """Increase the count.
-
-        Args:
-            amount: by how much, in the unit.
-            values: text to show next to the count, e.g. `loss 3.21`.
-            curve: the next value of the curve that is drawn before this text.
-        """
+        """Count `amount` more, and show `values` next to it, e.g. `loss 3.21`, after the curve with its next value."""
         self.count += amount
         self.values = values or self.values
         if curve is not None and (self.bar is not None or self.lines):

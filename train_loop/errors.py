@@ -15,11 +15,7 @@ class TrainingError(Exception):
 
 
 class LostError(TrainingError):
-    """A run cannot go on because another process or host is gone.
-
-    Args:
-        speaks: whether this process prints the reason. One process per host does: the first one that is alive.
-    """
+    """A run cannot go on because another process or host is gone. The first living process of each host `speaks`."""
 
     def __init__(self, reason: str, speaks: bool | None = None) -> None:
         super().__init__(reason)

@@ -4,15 +4,11 @@ from typing import NamedTuple
 
 
 class Precision(NamedTuple):
-    """A precision of the forward and backward passes.
+    """A precision of the forward and backward passes."""
 
-    dtype: torch's name for the type that they compute in; same_loss: relative difference between two ways to compute a
-    loss that rounding can explain; same_logit: the same for a logit, as an absolute difference.
-    """
-
-    dtype: str
-    same_loss: float
-    same_logit: float
+    dtype: str  # torch's name for the type that they compute in
+    same_loss: float  # relative difference between two ways to compute a loss that rounding can explain
+    same_logit: float  # the same for a logit, as an absolute difference
 
 
 PRECISIONS = {

@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -12,11 +12,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopRequest:
     """Within this context, SIGTERM, SIGINT and SIGUSR1 set `name` instead of ending the process.
 
-    A second SIGINT ends it as usual, for users at the keyboard who cannot wait.
-
-    Args:
-        is_lost: whether an error means that another process is gone. In that case signals stay ignored, because this
-            process still has to find out which one.
+    A second SIGINT ends it as usual, for users at the keyboard who cannot wait. If an error `is_lost`, another process
+    is gone; then signals stay ignored, because this process still has to find out which one.
     """
 
     def __init__(self, is_lost: Callable[[BaseException], bool] = lambda error: False) -> None:
@@ -48,9 +45,7 @@ class StopRequest:
             self._before[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and self._is_lost(error):
             self.ignore_from_now_on()
         for number, handler in self._before.items():

@@ -37,19 +37,14 @@ def installed() -> dict[str, str]:
 
 
 def check() -> None:
-    """Refuse libraries that are missing or older than their floor.
-
-    Raises:
-        InputError: names the first such library, its version and the floor.
-    """
+    """Refuse libraries that are missing or older than their floor: InputError names the first, and its floor."""
     for name, (floor, _) in WORK.items():
         found = version(name)
         if found is None:
             raise InputError(f"{name} is not installed; pip install '{name}>={floor}'")
         if release(found) < release(floor):
-            raise InputError(
-                f"{name} {found} is too old; train_loop needs {floor} or later: pip install '{name}>={floor}'"
-            )
+            cure = f"train_loop needs {floor} or later: pip install '{name}>={floor}'"
+            raise InputError(f"{name} {found} is too old; {cure}")
 
 
 def too_new(error: BaseException) -> str | None:
@@ -98,7 +93,7 @@ def version(name: str) -> str | None:
 def release(version: str) -> tuple[int, ...]:
     """The numbers that a version begins with, without trailing zeros: (2, 9) for 2.9.0a0+50eac811."""
     found = re.match(r"\d+(\.\d+)*", version)
-    numbers = [int(part) for part in found.group().split(".")] if found else [0]
+    numbers = [int(part) for part in found.group().split(".")] if found else []
     while numbers and numbers[-1] == 0:
         numbers.pop()
     return tuple(numbers)

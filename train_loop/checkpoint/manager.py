@@ -30,18 +30,10 @@ _SECONDS_BETWEEN_LOOKS = 0.05
 
 
 class CheckpointManager:
-    """Writes a run's checkpoints.
+    """Writes a run's checkpoints, and keeps the newest; those of steps found to be damaged don't count.
 
-    Args:
-        accelerator: the processes.
-        folder: the run's `checkpoints`.
-        keep: how many of the newest checkpoints to keep.
-        background: whether training goes on while a checkpoint is written. This costs each process as much CPU memory
-            as it writes: 12 bytes per parameter.
-        damaged: steps whose checkpoints were found to be damaged.
-
-    Attributes:
-        step: the step of the last checkpoint that was begun (or resumed from); None before that.
+    Writing in the background costs each process as much CPU memory as it writes: 12 bytes per parameter. `step` is that
+    of the last checkpoint that was begun (or resumed from); None before that.
     """
 
     def __init__(
@@ -69,41 +61,29 @@ class CheckpointManager:
     ) -> None:
         """Save the state as it is now. All processes must call this, after the same step.
 
-        Args:
-            model, optimizer: the unwrapped model, and the optimizer of its parameters.
-            state: plain values for state.json.
-            protected_steps: steps whose checkpoints must not be removed.
-            before: writes what else must be on disk before the checkpoint is; called on the main process's thread.
+        `state` has plain values for state.json. Checkpoints of `protected_steps` are not removed. The main process's
+        thread calls `before`, which writes what else must be on disk before the checkpoint is.
         """
         self._join()
         main = self.accelerator.is_main_process
         held = storage.shards(model, optimizer, main)
         parts = self.accelerator.num_processes if self.accelerator.is_fsdp2 else 1
-        self.step = int(state["step"])
-        self._problem = None
+        self.step, self._problem = int(state["step"]), None
         self._number += 1
-        state = state | {"parts": parts}
         if parts == 1 and not main:
             return
+        rest = (state | {"parts": parts}, protected_steps, before)
         if self.background:
-            held = self._copied(held)
             # Not a daemon thread: the interpreter waits for it at exit.
-            self._thread = threading.Thread(
-                target=self._write, args=(held, state, protected_steps, before), name="checkpoint"
-            )
+            self._thread = threading.Thread(target=self._write, args=(self._copied(held), *rest), name="checkpoint")
             self._thread.start()
         else:
-            self._write(held, state, protected_steps, before)
+            self._write(held, *rest)
 
     def wait(self) -> str | None:
-        """Wait until the checkpoint that was begun last is complete. All processes must call this.
-
-        Returns:
-            What went wrong, the same on all processes, or None.
-        """
+        """Wait until the checkpoint is complete; returns what went wrong, or None. All processes must call this."""
         run_on_all_ranks(self.accelerator, "checkpoint", self._join)
-        problem = broadcast_from_main(self.accelerator, self._problem)
-        if problem is not None:
+        if (problem := broadcast_from_main(self.accelerator, self._problem)) is not None:
             self.step = None
         return problem
 
@@ -160,11 +140,7 @@ class CheckpointManager:
                 say(f"step {step}: old checkpoints could not be removed ({one_line(error)})")
 
     def _exchange(self, part: int, parts: int, write: Callable[[], Checksums]) -> Checksums:
-        """Write a part; the main process gets the checksums of all parts.
-
-        Raises:
-            OSError: if a part could not be written.
-        """
+        """Write a part; the main process gets the checksums of all parts, or an OSError if one could not be written."""
         if parts == 1:
             return write()
         try:

@@ -16,15 +16,11 @@ from train_loop.models import building
 
 
 def load(name: str, attention: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A model in fp32 on the CPU, and its tokenizer.
+    """A model in fp32 on the CPU, and its tokenizer; InputError if there is none.
 
-    Args:
-        name: a model's folder, a name on the Hub, a run's folder (which gives its exported model or, as long as there
-            is none, its newest checkpoint), or a checkpoint's folder.
-        attention: the attention implementation; None leaves the choice to Transformers.
-
-    Raises:
-        InputError: if there is no such model.
+    `name` is a model's folder, a name on the Hub, a run's folder (which gives its exported model or, as long as there
+    is none, its newest checkpoint), or a checkpoint's folder. Without `attention`, Transformers chooses its
+    implementation.
     """
     path = Path(name)
     if re.fullmatch(r"step-\d{8,}", path.name) and path.absolute().parent.name == "checkpoints":

@@ -1,9 +1,8 @@
 """Load a checkpoint into a run's model, even if only the main process's host has it.
 
-If the hosts share a disk, each process reads what it holds. If they don't, only the main process's host has the
-checkpoints. With DDP, each process holds everything, so the main process reads it and sends it to the others. With
-FSDP2, no process holds the whole state, or could hold it. That needs a shared disk, and a run without one stops before
-it trains.
+If the hosts share a disk, each process reads what it holds. If they don't, the main process reads the checkpoint and,
+with DDP, sends it to the others, which hold the same. With FSDP2, no process holds the whole state, or could hold it.
+That needs a shared disk, and a run without one stops before it trains.
 """
 
 import socket
@@ -23,18 +22,12 @@ _SECONDS_TO_APPEAR = 30  # a network file system may show a new file late
 
 
 def restore(
-    accelerator: Accelerator,
-    found: storage.CheckpointRef,
-    model: nn.Module,
-    optimizer: storage.Optimizer | None = None,
+    accelerator: Accelerator, found: storage.CheckpointRef, model: nn.Module, optimizer: storage.Optimizer | None = None
 ) -> None:
     """Load a checkpoint's weights into a model; with an optimizer, also its moments and fp16's loss scale.
 
-    All processes must call this.
-
-    Raises:
-        ValueError: if the checkpoint belongs to another model; then nothing is changed.
-        InputError: if FSDP2 shards the model and a host does not have the checkpoint.
+    All processes must call this. Raises ValueError if the checkpoint belongs to another model; then nothing is changed.
+    Raises InputError if FSDP2 shards the model and a host does not have the checkpoint.
     """
 
     def read() -> None:
@@ -45,7 +38,7 @@ def restore(
 
     if optimizer is not None and accelerator.scaler is not None and found.state.get("loss_scale"):
         accelerator.scaler.load_state_dict(found.state["loss_scale"])
-    blind = _hosts_without(accelerator, found.folder / "manifest.json")
+    blind = _hosts_without(accelerator, (found.folder / "manifest.json").is_file())
     if not blind:
         return read()
     if accelerator.is_fsdp2:
@@ -61,25 +54,13 @@ def restore(
             problem = str(error)
     if problem := broadcast_from_main(accelerator, problem):
         raise ValueError(problem)
-    for tensor in storage.in_memory(model, optimizer, broadcast_from_main(accelerator, _with_moments(optimizer))):
+    with_moments = broadcast_from_main(accelerator, optimizer is not None and bool(optimizer.state))
+    for tensor in storage.in_memory(model, optimizer, with_moments):
         torch.distributed.broadcast(tensor, src=0)
 
 
-def _with_moments(optimizer: storage.Optimizer | None) -> bool:
-    """Whether there are moments to restore."""
-    return optimizer is not None and bool(optimizer.state)
-
-
 def check_disk(accelerator: Accelerator, path: Path) -> None:
-    """Refuse FSDP2 if the hosts do not share a disk. All processes must call this.
-
-    Args:
-        accelerator: the processes.
-        path: a file that the main process has just written.
-
-    Raises:
-        InputError: names the hosts that don't see the file.
-    """
+    """Refuse FSDP2 if a host does not see a file that the main process has just written; all must call this."""
     if not accelerator.is_fsdp2:
         return
     content = broadcast_from_main(accelerator, path.read_bytes() if accelerator.is_main_process else b"")
@@ -88,20 +69,14 @@ def check_disk(accelerator: Accelerator, path: Path) -> None:
         if time.monotonic() - began > _SECONDS_TO_APPEAR or not path.parent.is_dir():
             break
         time.sleep(0.5)
-    blind = _hosts(accelerator, seen)
-    if blind:
+    if blind := _hosts_without(accelerator, seen):
         raise InputError(
             f"run.output_dir {path.parent} is not the same folder on all hosts ({', '.join(blind)} lacks what process "
             "0 wrote): with FSDP2 every host writes its part of a checkpoint there; put it on a disk that all share"
         )
 
 
-def _hosts_without(accelerator: Accelerator, path: Path) -> list[str]:
-    """The hosts that don't have a file."""
-    return _hosts(accelerator, path.is_file())
-
-
-def _hosts(accelerator: Accelerator, seen: bool) -> list[str]:
+def _hosts_without(accelerator: Accelerator, seen: bool) -> list[str]:
     """The hosts of the processes whose `seen` is false."""
     if accelerator.num_processes == 1:
         return [] if seen else [socket.gethostname()]

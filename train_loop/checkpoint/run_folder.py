@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,38 +30,18 @@ class Savable(Protocol):
         """Write it into a folder."""
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The folder of one run."""
 
-    path: Path
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder with the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        """The log of steps and evaluations."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def architecture(self) -> Path:
-        """The model's configuration and tokenizer, without weights."""
-        return self.path / "architecture"
-
-    @property
-    def model(self) -> Path:
-        """The exported model."""
-        return self.path / "model"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"  # the log of steps and evaluations
+        self.architecture = path / "architecture"  # the model's configuration and tokenizer, without weights
+        self.model = path / "model"  # the exported one
 
     def check(self, config: Config) -> None:
-        """Refuse a folder that this run must not write to. This changes nothing.
-
-        Raises:
-            InputError: names what differs, or what is in the way.
-        """
+        """Refuse a folder that this run must not write to: InputError names what differs, or what is in the way."""
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"run.output_dir {self.path}: is a file; name a folder")
         stored = self.path / "config.yaml"
@@ -74,10 +53,8 @@ class RunFolder:
                     )
             return
         if config.run.resume == "never":
-            raise InputError(
-                f"run.output_dir {self.path}: already holds a run, and run.resume is never; "
-                "name another folder, or continue it with --run.resume auto"
-            )
+            cure = "name another folder, or continue it with --run.resume auto"
+            raise InputError(f"run.output_dir {self.path}: already holds a run, and run.resume is never; {cure}")
         old = parse_yaml(stored.read_text(encoding="utf-8"), f"{stored}: ")
         changed = differences(old, to_dict(config)) if isinstance(old, dict) else ["config.yaml is damaged"]
         if changed:
@@ -88,11 +65,7 @@ class RunFolder:
     def claim(
         self, config: Config, ledger: dict[str, Any], truth: dict[str, Any], architecture: Sequence[Savable]
     ) -> None:
-        """Make this folder the run's own: write its configuration, ledger, truth sheet and model architecture.
-
-        Raises:
-            InputError: if the folder holds a run on other data, or can't be written to.
-        """
+        """Make this folder the run's own; InputError if it holds a run on other data, or can't be written to."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim(config, ledger, truth)
@@ -103,10 +76,8 @@ class RunFolder:
                     part.save_pretrained(temporary)
                 os.rename(temporary, self.architecture)
         except OSError as error:
-            raise InputError(
-                f"run.output_dir {self.path}: cannot be written to ({one_line(error)}); "
-                "name another folder, or make room"
-            ) from None
+            problem = f"cannot be written to ({one_line(error)}); name another folder, or make room"
+            raise InputError(f"run.output_dir {self.path}: {problem}") from None
 
     def _claim(self, config: Config, ledger: dict[str, Any], truth: dict[str, Any]) -> None:
         """Write the small files, unless the folder holds a run on other data."""
@@ -125,9 +96,8 @@ class RunFolder:
 
     def set_status(self, state: str, step: int, reason: str = "") -> None:
         """Write status.json. If that fails, for example on a full disk, print a line and go on."""
+        content = json.dumps({"state": state, "step": step, "reason": reason}) + "\n"
         try:
-            write_atomically(
-                self.path / "status.json", json.dumps({"state": state, "step": step, "reason": reason}) + "\n"
-            )
+            write_atomically(self.path / "status.json", content)
         except OSError as error:
             say(f"status.json: {one_line(error)}; the run is {state} at step {step}")

@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,13 +74,7 @@ class CheckpointRef:
 
 
 def shards(model: nn.Module, optimizer: Optimizer, main: bool = True) -> Shards:
-    """What this process has to write of the state. Nothing is copied or sent.
-
-    Args:
-        model: unwrapped, so that its names are those of an exported model.
-        optimizer: AdamW over the same parameters.
-        main: whether this is the main process, which writes what all processes hold.
-    """
+    """What this process has to write of the state; `main` writes what all processes hold. Nothing is copied or sent."""
     state = _inner(optimizer).state
     weights = tensors_once(model)
     moments: dict[str, torch.Tensor] = {}
@@ -92,24 +86,13 @@ def shards(model: nn.Module, optimizer: Optimizer, main: bool = True) -> Shards:
     for kind, tensors in (("model", weights), ("optimizer", moments)):
         for name, tensor in tensors.items():
             piece = _shard(tensor.detach())
-            writes = main if piece.of is None else _first_copy(tensor) and len(piece.values)
-            if writes:
+            if main if piece.of is None else _first_copy(tensor) and len(piece.values):
                 found[kind][name] = piece
     return found
 
 
 def write_part(folder: Path, part: int, parts: int, held: Shards) -> Checksums:
-    """Write what one process holds, and sync it to disk.
-
-    Args:
-        folder: the checkpoint's temporary folder.
-        part: number of this part, from 0.
-        parts: how many parts there are.
-        held: from `shards`.
-
-    Returns:
-        Sizes and checksums of the files.
-    """
+    """Write what one process holds as part number `part`, from 0, of `parts`, and sync it to disk."""
     folder.mkdir(parents=True, exist_ok=True)
     sums: Checksums = {}
     for kind in KINDS:
@@ -123,18 +106,9 @@ def write_part(folder: Path, part: int, parts: int, held: Shards) -> Checksums:
 
 
 def commit(folder: Path, state: dict[str, Any], sums: Checksums) -> Path:
-    """Turn the temporary folder with all parts in it into the checkpoint.
+    """Turn the temporary folder with all parts in it into the checkpoint; OSError if a part is missing.
 
-    Args:
-        folder: the run's `checkpoints`.
-        state: plain values; "step" names the checkpoint, "parts" says how many there are.
-        sums: of the files of all parts.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        OSError: if a part is missing.
+    In `state`, which holds plain values, "step" names the checkpoint and "parts" says how many there are.
     """
     temporary, final = temporary_folder(folder, state["step"]), _folder(folder, state["step"])
     for name, expected in sums.items():
@@ -165,15 +139,10 @@ def clear(folder: Path) -> None:
 def prune(
     folder: Path, keep: int, step: int, protected_steps: Collection[int] = (), damaged: Collection[int] = ()
 ) -> None:
-    """Remove all but the newest `keep` checkpoints.
+    """Remove all but the newest `keep` checkpoints of this run's past, which ends at `step`.
 
-    Args:
-        folder: the run's `checkpoints`.
-        keep: how many of the newest stay.
-        step: the step of the newest. Later checkpoints are not part of this run's past; they are replaced when their
-            step comes.
-        protected_steps: steps whose checkpoints stay as well; so do those that were made for study.
-        damaged: steps whose checkpoints were skipped. They are removed and don't count.
+    Later checkpoints are not part of it; they are replaced when their step comes. Those of `protected_steps` stay as
+    well, and those that were made for study; damaged ones are removed and don't count.
     """
     past = []
     for each in _newest_first(folder):
@@ -182,7 +151,11 @@ def prune(
         elif _step_of(each) <= step:
             past.append(each)
     for old in past[keep:]:
-        if _step_of(old) not in protected_steps and not _for_study(old):
+        try:
+            for_study = bool(_found(old).state.get("for_study"))
+        except (OSError, ValueError, AttributeError):
+            for_study = False
+        if _step_of(old) not in protected_steps and not for_study:
             _remove(old)
 
 
@@ -238,13 +211,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def load(found: CheckpointRef, model: nn.Module, optimizer: Optimizer) -> None:
-    """Load a checkpoint's weights and moments into a model and its optimizer.
-
-    Each process reads the rows that it holds, whichever processes wrote them.
-
-    Raises:
-        ValueError: if the checkpoint belongs to another model; then nothing is changed.
-    """
+    """Load a checkpoint's weights and moments, each process the rows it holds; ValueError if it is another model's."""
     load_weights(found, model)
     state = _inner(optimizer).state
     with _open(found, "optimizer") as moments:
@@ -268,28 +235,18 @@ def load_weights(found: CheckpointRef, model: nn.Module) -> None:
 
 
 def in_memory(model: nn.Module, optimizer: Optimizer | None, with_moments: bool) -> Iterator[torch.Tensor]:
-    """A model's weights and, if asked for, AdamW's state: each tensor once, in an order that only the model decides.
-
-    Args:
-        model: unwrapped; not sharded.
-        optimizer: over the model's parameters; state that does not exist yet is created as zeros.
-        with_moments: whether to include the optimizer's state.
-    """
+    """An unsharded model's weights and, if asked for, AdamW's state: each once, in an order that the model decides."""
     weights = tensors_once(model)
-    for weight in weights.values():
-        yield weight.detach()
+    yield from (weight.detach() for weight in weights.values())
     if optimizer is None or not with_moments:
         return
     state = _inner(optimizer).state
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for parameter in weights.values():
-        if id(parameter) not in trained:
-            continue
+    for parameter in (weight for weight in weights.values() if id(weight) in trained):
         if parameter not in state:
             state[parameter] = {moment: torch.zeros_like(parameter.detach()) for moment in _MOMENTS}
             state[parameter]["step"] = torch.zeros((), device=parameter.device)
-        for name in ("step", *_MOMENTS):
-            yield state[parameter][name]
+        yield from (state[parameter][name] for name in ("step", *_MOMENTS))
 
 
 def tensors(found: CheckpointRef, kind: str = "model") -> dict[str, torch.Tensor]:
@@ -319,13 +276,12 @@ class _Parts:
             whole = where[0][2].get_tensor(name)
             return whole if end is None else whole[first:end]
         end = self.shapes[name][0] if end is None else end
-        return torch.cat(
-            [
-                file.get_slice(name)[max(first, begins) - begins : min(end, ends) - begins]
-                for begins, ends, file in sorted(where, key=lambda each: each[0])
-                if begins < end and ends is not None and first < ends
-            ]
-        )
+        rows = [
+            file.get_slice(name)[max(first, begins) - begins : min(end, ends) - begins]
+            for begins, ends, file in sorted(where, key=lambda each: each[0])
+            if begins < end and ends is not None and first < ends
+        ]
+        return torch.cat(rows)
 
     def read_into(self, tensor: torch.Tensor, name: str) -> None:
         """Fill a tensor, or the rows of it that this process holds."""
@@ -355,10 +311,8 @@ def _shard(tensor: torch.Tensor) -> Shard:
 def _first_copy(tensor: torch.Tensor) -> bool:
     """Whether this process is the first of those that hold the same rows (with hybrid sharding, several do)."""
     assert isinstance(tensor, DTensor)
-    coordinates: Sequence[int] = tensor.device_mesh.get_coordinate() or []
-    return not any(
-        place for place, kind in zip(coordinates, tensor.placements, strict=True) if isinstance(kind, Replicate)
-    )
+    places = zip(tensor.device_mesh.get_coordinate() or [], tensor.placements, strict=True)
+    return not any(place for place, kind in places if isinstance(kind, Replicate))
 
 
 def _inner(optimizer: Optimizer) -> torch.optim.Optimizer:
@@ -383,14 +337,6 @@ def _step_of(folder: Path) -> int:
 def _newest_first(folder: Path) -> list[Path]:
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and re.fullmatch(r"step-\d{8,}", path.name)]
     return sorted(found, key=_step_of, reverse=True)
-
-
-def _for_study(folder: Path) -> bool:
-    """Whether a checkpoint was made for study, so that it is kept."""
-    try:
-        return bool(_found(folder).state.get("for_study"))
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def _remove(folder: Path) -> None:

@@ -19,7 +19,7 @@ from train_loop.config.schema import DataConfig
 from train_loop.data.formats import Document
 from train_loop.data.sources import files, hub, stdlib
 from train_loop.data.token_store import TRAIN, VALIDATION
-from train_loop.rng import key as random_key
+from train_loop.rng import uniform
 
 _SOURCES: dict[str, ModuleType] = {"stdlib": stdlib, "files": files, "hub": hub}
 
@@ -31,14 +31,8 @@ class Corpus:
     data: DataConfig
 
     def documents(self, split: str) -> Iterator[Document]:
-        """The documents of "train" or "validation", in the order of the source.
-
-        Raises:
-            InputError: if a source cannot be read; the message names the file and the place.
-        """
-        for found, document in self.splits():
-            if found == split:
-                yield document
+        """The documents of "train" or "validation" in the source's order; InputError names what can't be read."""
+        return (document for found, document in self.splits() if found == split)
 
     def splits(self) -> Iterator[tuple[str, Document]]:
         """Every document of the corpus and the split that it belongs to, in one pass over the source."""
@@ -52,17 +46,12 @@ class Corpus:
             chosen = held_out_documents(data.test_size, data.split_seed)
             following = next(chosen)
             for index, document in enumerate(main):
+                yield VALIDATION if index == following else TRAIN, document
                 if index == following:
                     following = next(chosen)
-                    yield VALIDATION, document
-                else:
-                    yield TRAIN, document
 
     def key(self) -> dict[str, Any]:
-        """A cheap description of what this corpus is made from: names, sizes and modification times, not contents.
-
-        Two corpora with the same key hold the same documents. The token store is filed under this key.
-        """
+        """What this corpus is made from, cheaply (no contents); the token store is filed under it."""
         data = self.data
         key: dict[str, Any] = {"source": data.source, "max_documents": data.max_documents}
         key |= _SOURCES[data.source].key(data)
@@ -85,9 +74,8 @@ def held_out_documents(test_size: float, seed: int) -> Iterator[int]:
     length = 1 / test_size
     last = -1
     for stratum in itertools.count():
-        draw = (random_key("split", seed, stratum) >> 10) / 2**53
         # If the length is not a whole number, strata share an index at their border. It must not be yielded twice.
-        last = max(last + 1, int((stratum + draw) * length))
+        last = max(last + 1, int((stratum + uniform("split", seed, stratum)) * length))
         yield last
 
 

@@ -28,10 +28,8 @@ class Documents(NamedTuple):
 def configure(config: Config, documents: Documents | tuple[str, Iterable[str]] | None) -> Config:
     """A configuration that trains on these documents; the given one if there are none.
 
-    The file is named after its content, so the same documents always give the same file, on every process.
-
-    Raises:
-        InputError: if the name can't be a file name, if a document is not text, or if the file can't be written.
+    The file is named after its content, so the same documents always give the same file, on every process. Raises
+    InputError if the name can't be a file name, if a document is not text, or if the file can't be written.
     """
     if documents is None:
         return config

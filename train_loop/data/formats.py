@@ -21,14 +21,10 @@ class Document(NamedTuple):
         return "".join(self.blocks)
 
 
-# --- the text of a row ----------------------------------------------------------------------------------------------
-
-
 def text_of(row: Any, text_field: str, join: str, place: str) -> str:
     """The text at a dotted path of a row. The strings of a list are joined; null counts as no text.
 
-    Raises:
-        InputError: if the row lacks the field (the message names those that it has), or if the field holds no text.
+    Raises InputError if the row lacks the field (the message names those that it has), or if the field holds no text.
     """
     values = [row]
     listed = False

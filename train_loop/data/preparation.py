@@ -28,7 +28,6 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -55,15 +54,9 @@ _BATCH_CHARACTERS = 125_000
 def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, shown: bool = True) -> Prepared:
     """The token store of a configuration; built first if it does not exist yet.
 
-    The store is the same whether documents are isolated or not; only the ledger differs.
-
-    Args:
-        config: only the sections data and tokenizer matter (and model.name_or_path, whose tokenizer is the default).
-        tokenizer: used instead of the configured one, for example to evaluate another model on this data.
-        shown: whether to print progress.
-
-    Raises:
-        InputError: if the data cannot be read, or if a split has no target.
+    The store is the same whether documents are isolated or not; only the ledger differs. A `tokenizer` is used instead
+    of the configured one, for example to evaluate another model on this data; `shown` prints progress. Raises
+    InputError if the data cannot be read, or if a split has no target.
     """
     corpus = Corpus(config.data)
     vocab_size = config.tokenizer.train_vocab_size
@@ -73,13 +66,13 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, sh
     if tokenizer is None and vocab_size is None:
         name = config.tokenizer.name_or_path or config.model.name_or_path
         if name is None:
-            raise InputError(
-                "tokenizer: name one with tokenizer.name_or_path, or train one with tokenizer.train_vocab_size"
-            )
+            cure = "name one with tokenizer.name_or_path, or train one with tokenizer.train_vocab_size"
+            raise InputError(f"tokenizer: {cure}")
         tokenizer = tokenizers.load(name)
     if tokenizer is not None:
         made_with = tokenizers.fingerprint(tokenizer)
-        if _made_with(folder) != made_with:
+        trained = folder / "tokenizer"  # a run's own model, evaluated later, has it too
+        if not trained.is_dir() or tokenizers.fingerprint(tokenizers.load(str(trained))) != made_with:
             folder = stores / key_hash(key | {"tokenizer": made_with})
     if not folder.exists():
         stores.mkdir(parents=True, exist_ok=True)
@@ -96,12 +89,6 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, sh
     return prepared
 
 
-def _made_with(folder: Path) -> str | None:
-    """Fingerprint of the tokenizer that was trained for a store. A run's own model, evaluated later, has it too."""
-    trained = folder / "tokenizer"
-    return tokenizers.fingerprint(tokenizers.load(str(trained))) if trained.is_dir() else None
-
-
 def _open(folder: Path, tokenizer: PreTrainedTokenizerFast | None) -> Prepared:
     """Open a store that is on disk; `tokenizer` is None if the store holds its own."""
     try:
@@ -110,9 +97,7 @@ def _open(folder: Path, tokenizer: PreTrainedTokenizerFast | None) -> Prepared:
         train, validation = (TokenStore(folder / split, dtype, Ledger(**found[split])) for split in (TRAIN, VALIDATION))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: damaged ({error}); remove the folder to prepare it again") from None
-    if tokenizer is None:
-        tokenizer = tokenizers.load(str(folder / "tokenizer"))
-    return Prepared(folder, tokenizer, train, validation, fingerprint)
+    return Prepared(folder, tokenizer or tokenizers.load(str(folder / "tokenizer")), train, validation, fingerprint)
 
 
 def _build(
@@ -172,15 +157,14 @@ def _refuse_unusable(train: Ledger, validation: Ledger, data: DataConfig) -> Non
     if total == 0:
         empty = train.empty_documents + validation.empty_documents
         raise InputError(f"data: no document with text ({empty} empty ones were left out); check data.text_field")
-    named = bool(data.validation_files or data.validation_split)
+    cure = "name data with more text"
+    if not (data.validation_files or data.validation_split):
+        cure = (
+            f"data.test_size is {data.test_size} of {total} documents; name separate validation data "
+            "(data.validation_files or data.validation_split), change data.test_size or add documents"
+        )
     for split, ledger in ((TRAIN, train), (VALIDATION, validation)):
         if ledger.trained_targets == 0:
-            cure = (
-                "name data with more text"
-                if named
-                else f"data.test_size is {data.test_size} of {total} documents; name separate validation data "
-                "(data.validation_files or data.validation_split), change data.test_size or add documents"
-            )
             raise InputError(f"data: the {split} split has {ledger.documents} documents but no target; {cure}")
 
 
@@ -202,9 +186,7 @@ class _SplitWriter:
     def __enter__(self) -> "_SplitWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for file in (self.tokens, self.documents, self.names):
             file.close()
 
@@ -229,7 +211,7 @@ class _SplitWriter:
 
     def end_document(self, name: str) -> None:
         """Add the end-of-text token to the document whose text was added, and record its name."""
-        self._write(np.array([self.eos], dtype=np.uint32))
+        self._write([self.eos])
         self.begins = True
         ledger = self.ledger
         ledger.documents += 1
@@ -238,9 +220,9 @@ class _SplitWriter:
         ends = np.array([(ledger.text_tokens + ledger.eos_tokens, self.name_end)], dtype=_DOCUMENT)
         self.documents.write(ends.tobytes())
 
-    def _write(self, ids: npt.NDArray[np.uint32]) -> None:
+    def _write(self, ids: npt.ArrayLike) -> None:
         """Append token ids [tokens] to tokens.bin and to its digest."""
-        content = ids.astype(self.dtype).tobytes()
+        content = np.asarray(ids, dtype=self.dtype).tobytes()
         self.digest.update(content)
         self.tokens.write(content)
 
@@ -271,8 +253,9 @@ def _write_splits(
         Progress("preparing data", "B", corpus.size(), shown=shown) as progress,
     ):
         writers = {TRAIN: train, VALIDATION: validation}
-        batches = _batches(core, corpus.splits(), writers)
-        for batch, encoded in _encode(core, batches):
+        batches, again = itertools.tee(_batches(core, corpus.splits(), writers))
+        texts = ([text for _, _, text, _ in batch] for batch in again)
+        for batch, encoded in zip(batches, tokenizers.encode_batches(core, texts), strict=True):
             read = 0
             for (split, name, text, last), ids in zip(batch, encoded, strict=True):
                 read += writers[split].add_text(text, ids)
@@ -303,18 +286,3 @@ def _batches(
             writers[split].ledger.empty_documents += 1
     if batch:
         yield batch
-
-
-def _encode(
-    core: Tokenizer, batches: Iterator[list[_Piece]]
-) -> Iterator[tuple[list[_Piece], list[npt.NDArray[np.uint32]]]]:
-    """Each batch of pieces, with the token ids of its texts."""
-    pending: list[list[_Piece]] = []
-
-    def texts() -> Iterator[list[str]]:
-        for batch in batches:
-            pending.append(batch)
-            yield [text for _, _, text, _ in batch]
-
-    for encoded in tokenizers.encode_batches(core, texts()):
-        yield pending.pop(0), encoded

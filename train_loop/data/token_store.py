@@ -16,50 +16,30 @@ from transformers import PreTrainedTokenizerFast
 from train_loop.errors import InputError
 
 TRAIN, VALIDATION = "train", "validation"
-
-
 _DOCUMENT = np.dtype([("token_end", "<u8"), ("name_end", "<u8")])
 
 
 @dataclass
 class Ledger:
-    """The ledger of one split: text_tokens + eos_tokens = trained_targets + first_tokens + dropped_tokens.
+    """The ledger of one split: text_tokens + eos_tokens = trained_targets + first_tokens + dropped_tokens."""
 
-    Args:
-        documents: documents with text; each ends with one end-of-text token.
-        empty_documents: documents without text, which are left out.
-        bytes: UTF-8 bytes of the documents.
-        text_tokens: tokens of text.
-        eos_tokens: end-of-text tokens.
-        trained_targets: tokens that are predicted once per epoch.
-        first_tokens: tokens that only serve as context: the first of the stream, or of each document if documents
-            are isolated.
-        dropped_tokens: tokens that are in no window.
-        predicted_bytes: bytes without those of the first tokens: what bits per byte are measured on.
-        first_token_bytes: bytes of all documents' first tokens.
-        gzip_bytes: size of all documents, concatenated, under gzip -9; validation only, else 0.
-        sha256: of tokens.bin.
-    """
-
-    documents: int = 0
-    empty_documents: int = 0
-    bytes: int = 0
+    documents: int = 0  # with text; each ends with one end-of-text token
+    empty_documents: int = 0  # without text, which are left out
+    bytes: int = 0  # of UTF-8, of the documents
     text_tokens: int = 0
     eos_tokens: int = 0
-    trained_targets: int = 0
-    first_tokens: int = 0
-    dropped_tokens: int = 0
-    predicted_bytes: int = 0
-    first_token_bytes: int = 0
-    gzip_bytes: int = 0
-    sha256: str = ""
+    trained_targets: int = 0  # tokens that are predicted once per epoch
+    first_tokens: int = 0  # only context: the first of the stream, or of each document if documents are isolated
+    dropped_tokens: int = 0  # in no window
+    predicted_bytes: int = 0  # without those of the first tokens: what bits per byte are measured on
+    first_token_bytes: int = 0  # of all documents
+    gzip_bytes: int = 0  # of all documents, concatenated, under gzip -9; validation only, else 0
+    sha256: str = ""  # of tokens.bin
 
     def check(self) -> None:
         """Raise ArithmeticError if the ledger does not add up: a bug in this package, not a mistake in the data."""
-        tokens, accounted = (
-            self.text_tokens + self.eos_tokens,
-            self.trained_targets + self.first_tokens + self.dropped_tokens,
-        )
+        tokens = self.text_tokens + self.eos_tokens
+        accounted = self.trained_targets + self.first_tokens + self.dropped_tokens
         if tokens != accounted or self.eos_tokens != self.documents:
             raise ArithmeticError(f"the ledger does not add up: {tokens} tokens against {accounted} accounted for")
 
@@ -76,12 +56,7 @@ class Ledger:
 
 
 class TokenStore:
-    """One split of a prepared store, memory-mapped.
-
-    Attributes:
-        tokens: the stream of token ids [tokens], uint16 or uint32.
-        ledger: what the split holds.
-    """
+    """One split of a prepared store, memory-mapped: `tokens` are its token ids [tokens], uint16 or uint32."""
 
     def __init__(self, folder: Path, dtype: npt.DTypeLike, ledger: Ledger) -> None:
         self.folder, self.ledger = folder, ledger
@@ -107,8 +82,7 @@ class TokenStore:
     def document_at(self, token: int) -> tuple[str, int]:
         """The name of the document that a token of the stream belongs to, and the token's place in it."""
         index = int(np.searchsorted(self.document_ends, token, side="right"))
-        start = int(self.document_ends[index - 1]) if index else 0
-        name_start = int(self._documents["name_end"][index - 1]) if index else 0
+        start, name_start = map(int, self._documents[index - 1]) if index else (0, 0)
         with open(self.folder / "names.bin", "rb") as names:
             names.seek(name_start)
             name = names.read(int(self._documents["name_end"][index]) - name_start)
@@ -117,14 +91,9 @@ class TokenStore:
 
 @dataclass
 class Prepared:
-    """Data that is ready to train on.
+    """Data that is ready to train on, and the tokenizer that it was encoded with.
 
-    Attributes:
-        folder: where it is on disk.
-        tokenizer: the tokenizer that it was encoded with.
-        train, validation: the two splits.
-        fingerprint: SHA-256 of the tokenizer and of the tokens of both splits; the same on every host, whatever the
-            paths.
+    `fingerprint` is the SHA-256 of the tokenizer and of the tokens of both splits; the same on every host.
     """
 
     folder: Path
@@ -137,9 +106,6 @@ class Prepared:
         """The ledgers of both splits, as plain values."""
         splits = {TRAIN: self.train, VALIDATION: self.validation}
         return {"fingerprint": self.fingerprint} | {split: asdict(store.ledger) for split, store in splits.items()}
-
-
-# --- windows --------------------------------------------------------------------------------------------------------
 
 
 def window_count(tokens: int, block_size: int) -> int:

@@ -4,9 +4,8 @@ Text is encoded as it is. Nothing is added before or after it, and text that hap
 `<|endoftext|>` in a document about tokenizers) stays ordinary text. The only special token in the data is the
 end-of-text token that the store adds after each document.
 
-A document is encoded in pieces, cut where the cut changes no token. So a document takes little memory, however long
-it is, and all cores share the work. Small pieces are also encoded faster than large ones, because what the Rust core
-needs for them stays in the caches.
+A document is encoded in pieces, cut where the cut changes no token. So it takes little memory, however long it is, and
+all cores share the work. Small pieces are also faster, because what the Rust core needs for them stays in the caches.
 """
 
 import hashlib
@@ -39,11 +38,7 @@ _END_OF_WORD = re.compile(r".*\S(?=[ \n\r\t]\s{0,9}\S)", re.DOTALL)
 
 
 def load(name_or_path: str) -> PreTrainedTokenizerFast:
-    """A tokenizer from the Hub or a local folder.
-
-    Raises:
-        InputError: if there is none, if it has no end-of-text token, or if it is not a fast one.
-    """
+    """A tokenizer from the Hub or a local folder; InputError if there is none, or none that is fast and ends texts."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -58,25 +53,18 @@ def load(name_or_path: str) -> PreTrainedTokenizerFast:
 def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE (Sennrich et al., 2016; Radford et al., 2019) with at most `vocab_size` entries.
 
-    It covers every text, since it falls back on single bytes. The end-of-text token has id 0.
-
-    Raises:
-        InputError: if there is too little text for so many entries.
+    It covers every text, since it falls back on single bytes. The end-of-text token has id 0. Raises InputError if
+    there is too little text for so many entries.
     """
     tokenizer = untrained()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    size = tokenizer.get_vocab_size()
-    if size < vocab_size:
-        raise InputError(
-            f"tokenizer.train_vocab_size {vocab_size}: the training documents yield only {size} entries; "
-            f"use at most {size}"
-        )
+    if (size := tokenizer.get_vocab_size()) < vocab_size:
+        only = f"the training documents yield only {size} entries; use at most {size}"
+        raise InputError(f"tokenizer.train_vocab_size {vocab_size}: {only}")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
 
 
@@ -107,8 +95,8 @@ def encode_batches(core: Tokenizer, batches: Iterable[list[str]]) -> Iterator[li
     """
 
     def encode(texts: list[str]) -> list[npt.NDArray[np.uint32]]:
-        encoded = core.encode_batch_fast(texts, add_special_tokens=False)
         # array.array reads a list of ints three times as fast as numpy.
+        encoded = core.encode_batch_fast(texts, add_special_tokens=False)
         return [np.frombuffer(array("I", each.ids), dtype=np.uint32) for each in encoded]
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -141,12 +129,8 @@ def pieces(core: Tokenizer, blocks: Iterable[str], size: int | None = None) -> I
     """Cut a text into pieces of about `size` characters. Their tokens, put together, are those of the whole text.
 
     A text is only cut at the end of a word, where the cut does not change the tokens around it. If there is no such
-    place nearby, the piece grows. No piece is empty.
-
-    Args:
-        core: what will encode the pieces.
-        blocks: the text in blocks; the pieces don't depend on where these end. At most a piece and a block are held.
-        size: in characters; by default large enough that looking for places to cut costs little.
+    place nearby, the piece grows. No piece is empty. The pieces don't depend on where the blocks end; at most a piece
+    and a block are held. By default, `size` is so large that looking for places to cut costs little.
     """
     known = _splits_at_words(core)
     size = size or (_PIECE if known else _TRIED_PIECE)
@@ -220,12 +204,9 @@ def first_token_bytes(core: Tokenizer, text: str, token: int) -> int:
 
 
 def strings(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds [tokens]. Together these strings are the whole text.
-
-    If several tokens make up one character, the last of them gets it and the others get an empty string.
-    """
+    """The text that each token adds [tokens], which is empty for all tokens of one character but the last."""
     found: list[str] = []
-    start, read = 0, 0  # start: where decoding begins again, for context; read: how many tokens are done
+    start = read = 0  # start: where decoding begins again, for context; read: how many tokens are done
 
     def text(first: int, end: int) -> str:
         return str(tokenizer.decode(list(ids[first:end]), clean_up_tokenization_spaces=False))

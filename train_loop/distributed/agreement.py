@@ -12,15 +12,10 @@ _SECONDS_BETWEEN_POLLS = 1.0
 
 
 class StopPoll:
-    """Finds out, about once a second, whether any process was asked to stop.
+    """Finds out, about once a second, whether any process was asked to stop; if `alone`, only whether this one was.
 
     All processes must call it equally often. Most calls exchange nothing. The number of calls between two exchanges
     follows from the time that the slowest process took, so all processes agree on it.
-
-    Args:
-        accelerator: the processes.
-        stop: whether this process was asked to stop.
-        alone: whether this process only asks itself.
     """
 
     def __init__(self, accelerator: Accelerator, stop: StopRequest, alone: bool = False) -> None:

@@ -10,10 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    broadcast_object_list,
-    gather_object,
-)
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -26,23 +23,15 @@ _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.01, 0.5
 
 
 def run_on_all_ranks(accelerator: Accelerator, purpose: str, work: Callable[[], Result]) -> Result:
-    """Do some work of unknown duration on every process, and continue when all of them are done.
+    """Do some work of unknown duration on every process, and continue when all of them are done; returns its result.
 
     No process waits in a collective, which would time out after minutes. Instead, each one checks the launcher's
-    key-value store now and then. An error on one process is raised on all of them.
-
-    Args:
-        accelerator: the processes.
-        purpose: a name for the work, the same on all processes.
-        work: what to do; its result is returned.
-
-    Raises:
-        InputError, TrainingError: if `work` raised one on any process.
+    key-value store now and then, under `purpose`. An InputError or TrainingError on one process is raised on all of
+    them.
     """
     if accelerator.num_processes == 1:
         return work()
-    store = torch.distributed.distributed_c10d._get_default_store()
-    processes = accelerator.num_processes
+    store, processes = torch.distributed.distributed_c10d._get_default_store(), accelerator.num_processes
     mistake, kind, result = "", "", None
     try:
         result = work()
@@ -50,8 +39,7 @@ def run_on_all_ranks(accelerator: Accelerator, purpose: str, work: Callable[[], 
         mistake, kind = str(error), type(error).__name__
         if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):  # which of the hosts?
             mistake += f" (on {socket.gethostname()})"
-    arrived = store.add(f"{purpose}/done", 0)
-    round_ = arrived // processes  # the same work may come again later
+    round_ = store.add(f"{purpose}/done", 0) // processes  # the same work may come again later
     if mistake:
         store.set(f"{purpose}/{round_}/mistake", json.dumps([kind, mistake]))
     store.add(f"{purpose}/done", 1)
@@ -68,9 +56,7 @@ def run_on_all_ranks(accelerator: Accelerator, purpose: str, work: Callable[[], 
 class KeyValueMailbox:
     """Messages in the launcher's key-value store, for threads that must not take part in the training's collectives.
 
-    Args:
-        accelerator: the processes.
-        topic: a name that is used only once.
+    A `topic` is a name that is used only once.
     """
 
     def __init__(self, accelerator: Accelerator, topic: str) -> None:
@@ -84,12 +70,7 @@ class KeyValueMailbox:
     def read_all(self, pause: Callable[[float], bool], seconds: float) -> list[str]:
         """Wait for the texts of all processes, and remove them from the store.
 
-        Args:
-            pause: waits for a number of seconds; returns True to stop waiting.
-            seconds: between two checks.
-
-        Raises:
-            OSError: if the wait was stopped before all texts had arrived.
+        `pause` waits for a number of seconds, and returns True to stop waiting, which raises OSError.
         """
         while not self.store.check(self.keys):
             if pause(seconds):
@@ -121,11 +102,7 @@ def reduce_exactly(accelerator: Accelerator, tensor: torch.Tensor, operation: Li
 
 
 def check_same(accelerator: Accelerator, what: str, value: object, cure: str) -> None:
-    """Stop if processes don't agree on something that they must share.
-
-    Raises:
-        InputError: on all processes; the message names two that differ.
-    """
+    """Raise InputError on all processes if two don't agree on something that they must share, naming both."""
     if accelerator.num_processes == 1:
         return
     values = gather_object([(str(value), socket.gethostname(), accelerator.process_index)])
@@ -154,9 +131,8 @@ def unsharded(accelerator: Accelerator, objective: nn.Module) -> Iterator[None]:
     """Within this context, parts of a model can be called on their own, even if FSDP2 has sharded them.
 
     Outside the objective there is no mixed precision, which FlashAttention needs. So the context turns it on for it.
-
-    Layers gather their weights when they are called. Weights outside the layers (embeddings, head) are only gathered
-    when the whole model is called, so they are gathered here. All processes must do the same within the context.
+    Layers gather their weights when they are called; the weights outside them (embeddings, head) only when the whole
+    model is, so they are gathered here. All processes must do the same within the context.
     """
     flash = "flash" in str(accelerator.unwrap_model(objective).model.config._attn_implementation)
     with accelerator.autocast() if flash else nullcontext():

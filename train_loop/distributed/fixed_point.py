@@ -29,14 +29,8 @@ TOLERANCE = 1e-6  # rounding to integers, relative to the gradient's norm: below
 class FixedPointSum:
     """The gradient of one step, summed over micro-batches and processes; their order changes no bit.
 
-    It takes 8 bytes per parameter in addition to what training needs anyway.
-
-    Args:
-        accelerator: the processes.
-        parameters: the trained parameters.
-
-    Attributes:
-        rounding: how far the last sum can be from the exact one, relative to its norm; 0 for a zero gradient.
+    It takes 8 bytes per parameter in addition to what training needs anyway. `rounding` is how far the last sum can be
+    from the exact one, relative to its norm; 0 for a zero gradient.
     """
 
     def __init__(self, accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -74,13 +68,10 @@ class FixedPointSum:
 
     @torch.no_grad()
     def finish(self, targets: int) -> bool:
-        """Write the sum over all processes, divided by `targets`, into the parameters' gradients.
+        """Write the sum over all processes, divided by `targets`, into the parameters' gradients; NaN if not finite.
 
-        A gradient that is not finite becomes NaN.
-
-        Returns:
-            Whether the scale fitted. If it did not, this function has called `begin` with a better one, and all
-            micro-batches have to be computed and added again.
+        Returns whether the scale fitted. If it did not, this function has called `begin` with a better one, and all
+        micro-batches have to be computed and added again.
         """
         if self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(self.total)
@@ -90,7 +81,7 @@ class FixedPointSum:
         if math.isfinite(peak) and fitting > self._room:
             self.begin(self.terms, fitting)
             return False
-        norms = []
+        norms = []  # in units of 1 / scale, the step of the integers
         for parameter, part in zip(self.parameters, self.parts, strict=True):
             parameter.grad = torch.empty_like(parameter, memory_format=torch.contiguous_format)
             gradient = parameter.grad.flatten()
@@ -100,7 +91,7 @@ class FixedPointSum:
                 values.copy_(exact.div_(self.scale * targets))
             if not math.isfinite(peak):
                 parameter.grad.fill_(math.nan)
-        norm = float(torch.stack(norms).norm())  # in units of 1 / scale, the step of the integers
+        norm = float(torch.stack(norms).norm())
         # Each term was rounded by at most half a step; the mean squared error is a twelfth of the step's square.
         error = math.sqrt(len(self.total) * self.terms / 12)
         self.rounding = error / norm if norm else math.inf if peak else 0.0

@@ -31,21 +31,10 @@ _LEFT = "left"
 
 
 class Heartbeat:
-    """The heartbeats of a run's processes. All processes first meet in the pre-flight check (`preflight.py`).
+    """The heartbeats of a run's processes, which first meet in the pre-flight check; see `Preflight`, and its errors.
 
-    With only one process, this class does nothing.
-
-    Args:
-        run: its two time-outs are used.
-        settings: what all processes must share, by name.
-
-    Attributes:
-        step: returns the step that this process has reached; the others can see it.
-        lost: called with the reason before this process ends because another one has ended.
-
-    Raises:
-        InputError: if two processes differ; the message names both, and what differs.
-        LostError: if a process does not arrive within `run.preflight_timeout_seconds`; the message names it.
+    With only one process, this class does nothing. `step` returns the step that this process has reached, which the
+    others can see. `lost` is called with the reason before this process ends because another one has ended.
     """
 
     def __init__(self, run: RunConfig, settings: dict[str, Any]) -> None:
@@ -73,16 +62,15 @@ class Heartbeat:
 
     @contextmanager
     def connecting(self) -> Iterator[None]:
-        """Within this context, the processes have to reach each other within `preflight_timeout_seconds`.
-
-        Raises:
-            LostError: names the processes that were not reached.
-        """
+        """Within this context, the processes have to reach each other in time; LostError names those not reached."""
         if self.world_size == 1:
             yield
             return
-        self._deadline = time.monotonic() + self._patience
-        self._start()
+        self._store_heard = time.monotonic()
+        self._heard = [self._store_heard] * self.world_size
+        self._deadline = self._store_heard + self._patience
+        for thread in self._threads:
+            thread.start()
         try:
             yield
         except RuntimeError as error:
@@ -146,13 +134,6 @@ class Heartbeat:
         except RuntimeError:  # the store is gone, and so is the process that owned it
             pass
 
-    def _start(self) -> None:
-        """Start the threads."""
-        self._store_heard = time.monotonic()
-        self._heard = [self._store_heard] * self.world_size
-        for thread in self._threads:
-            thread.start()
-
     def _end(self) -> None:
         """End the threads. A thread that waits for a store that does not answer is left behind."""
         self._ended.set()
@@ -168,17 +149,15 @@ class Heartbeat:
             number += 1
             try:
                 self._store.set(keys[self.rank], f"{number} {self.step()}")
-                texts = [text.decode() for text in self._store.multi_get(keys)]
-                self._take_in(texts)
+                self._take_in([text.decode() for text in self._store.multi_get(keys)])
                 if self._store.check(["failure"]) and self._failure is None:
                     self._failed_at, self._failure = time.monotonic(), self._store.get("failure").decode()
                 if self._deadline is not None and time.monotonic() > self._deadline and (line := self._unreached()):
                     self._leave(line)
+                if self._failure is not None and time.monotonic() - self._failed_at > _GRACE_SECONDS:
+                    self._leave(self._failure)
             except RuntimeError:  # the store is gone: the other thread handles that
-                self._ended.wait(self._interval)
-                continue
-            if self._failure is not None and time.monotonic() - self._failed_at > _GRACE_SECONDS:
-                self._leave(self._failure)
+                pass
             self._ended.wait(self._interval)
 
     def _take_in(self, texts: list[str]) -> None:
@@ -200,11 +179,9 @@ class Heartbeat:
 
     def _no_store(self) -> str:
         """The line that says that the store, and with it process 0, is lost."""
-        seconds = time.monotonic() - self._store_heard
-        return (
-            f"lost {self._name(0)}, with the store at {self._address}: {socket.gethostname()} has not reached it for "
-            f"{seconds:.0f} s; {GOES_ON}"
-        )
+        seconds, here = time.monotonic() - self._store_heard, socket.gethostname()
+        lost = f"lost {self._name(0)}, with the store at {self._address}"
+        return f"{lost}: {here} has not reached it for {seconds:.0f} s; {GOES_ON}"
 
     def _silent(self, seconds: float) -> str | None:
         """The line that names a process that has ended or has been silent for this long; None if there is none."""

@@ -57,9 +57,7 @@ def report(address: str, port: int, number: int, seconds: float) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the roll call; return the exit code."""
-    parser = argparse.ArgumentParser(
-        "train_loop.distributed.host_check", description=__doc__.splitlines()[0] if __doc__ else ""
-    )
+    parser = argparse.ArgumentParser("train_loop.distributed.host_check", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--port", type=int, required=True, help="the first host's port")
     parser.add_argument("--number", type=int, required=True, help="the number of this host, from 0")
     parser.add_argument("--seconds", type=float, default=50.0, help="how long to wait for the other hosts (default 50)")

@@ -1,8 +1,7 @@
 """Devices and processes: what `accelerate launch` started, checked against what it was asked to start.
 
 Some ways of launching silently do something other than what they say: one process instead of two, two processes that
-each believe they are alone, plain data parallelism instead of FSDP. All of them stop here, and the message gives the
-command that works.
+each believe they are alone, plain data parallelism instead of FSDP. All stop here, with the command that works.
 """
 
 import atexit
@@ -13,10 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import (
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-)
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -29,13 +25,14 @@ from train_loop.errors import InputError, one_line
 def start(run: RunConfig, heartbeat: Heartbeat, project_dir: Path | None = None) -> Accelerator:
     """The processes and devices of a run.
 
-    Raises:
-        InputError: if the launcher or the hardware provides something other than what was asked for.
-        LostError: if the processes don't reach each other in time.
+    Raises InputError if the launcher or the hardware provides something other than what was asked for; LostError if the
+    processes don't reach each other in time.
     """
     _check_launcher(run)
-    if run.reproducible == "bitwise":
-        _compute_reproducibly()
+    if run.reproducible == "bitwise":  # every kernel gives the same bits for the same input, wherever it runs
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.set_num_threads(1)  # kernels on a CPU split their sums by thread
     # Each process builds the whole model from the same numbers, so none has to wait for the first one's weights.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     with heartbeat.connecting(), compat.stdout_kept_clean():
@@ -60,14 +57,11 @@ def start(run: RunConfig, heartbeat: Heartbeat, project_dir: Path | None = None)
         # would hang after its last line (github.com/pytorch/pytorch/issues/56297). If Python frees it, it releases the
         # lock.
         atexit.register(lambda group: None, torch.distributed.group.WORLD)
-    if accelerator.is_fsdp2:
-        plugin = accelerator.state.fsdp_plugin
-        if plugin.mixed_precision_policy is not None:
-            # Accelerate would round gradients to half precision before adding them up over the processes, and also the
-            # loss, because it is an output.
-            plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32
-            )
+    if accelerator.is_fsdp2 and (policy := accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
+        # Accelerate would round gradients to half precision before adding them up over the processes, and also the
+        # loss, because it is an output.
+        policy = MixedPrecisionPolicy(param_dtype=policy.param_dtype, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     return accelerator
 
 
@@ -78,7 +72,7 @@ def asked_for() -> int | None:
     try:
         arguments = _after_launch(psutil.Process(os.getppid()).cmdline())
     except psutil.Error:
-        return None
+        arguments = None
     if arguments is None:
         return None
     # Read its command line and files as `accelerate launch` itself does. Imported here, because it loads slowly.
@@ -98,9 +92,8 @@ def _after_launch(command: list[str]) -> list[str] | None:
     """The arguments of a command line that is some form of `accelerate launch`; None for any other command."""
     for number, part in enumerate(command[:4]):
         name = Path(part).name
-        if name in ("accelerate-launch", "accelerate.commands.launch"):
-            return command[number + 1 :]
-        if name == "launch" and number and Path(command[number - 1]).name == "accelerate":
+        split = name == "launch" and number and Path(command[number - 1]).name == "accelerate"
+        if split or name in ("accelerate-launch", "accelerate.commands.launch"):
             return command[number + 1 :]
     return None
 
@@ -124,19 +117,16 @@ def _check_launcher(run: RunConfig) -> None:
         )
     for name, what in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
         if asked(name) == "true":
-            raise InputError(
-                f"the launcher asks for {what}; train_loop shards with FSDP2 (configs/accelerate/fsdp2.yaml)"
-            )
+            cure = "train_loop shards with FSDP2 (configs/accelerate/fsdp2.yaml)"
+            raise InputError(f"the launcher asks for {what}; {cure}")
     for name in ("TP_SIZE", "CP_SIZE", "SP_SIZE"):
         if int(asked(f"PARALLELISM_CONFIG_{name}") or 1) > 1:
-            raise InputError(
-                f"the launcher asks for {name.lower()} > 1; train_loop only has data parallelism (DDP, FSDP2)"
-            )
+            only = "train_loop only has data parallelism (DDP, FSDP2)"
+            raise InputError(f"the launcher asks for {name.lower()} > 1; {only}")
     if asked("ACCELERATE_USE_FSDP") == "true":
         if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise InputError(
-                "the launcher asks for FSDP version 1; set fsdp_version: 2 (configs/accelerate/fsdp2.yaml)"
-            )
+            cure = "set fsdp_version: 2 (configs/accelerate/fsdp2.yaml)"
+            raise InputError(f"the launcher asks for FSDP version 1; {cure}")
         if run.reproducible == "bitwise":
             raise InputError(
                 "run.reproducible bitwise does not work with FSDP2, which adds up gradients in its own order; "
@@ -176,13 +166,6 @@ def _check_processes(accelerator: Accelerator, run: RunConfig) -> None:
             f"run.mixed_precision {run.mixed_precision}: this device ({name}) does not support it; "
             f"it supports {' | '.join(present)}"
         )
-
-
-def _compute_reproducibly() -> None:
-    """Make every kernel give the same bits for the same input, wherever it runs."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(1)  # kernels on a CPU split their sums by thread
 
 
 def prepare_to_evaluate(accelerator: Accelerator, objective: nn.Module) -> nn.Module:

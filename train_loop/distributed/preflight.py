@@ -40,11 +40,7 @@ def report(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def difference(reports: list[dict[str, Any]]) -> str | None:
-    """The first thing that two processes must share but don't, as a line that names both; None if all agree.
-
-    Args:
-        reports: of all processes, in order.
-    """
+    """The first thing that two processes must share but don't, as a line that names both; None if all agree."""
     first = reports[0]
     for process, other in enumerate(reports):
         for kind, what, cure in (
@@ -62,21 +58,11 @@ def difference(reports: list[dict[str, Any]]) -> str | None:
 
 
 class Preflight:
-    """The meeting of a run's processes before it begins. There are several of them, started by a launcher.
+    """The meeting of a run's processes, started by a launcher, before it begins. `settings` are what all must share.
 
-    Args:
-        run: its time-out is used.
-        settings: what all processes must share, by name.
-
-    Attributes:
-        rank, world_size: this process, and how many there are.
-        store, address: the connection.
-        owns_store: whether the store ends with this process.
-        roster: host, pid and local rank of each process.
-
-    Raises:
-        InputError: if two processes differ; the message names both, and what differs.
-        LostError: if a process does not arrive within `run.preflight_timeout_seconds`; the message names it.
+    `store` and `address` are the connection, which ends with this process if `owns_store`; `roster` has the host, pid
+    and local rank of each process. Raises InputError if two processes differ, naming both and what differs, and
+    LostError naming a process that does not arrive within `run.preflight_timeout_seconds`.
     """
 
     def __init__(self, run: RunConfig, settings: dict[str, Any]) -> None:
@@ -93,9 +79,14 @@ class Preflight:
         """
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         is_ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        attempt, patience = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), timedelta(seconds=self._patience)
+
+        def connect() -> TCPStore:
+            first = is_ours and self.rank == 0
+            return TCPStore(host, port, None, first, patience, wait_for_workers=False, multi_tenant=True)
+
         try:
-            store = self._open(host, port, is_ours)
+            store = connect()
             if attempt and not is_ours:
                 key = f"attempt {attempt}"
                 if self.rank == 0:
@@ -105,7 +96,7 @@ class Preflight:
                 port = int(store.get(key))
                 os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
                 is_ours = True
-                store = self._open(host, port, is_ours)
+                store = connect()
             number = store.add(f"peers/{self.rank}", 1)  # one process may do several runs, one after the other
         except RuntimeError as error:
             raise LostError(
@@ -114,22 +105,13 @@ class Preflight:
             ) from None
         return PrefixStore(f"peers/{number}", store), f"{host}:{port}", is_ours and self.rank == 0
 
-    def _open(self, host: str, port: int, is_ours: bool) -> TCPStore:
-        """Connect to the store at an address; the first process starts it if it is ours."""
-        patience = timedelta(seconds=self._patience)
-        first = is_ours and self.rank == 0
-        return TCPStore(host, port, None, first, patience, wait_for_workers=False, multi_tenant=True)
-
     def _exchange(self, own: dict[str, Any]) -> list[dict[str, Any]]:
         """Exchange reports, which the first process compares; return the roster."""
         began = time.monotonic()
         self.store.set(f"alive/{self.rank}", "0")
         self.store.set(f"report/{self.rank}", json.dumps(own))
 
-        def there(process: int) -> bool:
-            return bool(self.store.check([f"report/{process}"]))
-
-        def wait(keys: list[str]) -> bool:
+        def wait(*keys: str) -> bool:
             """Wait for some keys; False if they don't all come in time."""
             while not all(self.store.check([key]) for key in keys):
                 if time.monotonic() - began > self._patience:
@@ -137,23 +119,21 @@ class Preflight:
                 time.sleep(0.1)
             return True
 
-        everybody = range(self.world_size)
-        if self.rank == 0:
-            if wait([f"report/{process}" for process in everybody]):
-                reports = [json.loads(self.store.get(f"report/{process}")) for process in everybody]
-                roster = [{name: each[name] for name in ("host", "pid", "local")} for each in reports]
-                mistake = difference(reports)
-                verdict: dict[str, Any] = {"mistake": mistake} if mistake else {"roster": roster}
-            else:
-                verdict = {"lost": self._missing([process for process in everybody if not there(process)], own)}
-            self.store.set("verdict", json.dumps(verdict))
+        keys = [f"report/{process}" for process in range(self.world_size)]
+        if self.rank and wait(keys[0]):
+            began = time.monotonic()  # the first process may only just have come, and waits for others
+        if not wait(*(["verdict"] if self.rank else keys)):
+            missing = [process for process, key in enumerate(keys) if not self.store.check([key])]
+            verdict: dict[str, Any] = {"lost": self._missing(missing or [0], own)}
+        elif self.rank:
+            verdict = json.loads(self.store.get("verdict"))
         else:
-            if wait(["report/0"]):
-                began = time.monotonic()  # the first process may only just have come, and waits for others
-            if wait(["verdict"]):
-                verdict = json.loads(self.store.get("verdict"))
-            else:
-                verdict = {"lost": self._missing([process for process in everybody if not there(process)] or [0], own)}
+            reports = [json.loads(self.store.get(key)) for key in keys]
+            roster = [{name: each[name] for name in ("host", "pid", "local")} for each in reports]
+            mistake = difference(reports)
+            verdict = {"mistake": mistake} if mistake else {"roster": roster}
+        if self.rank == 0:
+            self.store.set("verdict", json.dumps(verdict))
         if self.owns_store and "roster" not in verdict:
             time.sleep(1)  # give the others time to read it
         if "lost" in verdict:
@@ -176,5 +156,5 @@ class Preflight:
 def _list(noun: str, numbers: list[int]) -> str:
     """A noun with its numbers: `processes 1, 3`; at most eight of them."""
     shown = ", ".join(str(number) for number in numbers[:8]) + (", ..." if len(numbers) > 8 else "")
-    plural = "es" if noun.endswith("s") else "s"
-    return f"{noun}{plural if len(numbers) > 1 else ''} {shown}"
+    plural = ("es" if noun.endswith("s") else "s") if len(numbers) > 1 else ""
+    return f"{noun}{plural} {shown}"

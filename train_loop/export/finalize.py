@@ -28,19 +28,10 @@ class Finished(NamedTuple):
 
 
 def finalize(run: Run, folder: RunFolder, evaluations: list[dict[str, Any]]) -> Finished | None:
-    """Export the model and have it verified. All processes must call this.
+    """Export the model and have it verified; None if a signal came first. All processes must call this.
 
-    Args:
-        run: a trained run with a checkpoint of its state; it is not trained further.
-        folder: the run's folder.
-        evaluations: the records of its evaluations.
-
-    Returns:
-        None if a signal came first.
-
-    Raises:
-        TrainingError: if the model cannot be written, or the written model is not the one that was trained.
-        InputError: if the Hub refuses it.
+    The run has a checkpoint of its state, and is not trained further. Raises TrainingError if the model cannot be
+    written, or the written model is not the one that was trained; InputError if the Hub refuses it.
     """
     accelerator, state, stop = run.context.accelerator, run.state, run.context.stop
     chosen = _choose(run, folder, evaluations)
@@ -92,11 +83,7 @@ def _write(
 
 
 def _choose(run: Run, folder: RunFolder, evaluations: list[dict[str, Any]]) -> storage.CheckpointRef:
-    """The checkpoint whose weights are exported: the last one, or the best one that is whole.
-
-    Raises:
-        TrainingError: if there is none.
-    """
+    """The checkpoint whose weights are exported: the last one, or the best one that is whole."""
     steps = [run.state.step]
     if run.config.export.from_ == "best":
         finite = [record for record in evaluations if record["loss"] is not None]
@@ -112,8 +99,8 @@ def _choose(run: Run, folder: RunFolder, evaluations: list[dict[str, Any]]) -> s
         return None, problems
 
     accelerator, main = run.context.accelerator, run.context.accelerator.is_main_process
-    looked = run_on_all_ranks(accelerator, "choose", lambda: look() if main else None)
-    found, problems = broadcast_from_main(accelerator, looked) or (None, [])
+    looked = run_on_all_ranks(accelerator, "choose", lambda: look() if main else (None, []))
+    found, problems = broadcast_from_main(accelerator, looked)
     if found is None:
         problem = "; ".join(problems) or "no evaluation has a finite loss"
         raise TrainingError(f"export.from {run.config.export.from_}: {problem}")

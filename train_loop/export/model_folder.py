@@ -30,22 +30,18 @@ def write(
     evaluations: list[dict[str, Any]],
     step: int,
 ) -> None:
-    """Write a model folder.
+    """Write a model folder in place of anything that is there, with the weights of a step.
 
     Args:
-        folder: where to write; anything already there is removed.
         model: has the configuration to write.
         weights: its weights by name, tied ones once (`storage.tensors`).
-        tokenizer, config, ledger, evaluations: what else belongs in the folder and its card.
-        step: the step that the weights are from.
     """
     shutil.rmtree(folder, ignore_errors=True)
     if config.model.activation_checkpointing:
         compat.checkpoint_activations(model, False)
     model.generation_config = generation_config(config, tokenizer)
     model.save_pretrained(folder, state_dict=dict(weights))  # a copy, because this empties it
-    context = context_length(model)
-    if context is not None:
+    if (context := context_length(model)) is not None:
         tokenizer.model_max_length = context
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(config, ledger, evaluations, step), encoding="utf-8")
@@ -65,16 +61,9 @@ def generation_config(config: Config, tokenizer: PreTrainedTokenizerFast) -> Gen
     sample = config.sample
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
     begins = {} if tokenizer.bos_token_id is None else {"bos_token_id": tokenizer.bos_token_id}
-    if sample.temperature == 0:
-        return GenerationConfig(do_sample=False, max_new_tokens=sample.max_new_tokens, **ends, **begins)
+    draws = {name: getattr(sample, name) for name in ("temperature", "top_k", "top_p") if sample.temperature}
     return GenerationConfig(
-        do_sample=True,
-        temperature=sample.temperature,
-        top_k=sample.top_k,
-        top_p=sample.top_p,
-        max_new_tokens=sample.max_new_tokens,
-        **ends,
-        **begins,
+        do_sample=sample.temperature > 0, max_new_tokens=sample.max_new_tokens, **draws, **ends, **begins
     )
 
 
@@ -89,62 +78,50 @@ def model_card(config: Config, ledger: dict[str, Any], evaluations: list[dict[st
         header["datasets"] = [config.data.name]
     origin = f"fine-tuned from `{base}`" if base else f"trained from scratch ({config.model.architecture})"
     data = {"stdlib": "the Python standard library's sources", "files": f"files {config.data.files}"}
-    splits = ("train", "validation")
-    rows = [
-        f"| {name.replace('_', ' ')} | " + " | ".join(f"{ledger[split][name]:,}" for split in splits) + " |"
-        for name in ledger["train"]
+    rows = "".join(
+        f"| {name.replace('_', ' ')} | {train:,} | {ledger['validation'][name]:,} |\n"
+        for name, train in ledger["train"].items()
         if name != "sha256"
-    ]
-    results = [
+    )
+    results = "".join(
         f"| {each['step']:,} | {each['epoch']:.2f} | {each['loss']:.4f} | {each['perplexity']:.3f} | "
-        f"{each['bits_per_byte']:.4f} | {each['accuracy']:.4f} |"
+        f"{each['bits_per_byte']:.4f} | {each['accuracy']:.4f} |\n"
         for each in evaluations
         if each["perplexity"] is not None
-    ]
-    return "\n".join(
-        [
-            "---",
-            yaml.safe_dump(header, sort_keys=False).strip(),
-            "---",
-            "",
-            f"# {config.output_dir.name}",
-            "",
-            f"A causal language model, {origin}, with train_loop.",
-            "",
-            "## Results on held-out documents",
-            "",
-            f"Every target token of the validation data counts once. Perplexity is exp(loss). The weights here are "
-            f"those of step {step:,}.",
-            "",
-            "| step | epoch | loss (nats per token) | perplexity | bits per byte | accuracy |",
-            "|---:|---:|---:|---:|---:|---:|",
-            *results,
-            "",
-            "## Data",
-            "",
-            f"Source: {data.get(config.data.source, f'data set `{config.data.name}`')}. "
-            f"Fingerprint: `{ledger['fingerprint']}`.",
-            "",
-            "| | train | validation |",
-            "|---|---:|---:|",
-            *rows,
-            "",
-            "## Settings",
-            "",
-            "```yaml",
-            to_yaml(config).strip(),
-            "```",
-            "",
-        ]
     )
+    return f"""---
+{yaml.safe_dump(header, sort_keys=False).strip()}
+---
+
+# {config.output_dir.name}
+
+A causal language model, {origin}, with train_loop.
+
+## Results on held-out documents
+
+Every target token of the validation data counts once. Perplexity is exp(loss). The weights here are those of step \
+{step:,}.
+
+| step | epoch | loss (nats per token) | perplexity | bits per byte | accuracy |
+|---:|---:|---:|---:|---:|---:|
+{results}
+## Data
+
+Source: {data.get(config.data.source, f"data set `{config.data.name}`")}. Fingerprint: `{ledger["fingerprint"]}`.
+
+| | train | validation |
+|---|---:|---:|
+{rows}
+## Settings
+
+```yaml
+{to_yaml(config).strip()}
+```
+"""
 
 
 def push(folder: Path, config: Config) -> str:
-    """Upload the model folder to the Hub; returns its address.
-
-    Raises:
-        InputError: if the Hub refuses (no login, no such user), with its reason.
-    """
+    """Upload the model folder to the Hub; returns its address. InputError if the Hub refuses, with its reason."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -153,7 +130,6 @@ def push(folder: Path, config: Config) -> str:
         repository = api.create_repo(config.export.hub_model_id or config.output_dir.name, exist_ok=True)
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Upload model")
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise InputError(
-            f"export.push_to_hub: {one_line(error)}; the model is in {folder}; log in with hf auth login"
-        ) from None
+        cure = f"the model is in {folder}; log in with hf auth login"
+        raise InputError(f"export.push_to_hub: {one_line(error)}; {cure}") from None
     return str(repository)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,23 +68,13 @@ def verify(
     device: str,
     stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Check an exported model in a clean process.
+    """Check an exported model in a clean process; TrainingError if it is not the trained one.
 
     Args:
-        folder: the model's folder.
         weights: the trained weights, by name, on the CPU.
-        windows: the validation data.
-        expected: what the trained model gives.
-        batch_size: windows in one forward pass.
+        expected: what the trained model gives on `windows`, the validation data.
         precision: run.mixed_precision when `expected` was computed; the clean process computes in fp32.
-        device: where to compute.
-        stop: called now and then; True ends the check.
-
-    Returns:
-        Whether the check was done: False if it ended early.
-
-    Raises:
-        TrainingError: if the exported model is not the trained one.
+        stop: called now and then; True ends the check, and False is returned.
     """
     with tempfile.TemporaryDirectory(prefix="train_loop-") as name:
         probe = Path(name)
@@ -104,10 +95,8 @@ def verify(
                 while process.poll() is None:
                     if stop():
                         return False
-                    try:
+                    with suppress(subprocess.TimeoutExpired):
                         process.wait(_POLL_SECONDS)
-                    except subprocess.TimeoutExpired:
-                        continue
             finally:
                 process.kill()
                 process.wait()

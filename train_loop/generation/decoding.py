@@ -23,17 +23,11 @@ from train_loop.rng import key, uniform
 
 @dataclass
 class Generated:
-    """Tokens that continue a prompt.
+    """Tokens that continue a prompt."""
 
-    Args:
-        tokens: ids, without the one that ended the text.
-        log_probabilities: the tokens' natural ones under the model's distribution, before any filter (if asked for).
-        finish_reason: "stop" if a token or the caller ended the text, "length" after max_new_tokens.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    log_probabilities: list[float] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] | None = None
+    tokens: list[int] = field(default_factory=list)  # ids, without the one that ended the text
+    log_probabilities: list[float] = field(default_factory=list)  # natural, before any filter (if asked for)
+    finish_reason: Literal["stop", "length"] | None = None  # "length" after max_new_tokens
 
 
 @torch.no_grad()
@@ -50,15 +44,12 @@ def generate(
 
     Args:
         feed: decoder of a model that is already in the right mode (train or eval).
-        prompts: token ids, at least one each, at most the model's context.
-        sampling: how tokens are chosen.
+        prompts: token ids, at least one each; InputError for one longer than the model's context.
+        sampling: how tokens are chosen; InputError for tokens that are not in the model's vocabulary.
         eos: id of the end-of-text token, which ends a text; None if there is none.
         samples: each row's sample number, from 0, among those of its prompt; None: all are 0.
         on_token: called with each row's number and new token; True ends the text there.
         notice: called with a line that the user should see.
-
-    Raises:
-        InputError: for a prompt longer than the model's context, and for tokens that are not in its vocabulary.
     """
     check_tokens(feed.model, sampling)
     for prompt in prompts:
@@ -85,7 +76,7 @@ def generate(
             feed.keep(going)
             choice.keep(going)
         choice.seen(tokens)
-        if not said and any(row.slid_out(context) for row in active):
+        if not said and any(slid_out(len(row.ids), context) for row in active):
             notice(f"the model's context of {context} tokens is full: the oldest tokens slide out")
             said = True
         if room > 0:
@@ -95,22 +86,14 @@ def generate(
 
 
 def check_prompt(model: PreTrainedModel, prompt: Sequence[int]) -> None:
-    """Refuse a prompt (token ids) that is longer than the model's context.
-
-    Raises:
-        InputError: with both lengths.
-    """
+    """Refuse a prompt (token ids) that is longer than the model's context. Raises InputError with both lengths."""
     context = context_length(model)
     if context is not None and len(prompt) > context:
         raise InputError(f"prompt: {len(prompt)} tokens exceed the model's context of {context}; shorten it")
 
 
 def check_tokens(model: PreTrainedModel, sampling: Sampling) -> None:
-    """Refuse to ban or to stop at tokens that a model does not have, and to ban all tokens.
-
-    Raises:
-        InputError: names the tokens.
-    """
+    """Raise InputError for tokens to ban or to stop at that a model does not have, and if all are banned."""
     vocabulary = model.config.get_text_config().vocab_size
     for name, ids in (("banned_tokens", sampling.banned_tokens), ("stop_tokens", sampling.stop_tokens)):
         if outside := [token for token in ids if not 0 <= token < vocabulary]:
@@ -143,10 +126,6 @@ class _Row:
         """The random number for the next token."""
         return uniform("sample", *self._key, len(self.ids))
 
-    def slid_out(self, context: int | None) -> int:
-        """How many tokens the model no longer sees."""
-        return slid_out(len(self.ids), context)
-
     def take(self, token: int, log_p: float, ends: set[int], on_token: Callable[[int, int], bool]) -> bool:
         """Add a token, unless it ends the text; returns whether the text goes on."""
         result, sampling = self.result, self.sampling
@@ -166,7 +145,7 @@ class _Row:
 
 def _start(feed: Feed, rows: list[_Row], context: int | None, max_new_tokens: int) -> tuple[torch.Tensor, int]:
     """Feed what the model sees of each text; returns the logits after it and how many more tokens may follow."""
-    windows = [row.ids[row.slid_out(context) :] for row in rows]
+    windows = [row.ids[slid_out(len(row.ids), context) :] for row in rows]
     room = max_new_tokens - len(rows[0].result.tokens) - 1
     if context is not None:
         room = min(room, context - max(map(len, windows)))

@@ -37,36 +37,28 @@ class Feed(Protocol):
 
 
 class Decoder:
-    """Feeds any causal language model, with a growing cache."""
+    """A `Feed` for any causal language model, with a growing cache."""
 
     def __init__(self, model: PreTrainedModel, use_cache: bool = True) -> None:
-        """Decoder of a model that is already in the right mode (train or eval).
-
-        Args:
-            model: the language model.
-            use_cache: False recomputes all positions for every token, for comparison.
-        """
+        """Decoder of a model already in the right mode (train or eval); without `use_cache`, all is recomputed."""
         self.model = model
         self._use_cache = use_cache
         self._cache_name = compat.cache_name(model)
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
 
     def start(self, rows: Rows, room: int) -> torch.Tensor:
-        """See `Feed`; `room` makes no difference here."""
         self._ids, mask = _padded(rows, self.model.device)
         self._mask = None if bool(mask.all()) else mask
         self._cache: Any = None
         return self._forward()
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """See `Feed`."""
         self._ids = torch.cat([self._ids, tokens[:, None]], dim=1)
         if self._mask is not None:
             self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
         return self._forward()
 
     def keep(self, rows: Sequence[int]) -> None:
-        """See `Feed`."""
         index = torch.tensor(rows, device=self._ids.device)
         self._ids = self._ids[index]
         self._mask = None if self._mask is None else self._mask[index]
@@ -83,24 +75,18 @@ class Decoder:
             inputs |= {"attention_mask": self._mask, "position_ids": _positions(self._mask)[:, -new:]}
         output: Any = self.model(**inputs, use_cache=self._use_cache, **self._options)
         self._cache = output.get(self._cache_name) if self._use_cache else None
-        logits: torch.Tensor = output.logits[:, -1].float()
-        return logits
+        return output.logits[:, -1].float()
 
 
 class StaticDecoder:
-    """Feeds a model through a cache of fixed size, so that every step does the same work on the same memory.
+    """A `Feed` through a cache of fixed size, so that every step does the same work on the same memory.
 
     A GPU can then record the step once and replay it as a whole, instead of waiting for Python to launch each of its
     hundreds of small kernels.
     """
 
     def __init__(self, model: PreTrainedModel, record: "Record") -> None:
-        """Decoder of a model that `fits`.
-
-        Args:
-            model: the language model, in eval mode.
-            record: turns a step into a replay before its first use, as a `recorder` does.
-        """
+        """Decoder of a model in eval mode that `fits`; `record` turns a step into a replay, as a `recorder` does."""
         self.model = model
         self._record = record
         self._cache_name = compat.cache_name(model)
@@ -120,15 +106,18 @@ class StaticDecoder:
         )
 
     def start(self, rows: Rows, room: int) -> torch.Tensor:
-        """See `Feed`."""
-        ids, mask = _padded(rows, self.model.device)
+        device = self.model.device
+        ids, mask = _padded(rows, device)
         batch, length = ids.shape
         if batch != self._batch or length + room > self._size:
-            self._allocate(batch, length + room)
+            self._batch, self._size, self._replay = batch, length + room, None
+            self._cache = StaticCache(self.model.config, max_cache_len=self._size)
+            self._mask = torch.empty(batch, self._size, dtype=torch.int64, device=device)
+            self._tokens, self._positions = torch.zeros(2, batch, 1, dtype=torch.int64, device=device)
         self._cache.reset()
         self._mask.fill_(1)  # causality hides what is not written yet
         self._mask[:, :length] = mask
-        self._rows = torch.arange(batch, device=ids.device)
+        self._rows = torch.arange(batch, device=device)
         positions = _positions(mask)
         logits = self._forward(ids, positions)
 
@@ -146,23 +135,14 @@ class StaticDecoder:
         return logits
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """See `Feed`."""
         assert self._replay is not None, "no room was asked for"
         self._tokens[self._rows, 0] = tokens
         self._replay()
         return self._logits[self._rows]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """See `Feed`; the other rows are still computed, but not used."""
+        """The other rows are still computed, but not used."""
         self._rows = self._rows[torch.tensor(rows, device=self._rows.device)]
-
-    def _allocate(self, batch: int, size: int) -> None:
-        self._batch, self._size = batch, size
-        device = self.model.device
-        self._cache = StaticCache(self.model.config, max_cache_len=size)
-        self._mask = torch.ones(batch, size, dtype=torch.int64, device=device)
-        self._tokens, self._positions = torch.zeros(2, batch, 1, dtype=torch.int64, device=device)
-        self._replay = None
 
     def _step(self) -> None:
         self._logits.copy_(self._forward(self._tokens, self._positions))
@@ -177,8 +157,7 @@ class StaticDecoder:
             logits_to_keep=1,
             **{self._cache_name: self._cache},
         )
-        logits: torch.Tensor = output.logits[:, -1].float()
-        return logits
+        return output.logits[:, -1].float()
 
 
 Record = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
@@ -187,8 +166,7 @@ Record = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
 
 def recorder(device: torch.device) -> Record | None:
     """Records a step's kernels as a graph of the device; None if the device has no graphs."""
-    graph_type = devices.graph_type(device)
-    if graph_type is None:
+    if (graph_type := devices.graph_type(device)) is None:
         return None
     backend: Any = torch.get_device_module(device)
 
@@ -203,8 +181,7 @@ def recorder(device: torch.device) -> Record | None:
         graph = graph_type()
         with backend.graph(graph):
             step()
-        replay: Callable[[], None] = graph.replay
-        return replay
+        return graph.replay
 
     return record
 
@@ -220,7 +197,7 @@ def takes_positions(model: PreTrainedModel) -> bool:
 
 def _padded(rows: Rows, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows padded on the left, and the mask that hides the padding; int64 [batch, longest row]."""
-    longest = max(len(row) for row in rows)
+    longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask

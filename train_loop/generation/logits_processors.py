@@ -15,12 +15,9 @@ _REMOVED = -float("inf")
 
 
 def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Make tokens that have already occurred less likely (Keskar et al., 2019, section 4.1).
+    """Make tokens `seen` in a row's text, bool [batch, vocabulary], less likely (Keskar et al., 2019, section 4.1).
 
-    Args:
-        logits: [batch, vocabulary].
-        seen: [batch, vocabulary] bool, the tokens of each row's text so far, its prompt included.
-        penalty: > 0; positive logits are divided by it, negative ones multiplied. 1 changes nothing.
+    Positive logits [batch, vocabulary] are divided by the penalty, > 0, negative ones multiplied. 1 changes nothing.
     """
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
@@ -36,10 +33,7 @@ def scale_by_temperature(logits: torch.Tensor, temperature: float) -> torch.Tens
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Remove all but the k likeliest tokens from logits [batch, vocabulary] (Fan et al., 2018); 0 keeps all.
-
-    Tokens that tie with the k-th are kept too.
-    """
+    """Remove all but the k likeliest, and ties, from logits [batch, vocabulary] (Fan et al., 2018); 0 keeps all."""
     if k == 0 or k >= logits.shape[-1]:
         return logits
     kth = logits.topk(k, dim=-1).values[:, -1:]
@@ -83,16 +77,9 @@ def keep_typical(logits: torch.Tensor, mass: float) -> torch.Tensor:
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Draw a token for each row by inverting its cumulative distribution: the first whose sum exceeds the number.
+    """Draw tokens, int64 [batch], from logits [batch, vocabulary] with random numbers, float64 [batch] in [0, 1).
 
-    One random number decides a row, whatever the other rows and the device are.
-
-    Args:
-        logits: [batch, vocabulary].
-        uniform: float64 [batch], in [0, 1), on any device.
-
-    Returns:
-        Token ids, int64 [batch].
+    A token is the first whose cumulative probability exceeds the number, whatever the other rows and the device are.
     """
     reached = exact(logits).softmax(dim=-1).cumsum(dim=-1)
     # The last sum is 1, up to rounding. Even times 1 - 2^-53, the largest of these numbers, it is less than itself.
@@ -101,13 +88,7 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def choose(sampling: Sampling, logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The next tokens, int64 [batch].
-
-    Args:
-        sampling: the settings.
-        logits: [batch, vocabulary], with banned tokens removed.
-        uniforms: float64 [batch], in [0, 1), on any device.
-    """
+    """The next tokens, int64 [batch], from logits [batch, vocabulary] and random numbers, float64 [batch] in [0, 1)."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     kept, tokens = _likeliest(scale_by_temperature(logits, sampling.temperature), sampling.top_k)
@@ -122,11 +103,7 @@ def choose(sampling: Sampling, logits: torch.Tensor, uniforms: torch.Tensor) -> 
 
 
 def _likeliest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `keep_top_k` keeps, without the rest: logits and token ids, both [batch, k].
-
-    Later filters then sort k numbers, not a whole vocabulary. If ties leave more than k tokens (or k = 0 leaves all),
-    it returns the logits [batch, vocabulary] and None.
-    """
+    """What `keep_top_k` keeps, logits and ids [batch, k], to sort fewer; logits, None if ties or k = 0 leave more."""
     if k == 0 or k >= logits.shape[-1]:
         return logits, None
     values, tokens = logits.topk(k, dim=-1)

@@ -10,25 +10,18 @@ from train_loop.errors import InputError, one_line
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
-    """All prompts that were given; if there are none, standard input is the prompt.
+    """All prompts that were given; if there are none, standard input is the prompt. InputError if there is none.
 
-    Args:
-        prompts: from the command line.
-        file: one prompt per line, or if it ends in .jsonl, each line's "prompt"; "-" is standard input.
-
-    Raises:
-        InputError: if the file can't be read, or there is no prompt.
+    A file has one prompt per line, or if it ends in .jsonl, in each line's "prompt"; "-" is standard input.
     """
     found = list(prompts)
     if file is not None:
         found += _lines(file)
-    elif not found and not sys.stdin.isatty():
-        text = _text("-")
-        found = [text.removesuffix("\n")] if text else []
+    elif not found and not sys.stdin.isatty() and (text := _text("-")):
+        found = [text.removesuffix("\n")]
     if not found:
-        raise InputError(
-            "no prompt to continue; give --prompt TEXT, --prompts FILE, text on standard input, or --interactive"
-        )
+        cure = "give --prompt TEXT, --prompts FILE, text on standard input, or --interactive"
+        raise InputError(f"no prompt to continue; {cure}")
     return found
 
 

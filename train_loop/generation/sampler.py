@@ -20,7 +20,7 @@ from train_loop.config.sampling import Sampling
 from train_loop.console import say
 from train_loop.data.tokenizer import encoder
 from train_loop.errors import InputError
-from train_loop.generation.decoding import Generated, check_prompt, check_tokens, generate
+from train_loop.generation.decoding import Generated, check_prompt, generate
 from train_loop.generation.kv_cache import Decoder, Feed, StaticDecoder, recorder, takes_positions
 from train_loop.ops.packed_linear import pack
 
@@ -46,12 +46,9 @@ class Sampler:
         feed: Feed | None = None,
         notice: Callable[[str], None] = say,
     ) -> None:
-        """Sampler of a model that may be trained further.
+        """Sampler of a model that may be trained further: its mode (train or eval) is restored after use.
 
-        Args:
-            model, tokenizer: what to sample from; the model's mode (train or eval) is restored after use.
-            feed: how the model is fed; a `Decoder` if None.
-            notice: called with what the user should know, for example that the context is full.
+        Without a `feed`, the model is fed by a `Decoder`. `notice` is called with a line that the user should see.
         """
         self.model, self.tokenizer = model, tokenizer
         self._feed = feed or Decoder(model)
@@ -60,14 +57,7 @@ class Sampler:
 
     @classmethod
     def load(cls, name: str) -> "Sampler":
-        """Sampler of a model on disk or on the Hub, as fast as the device allows.
-
-        Args:
-            name: see `pretrained.load`.
-
-        Raises:
-            InputError: if there is no such model.
-        """
+        """Sampler of a model on disk or on the Hub (see `pretrained.load`), as fast as the device allows."""
         model, tokenizer = pretrained.load(name)
         model.eval().to(accelerate.PartialState().device)
         record = recorder(model.device)
@@ -89,20 +79,13 @@ class Sampler:
         on_text: Callable[[str], None] = lambda text: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[list[Continuation]]:
-        """Continuations of each prompt, prompt by prompt.
+        """Continuations of each prompt, prompt by prompt, `batch_size` texts at a time.
 
-        Args:
-            prompts: beginnings of texts; all are checked before the first is continued.
-            sampling: how tokens are chosen.
-            batch_size: how many texts grow together.
-            on_text: called with each new stretch of text as soon as its characters are whole; useful for one text.
-            stop: called after each token; True ends all texts there.
-
-        Raises:
-            InputError: for an empty prompt if the tokenizer has no token to begin with, and for a prompt longer than
-                the model's context.
+        All prompts are checked before the first is continued; InputError for one that is longer than the model's
+        context, or empty if the tokenizer has no token to begin with. `on_text` is called with each new stretch of text
+        as soon as its characters are whole, which is useful for one text; `stop` after each token: True ends all texts
+        there.
         """
-        check_tokens(self.model, sampling)
         ids = []
         for number, prompt in enumerate(prompts, 1):
             try:
@@ -111,26 +94,20 @@ class Sampler:
             except InputError as error:
                 which = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "prompt"
                 raise InputError(f"{which}{str(error).removeprefix('prompt')}") from None
-        return self._sample(ids, sampling, batch_size, on_text, stop)
 
-    def _sample(
-        self,
-        ids: list[list[int]],
-        sampling: Sampling,
-        batch_size: int,
-        on_text: Callable[[str], None],
-        stop: Callable[[], bool],
-    ) -> Iterator[list[Continuation]]:
-        wanted = [(prompt, sample) for prompt in ids for sample in range(sampling.samples)]
-        # A model that takes no positions gets only rows of one length at a time.
-        alike = (lambda each: 0) if takes_positions(self.model) else (lambda each: len(each[0]))
-        done: list[Continuation] = []
-        for _, group in itertools.groupby(wanted, alike):
-            while batch := list(itertools.islice(group, batch_size)):
-                done += self._together(batch, sampling, on_text, stop)
-                while len(done) >= sampling.samples:
-                    yield done[: sampling.samples]
-                    done = done[sampling.samples :]
+        def continuations() -> Iterator[list[Continuation]]:
+            wanted = [(prompt, sample) for prompt in ids for sample in range(sampling.samples)]
+            # A model that takes no positions gets only rows of one length at a time.
+            alike = (lambda each: 0) if takes_positions(self.model) else (lambda each: len(each[0]))
+            done: list[Continuation] = []
+            for _, group in itertools.groupby(wanted, alike):
+                while batch := list(itertools.islice(group, batch_size)):
+                    done += self._together(batch, sampling, on_text, stop)
+                    while len(done) >= sampling.samples:
+                        yield done[: sampling.samples]
+                        done = done[sampling.samples :]
+
+        return continuations()
 
     def _together(
         self,
@@ -140,10 +117,9 @@ class Sampler:
         stop: Callable[[], bool],
     ) -> list[Continuation]:
         """Continue one batch of (prompt, sample number)."""
-        texts = [Text(self.tokenizer, prompt, sampling.stop, on_text) for prompt, _ in batch]
-        prompts, samples = [prompt for prompt, _ in batch], [sample for _, sample in batch]
-        eos = self.tokenizer.eos_token_id
-        training = self.model.training
+        prompts, samples = zip(*batch, strict=True)
+        texts = [Text(self.tokenizer, prompt, sampling.stop, on_text) for prompt in prompts]
+        eos, training = self.tokenizer.eos_token_id, self.model.training
         self.model.eval()
         try:
             found = generate(
@@ -170,14 +146,7 @@ class Text:
         stop: Sequence[str] = (),
         on_text: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """A continuation that is still empty.
-
-        Args:
-            tokenizer: decodes the tokens.
-            prompt: token ids before it; some tokenizers treat the first word of a text differently.
-            stop: strings that end it.
-            on_text: called with each new stretch.
-        """
+        """A continuation that is still empty, of a prompt (some tokenizers treat a text's first word differently)."""
         self._tokenizer, self._stop, self._on_text = tokenizer, stop, on_text
         self._ids = list(prompt)
         self._from, self._read = 0, len(self._ids)  # decoded again for context, and already read
@@ -213,11 +182,8 @@ class Text:
         if found:
             self._text, self._ended = self._text[: min(found)], True
         # Text that may be the beginning of such a string waits.
-        held = max(
-            (size for string in self._stop for size in range(1, len(string)) if self._text.endswith(string[:size])),
-            default=0,
-        )
-        self._hand_on(len(self._text) - (0 if self._ended else held))
+        begun = [size for string in self._stop for size in range(1, len(string)) if self._text.endswith(string[:size])]
+        self._hand_on(len(self._text) - (0 if self._ended else max(begun, default=0)))
 
     def _hand_on(self, end: int) -> None:
         """Pass on the text up to `end`."""
@@ -229,15 +195,8 @@ class Text:
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, core: Any = None) -> list[int]:
     """A prompt's token ids; the spelling of a special token counts as ordinary text.
 
-    An empty prompt becomes the token that begins texts.
-
-    Args:
-        tokenizer: the tokenizer.
-        prompt: the text.
-        core: `encoder(tokenizer)`, if it already exists.
-
-    Raises:
-        InputError: if the prompt is empty and there is no such token.
+    An empty prompt becomes the token that begins texts; InputError if there is none. `core` is `encoder(tokenizer)`, if
+    it already exists.
     """
     ids: list[int] = (core or encoder(tokenizer)).encode(prompt, add_special_tokens=False).ids
     start = tokenizer.bos_token_id

@@ -26,20 +26,15 @@ class LanguageModelMetric(evaluate.Metric):
                 "targets: number of targets; utf8_bytes: bytes of text that the targets stand for."
             ),
             features=datasets.Features(
-                {
-                    "nll": datasets.Value("float64"),
-                    "correct": datasets.Value("int64"),
-                    "targets": datasets.Value("int64"),
-                    "utf8_bytes": datasets.Value("int64"),
-                }
+                {"nll": datasets.Value("float64")}
+                | {name: datasets.Value("int64") for name in ("correct", "targets", "utf8_bytes")}
             ),
         )
 
     def _compute(
         self, nll: list[float], correct: list[int], targets: list[int], utf8_bytes: list[int]
     ) -> dict[str, Any]:
-        tokens = sum(targets)
-        loss = math.fsum(nll) / tokens
+        tokens, loss = sum(targets), math.fsum(nll) / sum(targets)
         return {
             "loss": loss,
             "perplexity": perplexity(loss),

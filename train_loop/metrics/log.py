@@ -26,13 +26,9 @@ _BEGIN = re.compile(rb'{"event": "(\w+)", ')  # the beginning of a line, as json
 
 
 class EventFile:
-    """Appends events to a file, one JSON object per line.
+    """Appends events to a file, one JSON object per line, after its first `end` bytes; what follows them is removed.
 
     A full disk does not end the run: lines wait in memory until there is room.
-
-    Args:
-        path: the file.
-        end: how many of its bytes to keep; everything after them is removed.
     """
 
     def __init__(self, path: Path, end: int) -> None:
@@ -63,11 +59,7 @@ class EventFile:
             self._full = True
 
     def flush(self) -> None:
-        """Sync what was written to disk. This may be called from another thread.
-
-        Raises:
-            OSError: if that is not possible.
-        """
+        """Sync what was written to disk, or raise OSError. This may be called from another thread."""
         with self._writing:
             self._write()
         if self._waiting:
@@ -75,11 +67,7 @@ class EventFile:
         os.fsync(self._file)
 
     def close(self) -> None:
-        """Write the waiting lines and sync them to disk.
-
-        Raises:
-            OSError: if that is not possible.
-        """
+        """Write the waiting lines and sync them to disk. Raises OSError if that is not possible."""
         self.flush()
         os.close(self._file)
 
@@ -87,22 +75,15 @@ class EventFile:
 class MetricsLog:
     """An observer that appends records to metrics.jsonl on the main process, and passes their numbers to the trackers.
 
-    Args:
-        accelerator: its trackers get every step and evaluation.
-        path: the file; study.jsonl is in the same folder.
-        step: the run continues after this step. Later lines, from a run that was cut off, are removed, so that no step
-            appears twice.
-        study: whether there will be events for study.jsonl.
-
-    Attributes:
-        past: what the file says about the steps so far; the same on all processes.
+    The run continues after `step`. Later lines, from a run that was cut off, are removed, so that no step appears
+    twice. `past` is what the file says about the steps so far; the same on all processes.
     """
 
     def __init__(self, accelerator: Accelerator, path: Path, step: int, study: bool = False) -> None:
         self.accelerator = accelerator
         self._events: EventFile | None = None
         self._study: EventFile | None = None
-        kept, watched = Found(), Found()
+        kept = watched = Found()
         if accelerator.is_main_process:
             kept = find(path, step, {"evaluation", "sample"})
             self._events = EventFile(path, kept.end)
@@ -148,21 +129,13 @@ class MetricsLog:
             self._study.append(plain({"event": event, "step": step} | values))
 
     def flush(self) -> None:
-        """Sync what was written to disk. This may be called from another thread.
-
-        Raises:
-            OSError: if that is not possible.
-        """
+        """Sync what was written to disk, or raise OSError. This may be called from another thread."""
         for file in (self._events, self._study):
             if file is not None:
                 file.flush()
 
     def close(self) -> None:
-        """Write the waiting lines and sync them to disk.
-
-        Raises:
-            OSError: if that is not possible.
-        """
+        """Write the waiting lines and sync them to disk. Raises OSError if that is not possible."""
         for file in (self._events, self._study):
             if file is not None:
                 file.close()
@@ -171,10 +144,8 @@ class MetricsLog:
 
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The events of a metrics.jsonl or study.jsonl, without a last line that a killed process left half written."""
-    if not path.exists():
-        return []
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             events.append(json.loads(line))
         except json.JSONDecodeError:
@@ -183,28 +154,20 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 class Past(NamedTuple):
-    """What a run's log says about the steps so far.
+    """What a run's log says about the steps so far."""
 
-    evaluations: their records; samples: how many texts were sampled after the last step; probed: the last step after
-    which a probe was recorded, or 0; skipped: how many steps in a row, up to and including the last, were skipped.
-    """
-
-    evaluations: list[dict[str, Any]]
-    samples: int
-    probed: int
-    skipped: int
+    evaluations: list[dict[str, Any]]  # their records
+    samples: int  # how many texts were sampled after the last step
+    probed: int  # the last step after which a probe was recorded, or 0
+    skipped: int  # how many steps in a row, up to and including the last, were skipped
 
 
 class Found(NamedTuple):
-    """What was found in a file of events.
+    """What was found in a file of events."""
 
-    events: the events that were asked for; skipped: how many steps in a row, up to and including the last, were
-    skipped; end: where the lines of later steps begin [bytes].
-    """
-
-    events: Sequence[dict[str, Any]] = ()
-    skipped: int = 0
-    end: int = 0
+    events: Sequence[dict[str, Any]] = ()  # those that were asked for
+    skipped: int = 0  # how many steps in a row, up to and including the last, were skipped
+    end: int = 0  # where the lines of later steps begin [bytes]
 
 
 def find(path: Path, step: int, names: Container[str]) -> Found:
@@ -266,10 +229,9 @@ def _backwards(path: Path) -> Iterator[tuple[bytes, int]]:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """The event on a line; None if the line is damaged."""
     try:
-        event: dict[str, Any] = json.loads(line)
+        return json.loads(line)
     except ValueError:
         return None
-    return event
 
 
 def plain(value: Any) -> Any:

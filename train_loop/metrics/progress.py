@@ -7,12 +7,7 @@ from train_loop.console import Progress, say
 
 
 class ProgressLines:
-    """Shows steps and evaluations on the process whose `progress` is shown.
-
-    Args:
-        progress: the progress of the steps.
-        evaluated: the step of the evaluation that was shown before the run resumed.
-    """
+    """Shows steps and evaluations, but the one that was `evaluated` before the run resumed, if `progress` is shown."""
 
     def __init__(self, progress: Progress, evaluated: int | None) -> None:
         self.progress, self.evaluated = progress, evaluated

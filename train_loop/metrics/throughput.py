@@ -75,27 +75,14 @@ class Span:
 class Throughput:
     """The speed of a run's steps, for the log. Call it with a part's name to get a context that measures the part.
 
-        with clock("forward"):
-            ...
-
     data: fetching batches; forward; backward: with the part of the gradient exchange that runs at the same time;
     communication: the rest of that exchange (with FSDP2, it is inside forward and backward); waiting: for the losses of
     the slowest process; optimizer: clipping, the finite check and the update; step: all of these except data, measured
-    on the host only.
-
-    Args:
-        accelerator: the processes; they are assumed to have the same hardware.
-        objective: the prepared `Objective`.
-        model: the language model in it.
-        block_size: tokens of context.
-
-    Attributes:
-        operations: operations for one token, forward and backward; None if they can't be counted this way.
-        rate: operations per second of all processes' hardware in a large matrix product.
+    on the host only. All processes are assumed to have the same hardware, whose `rate` is in operations per second.
     """
 
     def __init__(self, accelerator: Accelerator, objective: nn.Module, model: PreTrainedModel, block_size: int) -> None:
-        self.operations = operations_per_token(model, block_size)
+        self.operations = operations_per_token(model, block_size)  # None if they can't be counted this way
         dtype = getattr(torch, PRECISIONS[accelerator.mixed_precision].dtype)
         self.rate = matrix_rate(accelerator.device, dtype) * accelerator.num_processes
         self._peak_memory = devices.peak_memory(accelerator.device)
@@ -124,18 +111,13 @@ class Throughput:
 
     def _exposed(self) -> float:
         """Seconds by which the exchange of gradients outlasted the last backward pass."""
-        if self._parallel is None:
-            return 0.0
-        found = self._parallel._get_ddp_logging_data()
+        found = self._parallel._get_ddp_logging_data() if self._parallel is not None else {}
         exposed = found.get("backward_comm_time", 0) - found.get("backward_compute_comm_overlap_time", 0)
         return max(0.0, exposed / 1e9)
 
 
 def operations_per_token(model: PreTrainedModel, block_size: int) -> int | None:
-    """Operations (multiplications and additions) of one token's forward and backward pass.
-
-    None for mixtures of experts, where a token uses only a part of the weights.
-    """
+    """Operations (multiplications, additions) of one token, forward and backward; None for mixtures of experts."""
     config = model.config.get_text_config()
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         return None
@@ -151,13 +133,11 @@ def operations_per_token(model: PreTrainedModel, block_size: int) -> int | None:
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of the fastest of several large matrix products, with the fastest library available."""
-    rate = 0.0
     for side in _SIDES:
         seconds = _fastest(*(torch.randn(side, side, dtype=dtype, device=device) for _ in range(2)))
-        rate = 2 * side**3 / seconds
         if seconds >= _LONG_ENOUGH:
             break
-    return rate
+    return 2 * side**3 / seconds
 
 
 def _fastest(x: torch.Tensor, y: torch.Tensor) -> float:

@@ -15,27 +15,16 @@ def start_trackers(accelerator: Accelerator, run: Path, step: int, settings: dic
     """Let Accelerate's trackers continue after a step, if they can, so that no step appears in them twice.
 
     TensorBoard drops what it has of later steps. Weights & Biases continues the same run and keeps what it has.
-
-    Args:
-        accelerator: made with the trackers' names.
-        run: the run's folder.
-        step: the step after which the run continues.
-        settings: flat, plain values, for trackers that show them.
+    `settings` are flat, plain values, for trackers that show them.
     """
     identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
-    options = {
-        "tensorboard": {"purge_step": step + 1},
-        "wandb": {"id": identity, "name": run.name, "resume": "allow"},
-    }
+    wandb = {"id": identity, "name": run.name, "resume": "allow"}
+    options = {"tensorboard": {"purge_step": step + 1}, "wandb": wandb}
     accelerator.init_trackers("train_loop", config=settings, init_kwargs=options)
 
 
 def check_trackers(names: list[str]) -> None:
-    """Refuse trackers that Accelerate would silently leave out.
-
-    Raises:
-        InputError: for a tracker that is unknown or not installed.
-    """
+    """Refuse trackers that Accelerate would silently leave out: InputError if one is unknown or not installed."""
     available = {str(each) for each in get_available_trackers()}
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:

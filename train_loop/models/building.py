@@ -1,7 +1,6 @@
 """Load any causal language model that Transformers has, or initialise one from scratch.
 
-Weights are fp32 whatever `run.mixed_precision` says: autocast rounds copies of them, and the optimizer changes
-the originals.
+Weights are fp32 whatever `run.mixed_precision` says: autocast rounds copies, the optimizer changes the originals.
 """
 
 import inspect
@@ -35,8 +34,7 @@ from train_loop.rng import seed_torch
 def build(config: Config, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel | None = None) -> PreTrainedModel:
     """The model of a configuration, or a given one, in fp32, checked against tokenizer and block size.
 
-    Raises:
-        InputError: if the model cannot be loaded or built, or its vocabulary or context is too small.
+    Raises InputError if the model cannot be loaded or built, or its vocabulary or context is too small.
     """
     if model is not None:
         source = f"the {type(model).__name__}"
@@ -71,11 +69,7 @@ def fuse_activations(model: PreTrainedModel) -> None:
 
 
 def check_positions(model: PreTrainedModel) -> None:
-    """Refuse a model that cannot be told where documents begin.
-
-    Raises:
-        InputError: names the model.
-    """
+    """Refuse a model that cannot be told where documents begin. Raises InputError, which names the model."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise InputError(
             f"data.isolate_documents: {type(model).__name__} takes no positions, so it cannot be told where documents "
@@ -102,17 +96,12 @@ def without_compile(model: torch.nn.Module) -> AbstractContextManager[object]:
 
 
 def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
-    """A model from the Hub or a local folder. It never runs code from there, nor reads pickles, which may be code.
-
-    Raises:
-        InputError: if the model cannot be loaded.
-    """
+    """A model from the Hub or a local folder, or InputError. Neither code nor pickles, which may be code, are read."""
 
     def build(attention: str | None) -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype=torch.float32, attn_implementation=attention, use_safetensors=True
         )
-        return model
 
     try:
         return build(attention)
@@ -122,14 +111,11 @@ def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
 
 
 def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """A model with random weights, keyed by `run.seed`, from `model.architecture`.
-
-    Unless it says otherwise, the vocabulary is the tokenizer's and the context one block.
-    """
-    architecture, attention = config.model.architecture or {}, config.model.attention
+    """A model with random weights, keyed by `run.seed`; by default its context is one block."""
+    attention = config.model.attention
 
     def build(attention: str | None) -> PreTrainedModel:
-        model_config = _model_config(dict(architecture), tokenizer, config.data.block_size)
+        model_config = _model_config(dict(config.model.architecture or {}), tokenizer, config.data.block_size)
         seed_torch(torch.device("cpu"), "weights", config.run.seed)
         with compat.residual_weights_scaled():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -145,30 +131,23 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrained
         raise
     except Exception as error:  # whatever a library raises if numbers don't fit together
         _blame_attention(attention, build, error)
-        raise InputError(
-            f"model.architecture: {config.model.architecture}: no such model can be built ({one_line(error)})"
-        ) from None
+        problem = f"no such model can be built ({one_line(error)})"
+        raise InputError(f"model.architecture: {config.model.architecture}: {problem}") from None
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     model.generation_config = GenerationConfig(**ids)
     return model
 
 
 def _blame_attention(attention: str | None, build: Callable[[str | None], PreTrainedModel], error: Exception) -> None:
-    """Blame the attention implementation for an error if the model can be built without it.
-
-    Raises:
-        InputError: if so.
-    """
+    """Blame the attention implementation for an error if the model can be built without it. Raises InputError if so."""
     if attention is None:
         return
     try:
         build(None)
     except Exception:
         return
-    raise InputError(
-        f"model.attention {attention}: fails with this model, device or installation ({one_line(error)}); use sdpa or "
-        "eager, or leave it out"
-    ) from None
+    problem = f"fails with this model, device or installation ({one_line(error)})"
+    raise InputError(f"model.attention {attention}: {problem}; use sdpa or eager, or leave it out") from None
 
 
 def _is_causal(model_type: str) -> bool:
@@ -191,12 +170,8 @@ def _model_config(
         if name not in fields:
             raise InputError(f"model.architecture: {model_type} has no {name}; {nearest(name, sorted(fields))}")
     context = default.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-    settings = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.eos_token_id,
-    }
+    settings = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id}
+    settings |= dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     if context in fields and not {context, "max_position_embeddings"} & architecture.keys():
         settings[context] = block_size
     return AutoConfig.for_model(model_type, **(settings | architecture))
@@ -209,18 +184,11 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, block_size: int, source: str) -> None:
-    """Refuse a tokenizer or a block size that the model cannot take.
-
-    Raises:
-        InputError: with both numbers.
-    """
+    """Refuse a tokenizer or a block size that the model cannot take. Raises InputError with both numbers."""
     context, vocabulary = context_length(model), len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     if context is not None and block_size > context:
-        raise InputError(
-            f"data.block_size {block_size} exceeds the context of {source}, {context} tokens; use at most {context}"
-        )
+        beyond = f"exceeds the context of {source}, {context} tokens; use at most {context}"
+        raise InputError(f"data.block_size {block_size} {beyond}")
     if len(tokenizer) > vocabulary:
-        raise InputError(
-            f"the tokenizer has {len(tokenizer)} entries, but {source} has only {vocabulary} embeddings; "
-            "use the tokenizer that belongs to the model"
-        )
+        problem = f"has {len(tokenizer)} entries, but {source} has only {vocabulary} embeddings"
+        raise InputError(f"the tokenizer {problem}; use the tokenizer that belongs to the model")

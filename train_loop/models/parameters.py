@@ -5,9 +5,7 @@ import hashlib
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 
 def digest(model: PreTrainedModel) -> str:

@@ -50,6 +50,9 @@ def use_products(model: PreTrainedModel) -> None:
                 layer.forward = _Remade(layer.approximate)  # type: ignore[assignment, method-assign]
 
 
+_MadeFrom = tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]
+
+
 class _Remade:
     """The forward pass of a GELU; its output carries what is needed to recompute it."""
 
@@ -81,11 +84,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        made_from: tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor] | None,
+        context: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, made_from: _MadeFrom | None
     ) -> torch.Tensor:
         context.remake, kept = (None, x) if made_from is None else made_from
         context.save_for_backward(kept, weight)
@@ -131,8 +130,7 @@ class TiedGradient:
 def tie_gradients(model: PreTrainedModel) -> TiedGradient | None:
     """Let a tied embedding add its gradient to that of `LinearCrossEntropy`, in place.
 
-    Returns:
-        An argument for `LinearCrossEntropy`; None if weights are not tied, or the embedding does more than look up.
+    Returns its argument; None if weights are not tied, or the embedding does more than look up.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     plain = type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.scale_grad_by_freq
@@ -225,13 +223,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep freed memory for the next step instead of handing it back to the kernel.
+    """Let the C library, if it is glibc, keep freed memory for the next step instead of handing it back to the kernel.
 
     Big buffers come and go many times in a step, and the kernel fills each one that it hands out again with zeros, page
-    by page. The process then keeps as much memory as a step needs at most. Only glibc can do this.
-
-    Returns:
-        Whether the C library is glibc and did it.
+    by page. The process then keeps as much memory as a step needs at most. Returns whether it was done.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
@@ -245,14 +240,8 @@ def speed_up(
 ) -> TiedGradient | None:
     """Do all of this for a model on a CPU, in place; a model on another device stays as it is.
 
-    Args:
-        model: on its device.
-        training: whether gradients and dropout masks will be needed.
-        products: whether its linear layers multiply by oneDNN; compiled layers do not.
-        keep_memory: see `keep_freed_memory`.
-
-    Returns:
-        What `LinearCrossEntropy` needs to know about a tied embedding.
+    `training` says whether gradients and dropout masks will be needed; compiled layers take no `products`. Returns what
+    `LinearCrossEntropy` needs to know about a tied embedding.
     """
     if model.device.type != "cpu":
         return None

@@ -105,18 +105,13 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """softmax(Q K^T scaling + mask) V with dropout of the probabilities; Transformers calls it.
 
-    Without dropout, or on a device other than a CPU, it is torch's scaled_dot_product_attention.
-
-    Args:
-        query: [batch, heads, queries, width].
-        key, value: [batch, heads or fewer, keys, width].
-        attention_mask: bool, True where to attend, or numbers to add [batch, 1 or heads, queries, keys].
-
-    Returns:
-        [batch, queries, heads, width], and None instead of weights.
+    Without dropout, or on a device other than a CPU, it is torch's scaled_dot_product_attention. The query is [batch,
+    heads, queries, width], key and value [batch, heads or fewer, keys, width], the mask bool, True where to attend, or
+    numbers to add [batch, 1 or heads, queries, keys]. Returns [batch, queries, heads, width], and None instead of
+    weights.
     """
-    plain = not any(others.get(name) is not None for name in ("position_bias", "cache", "softcap"))
-    if not plain or not _is_worth_it(query, dropout):
+    more = any(others.get(name) is not None for name in ("position_bias", "cache", "softcap"))
+    if more or not _is_worth_it(query, dropout):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **others
         )

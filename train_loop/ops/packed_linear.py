@@ -22,10 +22,8 @@ _ROWS = 8  # rows that the order is chosen for; other numbers work, too
 def pack(model: PreTrainedModel) -> bool:
     """Give a model's linear layers packed copies of their matrices, in place, for use without gradients.
 
-    The weights stay as they are and must not change afterwards. The copies need as much memory again.
-
-    Returns:
-        Whether it was done: only on a CPU, for fp32, if torch has oneDNN and there is enough memory.
+    The weights stay as they are and must not change afterwards. The copies need as much memory again. Returns whether
+    it was done: only on a CPU, for fp32, if torch has oneDNN and there is enough memory.
     """
     layers: list[Any] = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
     needed = sum(4 * layer.weight.numel() for layer in layers)

@@ -20,11 +20,7 @@ _BLOCK_BYTES = 1 << 18  # how much of a text file is read at once
 
 
 def documents(data: DataConfig, split: str) -> Iterator[Document]:
-    """The documents of data.files ("train") or data.validation_files ("validation"), file by file.
-
-    Raises:
-        InputError: if a file cannot be read; the message names the file and the place.
-    """
+    """The documents of data.files or data.validation_files; InputError names the file and place that can't be read."""
     patterns = data.files if split == TRAIN else data.validation_files
     return itertools.chain.from_iterable(_documents_of(path, data) for path in expand(patterns))
 
@@ -49,11 +45,7 @@ def _patterns(data: DataConfig) -> list[tuple[str, list[str]]]:
 
 
 def expand(patterns: list[str]) -> list[str]:
-    """The files that paths or glob patterns name, sorted within each pattern, without repeats.
-
-    Raises:
-        InputError: for a pattern that matches no file, an empty file, or an unknown kind of file.
-    """
+    """The files of paths or patterns, sorted within each, without repeats; InputError if none, empty or unknown."""
     paths: dict[str, None] = {}
     for pattern in patterns:
         expanded = os.path.expanduser(pattern)
@@ -80,12 +72,12 @@ def stamp(path: str) -> tuple[str, int, int]:
 
 def _documents_of(path: str, data: DataConfig) -> Iterator[Document]:
     """The documents of one file."""
-    suffix = Path(path).suffix.lower()
+    read = _READERS[Path(path).suffix.lower()]
     try:
-        if suffix == ".txt":
+        if read is None:
             yield Document(path, TextFile(path))
             return
-        for place, row in _READERS[suffix](path):
+        for place, row in read(path):
             yield Document(f"{path}:{place}", (text_of(row, data.text_field, data.join, f"{path}, {place}"),))
     except OSError as error:
         raise _unreadable(path, error) from None
@@ -95,8 +87,7 @@ def _documents_of(path: str, data: DataConfig) -> Iterator[Document]:
 class TextFile:
     """The text of a file, as strict UTF-8, in blocks that are read on demand. Each iteration reads it again.
 
-    Raises:
-        InputError: while iterating, if the file can't be read or isn't UTF-8; the message names the byte.
+    Raises InputError while iterating, if the file can't be read or isn't UTF-8; the message names the byte.
     """
 
     path: str

@@ -13,11 +13,7 @@ from train_loop.errors import InputError, one_line
 
 
 def documents(data: DataConfig, split: str) -> Iterator[Document]:
-    """The documents of data.split ("train") or data.validation_split ("validation"), one per row.
-
-    Raises:
-        InputError: if the data set, the split or the field does not exist.
-    """
+    """The documents, one per row; InputError if the data set, the split or the field does not exist."""
     name = data.split if split == TRAIN else data.validation_split or ""
     dataset = _load(data, name)
     column, _, _ = data.text_field.partition(".")
