@@ -29,9 +29,8 @@ def main() -> None:
 
     import torch
 
+    from train_loop import job
     from train_loop.config.load import config_from_arguments
-    from train_loop.data.loader import loader
-    from train_loop.training import loop
     from train_loop.training.step import train_step
 
     architecture, vocabulary, block, sequences, micro_batch = SHAPES[given.shape]
@@ -39,7 +38,7 @@ def main() -> None:
     folder = tempfile.mkdtemp(prefix="bench-bitwise-")
 
     def contender(name: str, reproducible: str, threads: int) -> Contender:
-        run = loop.set_up(
+        run = job.set_up(
             config_from_arguments(
                 [
                     *("--model.architecture", architecture, "--tokenizer.train_vocab_size", str(vocabulary)),
@@ -48,18 +47,16 @@ def main() -> None:
                     *("--train.max_steps", "100", "--run.output_dir", os.path.join(folder, name)),
                 ]
             )
-        )
-        run.objective.train()
-        steps = [list(loader(run.train, run.plan.share(step, 0, 1))) for step in range(given.steps)]
-        targets = sequences * block
+        ).run
+        run.context.objective.train()
+        steps = [run.batches[step] for step in range(given.steps)]
 
         def work() -> float:
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(reproducible == "bitwise")
             began = time.perf_counter()
-            for step, batches in enumerate(steps):
-                rest = (len(batches), targets, 1e-4, 1.0, (0, step), run.sums)
-                train_step(run.accelerator, run.objective, run.optimizer, batches, *rest)
+            for batch in steps:
+                train_step(run.context, run.state, batch, 1e-4)
             return time.perf_counter() - began
 
         return Contender(name, work)

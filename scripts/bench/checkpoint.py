@@ -61,37 +61,34 @@ def main() -> None:
 
 def hold_up(arguments: list[str], steps: int, rounds: int) -> dict[str, Any]:
     """Seconds of a step, and for each way to write: seconds that the call takes, and that the steps take longer."""
+    from train_loop import job
     from train_loop.checkpoint import storage
     from train_loop.checkpoint.manager import CheckpointManager
     from train_loop.config.load import config_from_arguments
-    from train_loop.data.loader import loader
-    from train_loop.training import loop
     from train_loop.training.step import train_step
 
-    run = loop.set_up(config_from_arguments(arguments))
-    run.objective.train()
+    setup = job.set_up(config_from_arguments(arguments))
+    run, folder, accelerator = setup.run, setup.folder, setup.run.context.accelerator
+    run.context.objective.train()
 
     def train(first: int, save: Callable[[int], object] | None) -> tuple[float, float]:
         """Seconds of `steps` steps, with a save after the first one; and of the save's call."""
         blocked = 0.0
         began = time.perf_counter()
         for step in range(first, first + steps):
-            batches = loader(run.train, run.plan.share(step, 0, 1))
-            train_step(run.accelerator, run.objective, run.optimizer, batches, 1, 256, 1e-4, 1.0, (0, step))
+            train_step(run.context, run.state, run.batches[step], 1e-4)
             if step == first and save is not None:
                 before = time.perf_counter()
                 save(step)
                 blocked = time.perf_counter() - before
         return time.perf_counter() - began, blocked
 
-    beside, before = (
-        CheckpointManager(run.accelerator, run.folder.checkpoints, 1, background) for background in (True, False)
-    )
+    beside, before = (CheckpointManager(accelerator, folder.checkpoints, 1, background) for background in (True, False))
     saves: list[Callable[[int], object] | None] = [
         None,
-        lambda step: beside.begin(run.model, run.optimizer, {"step": step}),
-        lambda step: before.begin(run.model, run.optimizer, {"step": step}),
-        lambda step: run.accelerator.save_state(str(run.folder.path / "rival")),
+        lambda step: beside.save_async(run.state.model, run.state.optimizer, {"step": step}),
+        lambda step: before.save_async(run.state.model, run.state.optimizer, {"step": step}),
+        lambda step: accelerator.save_state(str(folder.path / "rival")),
     ]
     taken: list[list[tuple[float, float]]] = [[] for _ in saves]
     for turn in range(rounds + 1):  # the first one warms up: memory for the copy is fetched once
@@ -99,12 +96,12 @@ def hold_up(arguments: list[str], steps: int, rounds: int) -> dict[str, Any]:
             times.append(train(turn * steps, save))
             beside.wait()
             os.sync()  # what one leaves to the kernel to write must not slow down the next
-    found, _ = storage.newest(run.folder.checkpoints)
+    found, _ = storage.newest(folder.checkpoints)
     assert found is not None
     size = sum(path.stat().st_size for path in found.folder.iterdir())
     plain = [seconds for seconds, _ in taken[0][1:]]
     result: dict[str, Any] = {
-        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in run.state.model.parameters()),
         "megabytes": size / 1e6,
         "step_seconds": statistics.median(plain) / steps,
     }

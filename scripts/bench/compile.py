@@ -27,15 +27,14 @@ def main() -> None:
 
     from torch._dynamo.utils import counters
 
+    from train_loop import job
     from train_loop.config.load import config_from_arguments
-    from train_loop.data.loader import loader
-    from train_loop.training import loop
     from train_loop.training.step import train_step
 
     folder = tempfile.mkdtemp(prefix="bench-compile-")
 
     def contender(name: str, compiled: bool) -> Contender:
-        run = loop.set_up(
+        run = job.set_up(
             config_from_arguments(
                 [
                     *("--model.architecture", given.architecture, "--tokenizer.train_vocab_size", "4096"),
@@ -44,15 +43,14 @@ def main() -> None:
                     *("--run.output_dir", os.path.join(folder, name)),
                 ]
             )
-        )
-        run.objective.train()
-        steps = [list(loader(run.train, run.plan.share(step, 0, 1))) for step in range(given.steps)]
+        ).run
+        run.context.objective.train()
+        steps = [run.batches[step] for step in range(given.steps)]
 
         def work() -> float:
             began = time.perf_counter()
-            for step, batches in enumerate(steps):
-                rest = (len(batches), SEQUENCES * BLOCK, 1e-4, 1.0, (0, step), run.sums)
-                train_step(run.accelerator, run.objective, run.optimizer, batches, *rest)
+            for batch in steps:
+                train_step(run.context, run.state, batch, 1e-4)
             return time.perf_counter() - began
 
         return Contender(name, work)

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from measure import steps_alone
+
 CONTENDERS = PLAIN, LOOP, TRAINER = "a plain loop", "train_loop", "Trainer"
 WARM_UP = 3  # steps of Trainer's
 Commands = dict[str, Callable[[], dict[str, Any]]]
@@ -180,18 +182,14 @@ def _the_loop(given: argparse.Namespace) -> Commands:
     """The loop of train_loop, with its log; its bare step; a rate to compare with, once nobody else is at work."""
     import torch
 
-    from train_loop import devices
-    from train_loop.checkpoint.manager import CheckpointManager
+    from train_loop import devices, job
     from train_loop.config.load import config_from_arguments
-    from train_loop.data.loader import loader
     from train_loop.metrics.log import MetricsLog
     from train_loop.metrics.throughput import matrix_rate
-    from train_loop.signals import StopRequest
-    from train_loop.training import loop
 
     folder = Path(tempfile.mkdtemp(prefix="bench-gpu-"))
     few = ("--data.max_documents", "50") if given.cpu else ()
-    run = loop.set_up(
+    setup = job.set_up(
         config_from_arguments(
             [
                 *("--model.architecture", json.dumps(_architecture(given)), *few, "--data.test_size", "0.05"),
@@ -203,29 +201,26 @@ def _the_loop(given: argparse.Namespace) -> Commands:
             ]
         )
     )
-    # Evaluation and checkpoint of the last step are not part of a step.
-    loop._evaluate = lambda *_: False
-    loop._checkpoint = lambda *_: None
-    saver = CheckpointManager(run.accelerator, run.folder.checkpoints, keep=1, background=True)
-    run.folder.path.mkdir(parents=True, exist_ok=True)
-    shares = (run.plan.share(step, 0, 1) for step in range(min(given.steps, 4)))
-    batches = [each.to(run.accelerator.device) for share in shares for each in loader(run.train, share)]
-    optimizer = run.optimizer.optimizer
+    run, context, optimizer = setup.run, setup.run.context, setup.run.state.optimizer
+    setup.folder.path.mkdir(parents=True, exist_ok=True)
+    few_steps = [run.batches[step].micro_batches for step in range(min(given.steps, 4))]
+    batches = [each.to(context.accelerator.device) for micro_batches in few_steps for each in micro_batches]
 
     def train() -> None:
-        loop._loop(run, MetricsLog(run.accelerator, run.folder.metrics, 0), saver, 0, StopRequest())
+        run.state.step = 0
+        steps_alone(run, MetricsLog(context.accelerator, setup.folder.metrics, 0))
 
     def bare() -> None:
         for step in range(given.steps):
             batch = batches[step % len(batches)]
-            (run.objective(batch.inputs, batch.targets) / batch.targets.numel()).backward()
-            torch.nn.utils.clip_grad_norm_(run.objective.parameters(), 1.0)
+            (context.objective(batch.inputs, batch.targets) / batch.targets.numel()).backward()
+            torch.nn.utils.clip_grad_norm_(context.objective.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
 
     def rate() -> dict[str, Any]:
-        device = run.accelerator.device
-        found = {"rate": matrix_rate(device, torch.bfloat16), "operations": run.speed.operations}
+        device = context.accelerator.device
+        found = {"rate": matrix_rate(device, torch.bfloat16), "operations": context.clock.operations}
         return found | {"device": devices.name(device)}
 
     turn = _Turn(given)

@@ -15,13 +15,26 @@ import json
 import statistics
 import tempfile
 import time
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from measure import parser, report
+from measure import parser, report, steps_alone
 
 BARE = {"forward, backward, AdamW alone": False, "forward, backward, clipping, AdamW alone": True}
 LOOP, UNMEASURED = "the loop", "the loop, measuring nothing"
+NOTHING = nullcontext()
+
+
+class Silent:
+    """A clock that measures nothing."""
+
+    def __call__(self, part: str) -> AbstractContextManager[None]:
+        """A context that does nothing."""
+        return NOTHING
+
+    def of_step(self, tokens: int) -> dict[str, Any]:
+        """What the loop can't do without."""
+        return {"tokens_per_second": 0.0}
 
 
 def main() -> None:
@@ -32,29 +45,25 @@ def main() -> None:
 
     import torch
 
-    from train_loop.checkpoint.manager import CheckpointManager
+    from train_loop import job
     from train_loop.config.load import config_from_arguments
-    from train_loop.data.loader import loader
     from train_loop.metrics.log import MetricsLog
-    from train_loop.metrics.throughput import Stopwatch, Throughput
-    from train_loop.signals import StopRequest
-    from train_loop.training import loop
+    from train_loop.training.state import Observer, TrainState
 
     torch.set_num_threads(1)  # a second thread would only add noise to work this small
-    folder = Path(tempfile.mkdtemp(prefix="bench-loop-"))
-    run = loop.set_up(
+    setup = job.set_up(
         config_from_arguments(
             [
                 *("--model.architecture", "{model_type: gpt2, n_layer: 1, n_embd: 16, n_head: 1}"),
                 *("--tokenizer.train_vocab_size", "512", "--data.block_size", "8", "--batch.sequences_per_step", "2"),
                 *("--train.max_steps", str(2 * given.steps * (given.rounds + 1)), "--evaluation.every", "1000000"),
-                *("--checkpoint.every", "1000000", "--run.output_dir", str(folder)),
+                *("--checkpoint.every", "1000000", "--run.output_dir", tempfile.mkdtemp(prefix="bench-loop-")),
             ]
         )
     )
-    shares = (run.plan.share(step, 0, 1) for step in range(given.steps))
-    batches = list(loader(run.train, itertools.chain.from_iterable(shares)))
-    objective, optimizer = run.accelerator.unwrap_model(run.objective), run.optimizer.optimizer
+    run, accelerator, optimizer = setup.run, setup.run.context.accelerator, setup.run.state.optimizer
+    batches = [each for step in itertools.islice(run.batches.after(0), given.steps) for each in step.micro_batches]
+    objective = accelerator.unwrap_model(run.context.objective)
     parameters = list(objective.parameters())
     turns: dict[str, list[float]] = {name: [] for name in (*BARE, UNMEASURED, LOOP)}
 
@@ -68,31 +77,30 @@ def main() -> None:
             optimizer.zero_grad()
         return time.process_time() - began
 
-    between_steps, lap, of_step, began = loop._between_steps, Stopwatch.lap, Throughput.of_step, 0.0
+    clock: Any = run.context.clock
+    silent: Any = Silent()
 
-    def take_turns(run: Any, log: Any, saver: Any, step: int, *rest: Any) -> bool:
-        nonlocal began
-        stopping = between_steps(run, log, saver, step, *rest)
-        if step % given.steps == 0:
-            turn, number = time.process_time() - began, step // given.steps
+    class TakeTurns(Observer):
+        """Lets the loop, measuring nothing and as it is, and the bare steps take turns."""
+
+        def __init__(self) -> None:
+            run.context.clock = silent
+            self.began = time.process_time()
+
+        def after_step(self, state: TrainState, record: dict[str, Any]) -> None:
+            if state.step % given.steps:
+                return
+            turn, number = time.process_time() - self.began, state.step // given.steps
             measured = number % 2 == 0
             if number > 2:  # the first ones warm up: imports, caches, first allocations
                 turns[LOOP if measured else UNMEASURED].append(turn)
             if number > 2 and measured:
                 for name, clip in BARE.items():
                     turns[name].append(bare(clip))
-            # Next is a turn of the other kind.
-            Stopwatch.lap = (lambda *_: None) if measured else lap  # type: ignore[method-assign]
-            Throughput.of_step = (lambda *_: {"tokens_per_second": 0.0}) if measured else of_step  # type: ignore[method-assign]
-            began = time.process_time()
-        return stopping
+            run.context.clock = silent if measured else clock  # next is a turn of the other kind
+            self.began = time.process_time()
 
-    loop._between_steps = take_turns  # type: ignore[assignment]
-    # Evaluation and checkpoint of the last step are not part of a step.
-    loop._evaluate = lambda *_: False
-    loop._checkpoint = lambda *_: None
-    saver = CheckpointManager(run.accelerator, run.folder.checkpoints, keep=1, background=True)
-    loop._loop(run, MetricsLog(run.accelerator, run.folder.metrics, 0), saver, 0, StopRequest())
+    steps_alone(run, MetricsLog(accelerator, setup.folder.metrics, 0), TakeTurns())
 
     report(f"{given.steps} steps", turns, given.steps, "steps", given.json)
     for name in (*BARE, UNMEASURED):

@@ -6,7 +6,11 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from train_loop.metrics.log import MetricsLog
+    from train_loop.training.state import Observer, Run
 
 
 class Contender(NamedTuple):
@@ -32,6 +36,19 @@ def alternate(contenders: Sequence[Contender], rounds: int) -> dict[str, list[fl
         for contender in contenders[:: 1 if turn % 2 == 0 else -1]:
             found[contender.name].append(contender.run())
     return found
+
+
+def steps_alone(run: "Run", log: "MetricsLog", *observers: "Observer") -> None:
+    """Train a run to its end by the loop, with log and progress; what comes after its last step is left out."""
+    from train_loop.console import Progress
+    from train_loop.metrics.progress import ProgressLines
+    from train_loop.training.loop import History, Loop
+
+    with Progress("training", "step", run.batches.total_steps) as progress:
+        watching: list[Observer] = [log, ProgressLines(progress, None), *observers]
+        loop = Loop(run, History(), watching, save=lambda state, wait=False: None)
+        loop._evaluate = lambda: False  # type: ignore[method-assign]
+        loop.train()
 
 
 def report(title: str, found: dict[str, list[float]], work: float, unit: str, as_json: bool) -> None:

@@ -11,9 +11,8 @@ watched costs beyond the others.
 import json
 import statistics
 import tempfile
-from pathlib import Path
 
-from measure import Contender, alternate, parser, report, seconds
+from measure import Contender, alternate, parser, report, seconds, steps_alone
 
 SHAPES = {
     # name: (model, vocabulary of its tokenizer, block size, sequences a step, sequences a micro-batch)
@@ -31,15 +30,13 @@ def main() -> None:
     )
     given = options.parse_args()
 
+    from train_loop import job
     from train_loop.analysis.step_statistics import StepStatistics
-    from train_loop.checkpoint.manager import CheckpointManager
     from train_loop.config.load import config_from_arguments
     from train_loop.metrics.log import MetricsLog
-    from train_loop.signals import StopRequest
-    from train_loop.training import loop
 
     architecture, vocabulary, block, sequences, micro_batch = SHAPES[given.shape]
-    run = loop.set_up(
+    setup = job.set_up(
         config_from_arguments(
             [
                 *("--model.architecture", architecture, "--tokenizer.train_vocab_size", str(vocabulary)),
@@ -50,21 +47,19 @@ def main() -> None:
             ]
         )
     )
-    # Evaluation and checkpoint of the last step are not part of a step.
-    loop._evaluate = lambda *_: False
-    loop._checkpoint = lambda *_: None
-    saver = CheckpointManager(run.accelerator, run.folder.checkpoints, keep=1, background=True)
-    run.folder.path.mkdir(exist_ok=True)
+    run, metrics = setup.run, setup.folder.metrics
+    metrics.parent.mkdir(exist_ok=True)
 
     between: dict[int | None, list[float]] = {None: [], 50: []}  # seconds of steps that are not watched
 
     def steps(every: int | None) -> float:
-        run.watch = None if every is None else StepStatistics(run, every)
-        log = MetricsLog(run.accelerator, Path(run.folder.metrics), 0, study=every is not None)
-        took = seconds(lambda: loop._loop(run, log, saver, 0, StopRequest()))
+        run.state.step = 0
+        log = MetricsLog(run.context.accelerator, metrics, 0, study=every is not None)
+        watching = [] if every is None else [StepStatistics(run, every, log.write_study)]
+        took = seconds(lambda: steps_alone(run, log, *watching))
+        log.close()
         if every in between:
-            log.flush()
-            lines = [json.loads(line) for line in Path(run.folder.metrics).read_text(encoding="utf-8").splitlines()]
+            lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
             between[every] += [line["seconds"] for line in lines if line["step"] % 50]
         return took
 
@@ -78,7 +73,7 @@ def main() -> None:
         report(f"{given.shape}: {given.steps} steps of {sequences} x {block}", found, given.steps, "steps", given.json)
         off, on = (statistics.median(between[every]) for every in (None, 50))
         print(f"\na step that is not watched: {off * 1e3:.1f} ms without, {on * 1e3:.1f} ms in a watched run (medians)")
-    few = run.total_steps = 4
+    few = run.batches.total_steps = 4
     alone = alternate([Contender("off", lambda: steps(None)), Contender("each", lambda: steps(1))], given.rounds)
     step = statistics.median(alone["off"]) / few
     extra = statistics.median((each - off) / few for off, each in zip(alone["off"], alone["each"], strict=True))

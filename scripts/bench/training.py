@@ -135,24 +135,19 @@ def _model(shape: str) -> Any:
 
 
 def _loop(shape: str, keep_memory: bool) -> None:
+    from train_loop import job
     from train_loop.config.load import config_from_arguments
-    from train_loop.training import loop
-
-    def between(*_: object) -> bool:
-        turns()
-        return False
+    from train_loop.training.state import Observer, StepBatch, TrainState
 
     folder = Path(tempfile.mkdtemp(prefix="bench-training-"))
     turns = _Turns()
-    build = loop.set_up
 
-    def set_up(*arguments: Any) -> loop.Run:
-        run = build(*arguments)
-        turns.parameters = sum(parameter.numel() for parameter in run.model.parameters())
-        return run
+    class Callback(Observer):
+        def before_step(self, state: TrainState, batch: StepBatch) -> None:
+            turns.parameters = sum(parameter.numel() for parameter in state.model.parameters())
+            turns()
 
-    vars(loop).update(set_up=set_up, _between_steps=between)
-    loop.train(
+    job.train(
         config_from_arguments(
             [
                 *("--model.architecture", json.dumps(SHAPES[shape]), "--tokenizer.train_vocab_size", "4096"),
@@ -160,7 +155,8 @@ def _loop(shape: str, keep_memory: bool) -> None:
                 *("--train.max_steps", "1000", "--evaluation.every", "1000", "--checkpoint.every", "1000"),
                 *("--run.keep_memory", str(keep_memory).lower(), "--run.output_dir", str(folder)),
             ]
-        )
+        ),
+        callbacks=[Callback()],
     )
 
 

@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ import torch
 from gpu_day.models import NO_DROPOUT, forget_accelerator, quiet, relative
 from gpu_day.rows import Finding, Rows, Skipped, at_most, figure, holds, needs, part, same
 from gpu_day.runs import STEPS, Command, Training, settings
+from train_loop.training.state import Run
 from train_loop.training.step import StepResult
 
 _FEW_STEPS = 5  # of the runs in this process
@@ -136,18 +136,19 @@ def replayed(run: Training, folder: Path, exact: bool) -> Finding:
     raise RuntimeError(f"exit code {code}: {command.last_line}")
 
 
-def _run(cpu: bool, folder: Path, **changes: object) -> Any:
+def _run(cpu: bool, folder: Path, **changes: object) -> Run:
     """A run in this process that is set up, and never writes a file."""
     from train_loop.config.load import config_from_arguments
     from train_loop.job import set_up
 
     forget_accelerator()
-    run = set_up(config_from_arguments([*settings(cpu, **changes), "--run.output_dir", str(folder / "never")]))
-    run.objective.train()
+    given = config_from_arguments([*settings(cpu, **changes), "--run.output_dir", str(folder / "never")])
+    run = set_up(given).run
+    run.context.objective.train()
     return run
 
 
-def _without_dropout(cpu: bool, folder: Path, **changes: object) -> Any:
+def _without_dropout(cpu: bool, folder: Path, **changes: object) -> Run:
     given = settings(cpu)
     architecture = json.loads(given[given.index("--model.architecture") + 1]) | NO_DROPOUT
     return _run(cpu, folder, model__architecture=json.dumps(architecture), **changes)
@@ -159,7 +160,7 @@ def micro_batches(cpu: bool, folder: Path, found: dict[int, list[StepResult]]) -
 
     for size in (8, 1, 2, 4):
         run = _without_dropout(cpu, folder, batch__micro_batch_size=size)
-        found[size] = [take(run, step) for step in range(_FEW_STEPS)]
+        found[size] = [take(run) for _ in range(_FEW_STEPS)]
     losses = {size: [step.loss for step in steps] for size, steps in found.items()}
     if losses[8][0] == losses[8][-1]:
         raise AssertionError("training changes nothing: this check would see nothing")
@@ -190,9 +191,10 @@ def evaluation(cpu: bool, folder: Path) -> Finding:
     from train_loop.training.evaluation import measure
 
     run = _without_dropout(cpu, folder)
+    accelerator, objective = run.context.accelerator, run.context.objective
     blocks = np.arange(max(0, len(run.validation) - 65), len(run.validation))  # an odd number, the last one among them
-    model = AutoModelForCausalLM.from_config(run.model.config, attn_implementation="eager")
-    model.load_state_dict(run.model.state_dict())
+    model = AutoModelForCausalLM.from_config(run.state.model.config, attn_implementation="eager")
+    model.load_state_dict(run.state.model.state_dict())
     model.double().eval()
     nll, targets = 0.0, 0
     for batch in loader(run.validation, cut(blocks, 8, 0, 1)):
@@ -201,7 +203,7 @@ def evaluation(cpu: bool, folder: Path) -> Finding:
         labels = batch.targets.flatten()
         nll += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
         targets += int((labels != IGNORED).sum())
-    found = {size: measure(run.accelerator, run.objective, run.validation, blocks, size) for size in (1, 7, 64)}
+    found = {size: measure(accelerator, objective, run.validation, blocks, size) for size in (1, 7, 64)}
     off = {size: abs(sums[0] / nll - 1) for size, sums in found.items() if sums is not None}
     counted = {sums[2] for sums in found.values() if sums is not None}
     if counted != {float(targets)}:
@@ -214,17 +216,16 @@ def evaluation(cpu: bool, folder: Path) -> Finding:
 
 def keyed_dropout(cpu: bool, folder: Path) -> Finding:
     """A micro-batch's masks follow from (seed, step, number) alone."""
-    from train_loop.data.loader import loader
     from train_loop.rng import seed_torch
 
     run = _run(cpu, folder)
-    device = run.accelerator.device
-    batch = next(iter(loader(run.train, run.plan.share(0, 0, 1)))).to(device)
+    device = run.context.accelerator.device
+    batch = run.batches[0].micro_batches[0].to(device)
 
     @torch.no_grad()
     def nll(*key: int) -> float:
         seed_torch(device, "dropout", *key)
-        return float(run.objective(batch.inputs, batch.targets))
+        return float(run.context.objective(batch.inputs, batch.targets))
 
     first = nll(0, 3, 1)
     torch.rand(1000, device=device)  # whatever happens in between

@@ -116,19 +116,19 @@ class Quickstart:
         changes = ["--run.mixed_precision", variant.mixed_precision, "--model.compile", str(compiled).lower()]
         given = config_from_arguments([*self._settings(), *changes, "--run.output_dir", str(self._folder / "never")])
         try:
-            run = set_up(given)
+            run = set_up(given).run
         except InputError as error:
             if self._cpu and variant.mixed_precision == "fp16":
                 raise Skipped(one_line(str(error))) from None
             raise
         sheet = truth_sheet.measure(run)
         truth_sheet.check(sheet)
-        run.objective.train()
+        run.context.objective.train()
         losses, seconds = [], []
-        for step in range(self._steps):
+        for _ in range(self._steps):
             devices.synchronize(device())
             began = time.perf_counter()
-            losses.append(take(run, step).loss)
+            losses.append(take(run).loss)
             devices.synchronize(device())
             seconds.append(time.perf_counter() - began)
         self.losses[variant, compiled] = losses
