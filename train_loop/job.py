@@ -1,10 +1,13 @@
 """Puts one run together: set up, resume, train, finish. This is the only module that knows all the others."""
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -82,6 +85,23 @@ class Setup:
     damaged: dict[int, str]
 
 
+@contextmanager
+def _ready() -> Iterator[None]:
+    """Check the libraries' versions; within this, they print nothing but errors, since their notes drown out ours."""
+    versions.check()
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+@_ready()
 def prepare(config: Config, documents: Documents | tuple[str, Iterable[str]] | None = None) -> Prepared:
     """Turn documents into a token store, or find the existing one.
 
@@ -92,10 +112,10 @@ def prepare(config: Config, documents: Documents | tuple[str, Iterable[str]] | N
     Raises:
         InputError: for data that cannot be read.
     """
-    versions.check()
     return preparation.prepare(configure(config, documents))
 
 
+@_ready()
 def train(
     config: Config,
     *,
@@ -115,7 +135,6 @@ def train(
         TrainingError: if training cannot go on.
         LostError: if another process is gone.
     """
-    versions.check()
     config = configure(config, documents)
     heartbeat = Heartbeat(config.run, shared_settings(config))
     with heartbeat.naming_failures():
@@ -368,6 +387,7 @@ def _to_resume(accelerator: Accelerator, folder: RunFolder) -> tuple[storage.Che
     return found, damaged
 
 
+@_ready()
 def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, Any]:
     """Evaluate a model exactly on the configured validation data; all processes get the same result.
 
@@ -381,7 +401,6 @@ def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, A
     Raises:
         InputError: if the model or the data cannot be loaded, or they don't fit together.
     """
-    versions.check()
     heartbeat = Heartbeat(config.run, shared_settings(config))
     with heartbeat.naming_failures():
         accelerator = launch.start(config.run, heartbeat)
