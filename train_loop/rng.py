@@ -10,7 +10,7 @@ import torch
 
 
 def key(purpose: str, *numbers: int) -> int:
-    """A 63-bit seed for one purpose and its numbers, e.g. key("dropout", seed, step, micro_batch).
+    """A 63-bit seed for one purpose and its numbers, such as "dropout", seed, step and micro-batch.
 
     The numbers are hashed together, not added: (seed 0, step 2) and (seed 1, step 1) have nothing in common.
     """

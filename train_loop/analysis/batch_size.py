@@ -26,12 +26,12 @@ from train_loop.training.state import Run
 def fitting(
     config: Config, accelerator: Accelerator, objective: nn.Module, adamw: Optimizer, previous: int | None
 ) -> int:
-    """The micro-batch size that batch.micro_batch_size auto stands for: how many sequences every process can train on
-    at once, out of a process's share of a step (after resuming, the `previous` size), half of it, a quarter, ...
+    """The micro-batch size that batch.micro_batch_size auto stands for: what every process can train on at once.
 
-    Each process tries a forward and backward pass by itself, with moments and gradients in memory as in a step. All
-    processes must call this, with the prepared `Objective` and its optimizer, which must not have moments yet. Raises
-    InputError with FSDP2, or if not even one sequence fits.
+    Tried are a process's share of a step (after resuming, the `previous` size), half of it, a quarter, ... Each process
+    tries a forward and backward pass by itself, with moments and gradients in memory as in a step. All processes must
+    call this, with the prepared `Objective` and its optimizer, which must not have moments yet. Raises InputError with
+    FSDP2, or if not even one sequence fits.
     """
     if accelerator.is_fsdp2:
         raise InputError(

@@ -1,5 +1,6 @@
-"""What a step does inside a model: norms of weights, gradients and updates, the gradient's noise, and what
-`activations.py` sees. Each watched step becomes one line in study.jsonl.
+"""What a step does inside a model: norms of weights, gradients and updates, the gradient's noise.
+
+Each watched step becomes one line in study.jsonl, together with what `activations.py` sees.
 
     before_step      look at the step's windows with the weights as they are; start to watch gradients
     train_step       runs as usual: the step is the same, to the bit, watched or not

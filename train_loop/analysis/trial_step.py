@@ -24,6 +24,7 @@ def evaluating(objective: nn.Module) -> Iterator[None]:
 @contextmanager
 def without_effect(optimizer: torch.optim.Optimizer) -> Iterator[Callable[[], None]]:
     """A context whose function takes an optimizer step that changes no weight: its gradients and its rate are zero.
+
     The step allocates the moments; on leaving the context, they are gone, and so are all gradients.
     """
     rates = [group["lr"] for group in optimizer.param_groups]

@@ -156,11 +156,11 @@ def pieces(core: Tokenizer, blocks: Iterable[str], size: int | None = None) -> I
 
 
 def _splits_at_words(core: Tokenizer) -> bool:
-    """Whether each word is encoded by itself, and a word ends wherever white space follows other characters.
+    r"""Whether each word is encoded by itself, and a word ends wherever white space follows other characters.
 
     That is true of GPT-2's pattern (Radford et al., 2019), which is
 
-        's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+
+        's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 
     In a match with other characters, white space can only come first, and nothing looks back. Entries that were added
     to the vocabulary could span words; only special ones are harmless, because they are not looked for here.

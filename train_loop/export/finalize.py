@@ -55,31 +55,18 @@ def _write(
     expected: verify.Expected | None,
 ) -> Finished | None:
     """Write, verify, publish and upload the model; None if a signal came first."""
-    config, accelerator, model = run.config, run.context.accelerator, run.state.model
     temporary = folder.model.with_name("model.tmp")
     try:
         weights = storage.tensors(chosen)
-        ledger, tokenizer = run.data.ledger(), run.data.tokenizer
-        model_folder.write(temporary, model, weights, tokenizer, config, ledger, evaluations, chosen.step)
+        model_folder.write(temporary, run, weights, evaluations, chosen.step)
         if expected is not None:
-            verified = verify.verify(
-                temporary,
-                weights,
-                run.validation,
-                expected,
-                batch_size=run.evaluation_batch_size,
-                precision=config.run.mixed_precision,
-                # A sharded model may be larger than the memory of one device.
-                device="cpu" if accelerator.is_fsdp2 or accelerator.device.type == "cpu" else str(accelerator.device),
-                stop=lambda: run.context.stop.asked,
-            )
-            if not verified:
+            if not verify.verify(temporary, run, weights, expected):
                 return None
             say(f"exported model verified in a clean process: all weights, loss {expected.loss:.4f}, greedy tokens")
         model_folder.publish(temporary, folder.model)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"export: {one_line(error)}; start the same command again to go on from here") from None
-    return Finished(chosen.step, model_folder.push(folder.model, config) if config.export.push_to_hub else None)
+    return Finished(chosen.step, model_folder.push(folder.model, run.config) if run.config.export.push_to_hub else None)
 
 
 def _choose(run: Run, folder: RunFolder, evaluations: list[dict[str, Any]]) -> storage.CheckpointRef:

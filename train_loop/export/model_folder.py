@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from train_loop import compat
 from train_loop.config.load import to_yaml
@@ -18,24 +18,19 @@ from train_loop.config.schema import Config
 from train_loop.errors import InputError, one_line
 from train_loop.files import sync
 from train_loop.models.building import context_length
+from train_loop.training.state import Run
 
 
 def write(
-    folder: Path,
-    model: PreTrainedModel,
-    weights: dict[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerFast,
-    config: Config,
-    ledger: dict[str, Any],
-    evaluations: list[dict[str, Any]],
-    step: int,
+    folder: Path, run: Run, weights: dict[str, torch.Tensor], evaluations: list[dict[str, Any]], step: int
 ) -> None:
     """Write a model folder in place of anything that is there, with the weights of a step.
 
     Args:
-        model: has the configuration to write.
-        weights: its weights by name, tied ones once (`storage.tensors`).
+        run: has the model's configuration, its tokenizer, and what the card says.
+        weights: by name, tied ones once (`storage.tensors`).
     """
+    config, model, tokenizer = run.config, run.state.model, run.data.tokenizer
     shutil.rmtree(folder, ignore_errors=True)
     if config.model.activation_checkpointing:
         compat.checkpoint_activations(model, False)
@@ -44,7 +39,7 @@ def write(
     if (context := context_length(model)) is not None:
         tokenizer.model_max_length = context
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(config, ledger, evaluations, step), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(config, run.data.ledger(), evaluations, step), encoding="utf-8")
     for path in folder.iterdir():
         sync(path)
 

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from train_loop.data.loader import Windows, loader
 from train_loop.data.order import Ids, cut
 from train_loop.errors import TrainingError
 from train_loop.precision import PRECISIONS
+from train_loop.training.state import Run
 
 MOST_TOKENS = 65_536
 """At most this many validation tokens are evaluated again, in whole windows, spread evenly."""
@@ -58,27 +58,20 @@ def prompt(windows: Windows) -> list[int]:
     return windows.store.tokens[: max(1, min(_PROMPT, windows.block_size - 1, len(windows.store)))].tolist()
 
 
-def verify(
-    folder: Path,
-    weights: dict[str, torch.Tensor],
-    windows: Windows,
-    expected: Expected,
-    batch_size: int,
-    precision: str,
-    device: str,
-    stop: Callable[[], bool] = lambda: False,
-) -> bool:
+def verify(folder: Path, run: Run, weights: dict[str, torch.Tensor], expected: Expected) -> bool:
     """Check an exported model in a clean process; TrainingError if it is not the trained one.
 
     Args:
+        run: the run that trained it; a request to stop it ends the check, and False is returned.
         weights: the trained weights, by name, on the CPU.
-        expected: what the trained model gives on `windows`, the validation data.
-        precision: run.mixed_precision when `expected` was computed; the clean process computes in fp32.
-        stop: called now and then; True ends the check, and False is returned.
+        expected: what the trained model gives on the validation data. The clean process computes in fp32.
     """
+    # A sharded model may be larger than the memory of one device.
+    accelerator = run.context.accelerator
+    device = "cpu" if accelerator.is_fsdp2 or accelerator.device.type == "cpu" else str(accelerator.device)
     with tempfile.TemporaryDirectory(prefix="train_loop-") as name:
         probe = Path(name)
-        _write_probe(probe, weights, windows, expected, batch_size)
+        _write_probe(probe, weights, run.validation, expected, run.evaluation_batch_size)
         out = probe / "out"
         with open(out, "w+", encoding="utf-8") as stdout, open(probe / "err", "w+", encoding="utf-8") as stderr:
             # -P: Python does not look for modules in the script's folder, which belongs to this package. In a session
@@ -93,7 +86,7 @@ def verify(
             )
             try:
                 while process.poll() is None:
-                    if stop():
+                    if run.context.stop.asked:
                         return False
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(_POLL_SECONDS)
@@ -104,7 +97,7 @@ def verify(
             lines = (probe / "err").read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
             raise TrainingError(f"exported model {folder}: cannot be loaded and run by itself ({lines[-1][:300]})")
         found = json.loads(out.read_text(encoding="utf-8").splitlines()[-1])
-    if problem := _differences(found, expected, precision):
+    if problem := _differences(found, expected, run.config.run.mixed_precision):
         raise TrainingError(f"exported model {folder}: is not the model that was trained: {problem}")
     return True
 

@@ -31,7 +31,7 @@ class Generated:
 
 
 @torch.no_grad()
-def generate(
+def generate(  # noqa: PLR0913  what a text needs to grow, each of it apart
     feed: Feed,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
@@ -73,7 +73,7 @@ def generate(
             return [row.result for row in rows]
         if len(going) < len(active):
             active, tokens = [active[place] for place in going], tokens[going]
-            feed.keep(going)
+            feed.select_rows(going)
             choice.keep(going)
         choice.seen(tokens)
         if not said and any(slid_out(len(row.ids), context) for row in active):

@@ -26,13 +26,13 @@ class Feed(Protocol):
 
     model: PreTrainedModel
 
-    def start(self, rows: Rows, room: int) -> torch.Tensor:
-        """Start over with these rows; up to `room` tokens per row may follow. Returns the logits after each row."""
+    def start(self, rows: Rows, max_further_tokens: int) -> torch.Tensor:
+        """Start over with these rows, with space for further tokens in each; the logits after each row."""
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Feed one more token per row, int64 [batch]. Returns the logits after it."""
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def select_rows(self, rows: Sequence[int]) -> None:
         """Go on with the rows of these numbers only, in this order."""
 
 
@@ -46,19 +46,22 @@ class Decoder:
         self._cache_name = compat.cache_name(model)
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
 
-    def start(self, rows: Rows, room: int) -> torch.Tensor:
+    def start(self, rows: Rows, max_further_tokens: int) -> torch.Tensor:
+        """Begin with an empty cache."""
         self._ids, mask = _padded(rows, self.model.device)
         self._mask = None if bool(mask.all()) else mask
         self._cache: Any = None
         return self._forward()
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Let the cache grow by one place."""
         self._ids = torch.cat([self._ids, tokens[:, None]], dim=1)
         if self._mask is not None:
             self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
         return self._forward()
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Drop the other rows from the cache."""
         index = torch.tensor(rows, device=self._ids.device)
         self._ids = self._ids[index]
         self._mask = None if self._mask is None else self._mask[index]
@@ -105,12 +108,13 @@ class StaticDecoder:
             and all(type(layer) is StaticLayer for layer in StaticCache(model.config, max_cache_len=1).layers)
         )
 
-    def start(self, rows: Rows, room: int) -> torch.Tensor:
+    def start(self, rows: Rows, max_further_tokens: int) -> torch.Tensor:
+        """Fill a cache of fixed size, and record the steps that follow."""
         device = self.model.device
         ids, mask = _padded(rows, device)
         batch, length = ids.shape
-        if batch != self._batch or length + room > self._size:
-            self._batch, self._size, self._replay = batch, length + room, None
+        if batch != self._batch or length + max_further_tokens > self._size:
+            self._batch, self._size, self._replay = batch, length + max_further_tokens, None
             self._cache = StaticCache(self.model.config, max_cache_len=self._size)
             self._mask = torch.empty(batch, self._size, dtype=torch.int64, device=device)
             self._tokens, self._positions = torch.zeros(2, batch, 1, dtype=torch.int64, device=device)
@@ -128,19 +132,20 @@ class StaticDecoder:
             self._positions.copy_(positions[:, -1:] + 1)
 
         rewind()
-        if self._replay is None and room > 0:
+        if self._replay is None and max_further_tokens > 0:
             self._logits = torch.empty_like(logits)
             self._replay = self._record(self._step, rewind)
             rewind()
         return logits
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        assert self._replay is not None, "no room was asked for"
+        """Replay the recording with these tokens."""
+        assert self._replay is not None, "no further tokens were announced"
         self._tokens[self._rows, 0] = tokens
         self._replay()
         return self._logits[self._rows]
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def select_rows(self, rows: Sequence[int]) -> None:
         """The other rows are still computed, but not used."""
         self._rows = self._rows[torch.tensor(rows, device=self._rows.device)]
 

@@ -1,4 +1,4 @@
-"""Samples text from a causal language model:
+"""Samples text from a causal language model.
 
     from train_loop import Sampler
     print(Sampler.load("runs/quickstart/model")("    def __init__(self", temperature=0.4))

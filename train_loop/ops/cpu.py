@@ -176,7 +176,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: D102, PLR0913  the class says it all
         context: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
@@ -214,7 +214,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return torch.cat(nll).sum()
 
     @staticmethod
-    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
         scaled = [None if each is None else each.mul_(gradients[0]) for each in context.gradients]
         context.gradients = ()
         if context.tied is not None:

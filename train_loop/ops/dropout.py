@@ -92,7 +92,7 @@ def _dropped(x: torch.Tensor, bits: torch.Tensor, threshold: int) -> torch.Tenso
     return keep.mul_(x).mul_(_STEPS / (_STEPS - threshold))
 
 
-def attention(
+def attention(  # noqa: PLR0913  Transformers' own signature
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

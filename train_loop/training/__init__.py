@@ -1,4 +1,4 @@
-"""The training loop. Read this first, in this order:
+"""The training loop. Read this first, in this order.
 
 loop.py           epochs and steps; what is due after each step
 step.py           one optimizer step

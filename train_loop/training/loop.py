@@ -49,7 +49,7 @@ class History:
 class Save(Protocol):
     """Saves a state that has no checkpoint yet; with `wait`, returns when the checkpoint is whole on disk."""
 
-    def __call__(self, state: TrainState, wait: bool = False) -> None: ...
+    def __call__(self, state: TrainState, wait: bool = False) -> None: ...  # noqa: D102
 
 
 @dataclass
