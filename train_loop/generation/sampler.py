@@ -20,7 +20,7 @@ from train_loop.config.sampling import Sampling
 from train_loop.console import say
 from train_loop.data.tokenizer import encoder
 from train_loop.errors import InputError
-from train_loop.generation.decoding import Generated, check_prompt, generate
+from train_loop.generation.decoding import Generated, check_prompt, check_tokens, generate
 from train_loop.generation.kv_cache import Decoder, Feed, StaticDecoder, recorder, takes_positions
 from train_loop.ops.packed_linear import pack
 
@@ -86,6 +86,7 @@ class Sampler:
         as soon as its characters are whole, which is useful for one text; `stop` after each token: True ends all texts
         there.
         """
+        check_tokens(self.model, sampling)
         ids = []
         for number, prompt in enumerate(prompts, 1):
             try:
