@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from tests.conftest import Command, events
+from tests.support.runs import Command, events
 
 KEPT = Path(__file__).parent / "golden" / "run-0.1.0"
 RUN = Path("run")
