@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors import SafetensorError
 
 from tests.support.runs import Command, events, names, without_speeds
 from train_loop.checkpoint import storage
-from train_loop.export import model_folder
 from train_loop.training import loop
 
 WRITE = storage.write_part
@@ -106,24 +104,6 @@ def test_whatever_goes_wrong_while_writing_is_no_checkpoint(
     assert command("train", *settings(train__max_steps=5)) == 1
     assert "step 5: the checkpoint could not be written ('nothing')" in command.err
     assert not (tmp_path / "run" / "model").exists() and names(tmp_path / "run") == []
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: no space")])
-def test_a_model_that_cannot_be_exported_is_one_line_and_the_run_goes_on_there(
-    command: Command,
-    settings: Callable[..., list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error: Exception,
-) -> None:
-    def write(*arguments: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(model_folder, "write", write)
-    assert command("train", *settings(train__max_steps=5)) == 1
-    assert command.err.splitlines()[-1].startswith("train-loop: export: ") and "to go on from here" in command.err
-    monkeypatch.undo()
-    assert command("train", *settings(train__max_steps=5)) == 0 and (tmp_path / "run" / "model").is_dir()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """One process that meets signals, numbers that are none, and too little memory: nothing is lost, and it says so."""
 
 import json
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -14,7 +13,6 @@ import torch
 
 from tests.support.faults import fault
 from tests.support.runs import NO_DROPOUT, TINY_MODELS, Command, events, names, without_speeds
-from train_loop.export import model_folder, verify
 from train_loop.training import loop
 from train_loop.training.objective import Objective
 
@@ -62,26 +60,6 @@ def test_a_launcher_with_restarts_left_does_not_restart_a_run_that_was_stopped(
     with fault("step", 0, 2):
         assert command("train", *settings(train__max_steps=5)) == expected
     assert "stopped by SIGTERM at step 2" in command.out
-
-
-def test_a_signal_during_the_verification_of_the_model(
-    command: Command, settings: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = settings(train__max_steps=3, export__verify="true")
-    popen = verify.subprocess.Popen
-
-    def start(*rest: Any, **named: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return popen(*rest, **named)
-
-    monkeypatch.setattr(verify.subprocess, "Popen", start)
-    began = time.monotonic()
-    assert command("train", *arguments) == 3 and time.monotonic() - began < 60
-    assert not (tmp_path / "run" / "model").exists()
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
-    monkeypatch.undo()
-    assert command("train", *arguments) == 0 and (tmp_path / "run" / "model").is_dir()
-    assert "exported model verified in a clean process" in command.err
 
 
 def test_workers_of_the_loader_leave_signals_to_the_training(
@@ -251,66 +229,3 @@ def test_trackers_see_no_step_twice(command: Command, settings: Callable[..., li
         assert [event.step for event in log.Scalars(name)] == list(expected)
     losses = [event["loss"] for event in events(tmp_path / "run", "step")]
     assert [event.value for event in log.Scalars("train/loss")] == pytest.approx(losses)
-
-
-class TestVerifiedFinish:
-    """The exported model is the trained one to a process that has nothing but its folder."""
-
-    @pytest.mark.parametrize("name", ["gpt2", "llama", "isolated", "bf16", "one token a block"])
-    def test_a_good_model_passes(
-        self, command: Command, settings: Callable[..., list[str]], tmp_path: Path, name: str
-    ) -> None:
-        changes: dict[str, object] = {"train__max_steps": 40, "export__verify": "true"}
-        changes |= {
-            "llama": {"model__architecture": json.dumps(TINY_MODELS["llama"] | {"tie_word_embeddings": True})},
-            "isolated": {"data__isolate_documents": "true"},
-            "bf16": {"run__mixed_precision": "bf16"},
-            "one token a block": {"data__block_size": 1},
-        }.get(name, {})
-        assert command("train", *settings(**changes)) == 0
-        assert "exported model verified in a clean process" in command.err
-        assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
-
-    @pytest.mark.parametrize(
-        ("what", "expected"),
-        [
-            ("weight", "1 weights differ, first transformer.h.0.mlp.c_proj.weight"),
-            ("setting", "its loss is "),
-            ("tokenizer", "cannot be loaded and run by itself"),
-        ],
-    )
-    def test_what_is_changed_after_the_export_is_found(
-        self,
-        command: Command,
-        settings: Callable[..., list[str]],
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        what: str,
-        expected: str,
-    ) -> None:
-        from safetensors.torch import load_file, save_file
-
-        write = model_folder.write
-
-        def spoil(folder: Path, *rest: Any) -> None:
-            write(folder, *rest)
-            if what == "weight":
-                weights = load_file(folder / "model.safetensors")
-                changed = weights["transformer.h.0.mlp.c_proj.weight"]
-                changed[3, 5] = torch.nextafter(changed[3, 5], torch.tensor(9.0))  # by its last bit
-                save_file(weights, folder / "model.safetensors", {"format": "pt"})
-            elif what == "setting":
-                settings = json.loads((folder / "config.json").read_text())
-                (folder / "config.json").write_text(json.dumps(settings | {"activation_function": "relu"}))
-            else:
-                (folder / "tokenizer.json").write_text("{}")
-
-        monkeypatch.setattr(model_folder, "write", spoil)
-        arguments = settings(train__max_steps=3, export__verify="true")
-        assert command("train", *arguments) == 1
-        assert expected in command.err.splitlines()[-1]
-        status = json.loads((tmp_path / "run" / "status.json").read_text())
-        assert status["state"] == "failed" and not (tmp_path / "run" / "model").exists()
-        monkeypatch.undo()
-        assert command("train", *arguments) == 0
-        assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "complete"
