@@ -139,7 +139,7 @@ def test_memory_does_not_grow_with_a_document(
 def test_a_second_run_reuses_the_store(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, ["some text"], ["held out"])
     first = preparation.prepare(configured(tmp_path, tokenizer_folder), shown=False)
-    monkeypatch.setattr(Corpus, "sides", lambda self: pytest.fail("read again"))
+    monkeypatch.setattr(Corpus, "splits", lambda self: pytest.fail("read again"))
     again = preparation.prepare(configured(tmp_path, tokenizer_folder), shown=False)
     assert again.folder == first.folder and again.fingerprint == first.fingerprint
     monkeypatch.undo()

@@ -167,7 +167,7 @@ def test_a_draw_inverts_the_cumulative_distribution() -> None:
         ({"stop": ("",)}, "stop"),
         ({"samples": 2, "temperature": 0}, "samples 2: at temperature 0"),
         ({"typical_p": 0.5, "temperature": 0}, "typical_p 0.5: contradicts temperature 0"),
-        ({"stop_tokens": (1, 2), "banned_tokens": (2, 3)}, r"stop_tokens \[2\]: are in banned_tokens"),
+        ({"stop_tokens": (1, 2), "banned_tokens": (2, 3)}, r"stop_tokens \[2\]: are also in banned_tokens"),
     ],
 )
 def test_settings_out_of_range_or_contradictory(wrong: dict[str, Any], expected: str) -> None:
