@@ -25,7 +25,7 @@ fi
 .venv/bin/python scripts/house.py --check
 .venv/bin/python scripts/check_docs.py
 if [ -n "$fast" ]; then
-    exec .venv/bin/python -m pytest -q -n 2 --dist loadgroup -m "unit and not slow" "$@"
+    exec .venv/bin/python -m pytest -q -n 2 -m "unit and not slow" "$@"
 fi
 .venv/bin/mypy
 .venv/bin/mypy --explicit-package-bases tests
@@ -33,4 +33,4 @@ for script in scripts/*.sh scripts/*/*.sh .ci/run; do
     bash -n "$script"
 done
 .venv/bin/shellcheck --external-sources --source-path=SCRIPTDIR scripts/*.sh scripts/*/*.sh .ci/run
-.venv/bin/python -m pytest -n 2 --dist loadgroup "$@"
+.venv/bin/python -m pytest -n 2 "$@"

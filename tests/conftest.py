@@ -9,6 +9,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Set before any library reads them: no network, and no cache outside the tests' own folder.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -35,6 +36,19 @@ hypothesis_settings.load_profile("shared")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several workers a file stays together, and tests that start processes come one after the other."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "processes" if file.split("/")[1] in ("cluster", "distributed", "scripts") else file
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test by what it needs; see CONTRIBUTING.md."""
     for item in items:
@@ -51,9 +65,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         else:
             kind = "run" if fixtures & {"command", "settings", "run"} or file in RUNS else "unit"
         item.add_marker(kind)
-        # With several workers, those that start processes come one after the other, and a file stays together.
-        group = "processes" if kind in ("distributed", "cluster") or folder == "scripts" else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
