@@ -27,4 +27,4 @@ exec accelerate launch --config_file configs/accelerate/machines.yaml \
     --main_process_ip "${hosts[0]}" --main_process_port "$port" \
     --rdzv_conf timeout=60 \
     -m train_loop train "$@"
-# timeout: seconds until the launcher itself gives up on one that came to the roll call and then failed to start.
+# timeout: seconds until the launcher itself gives up on one that answered and then failed to start.
