@@ -145,7 +145,7 @@ def seeds_in_compiled_code() -> Finding:
         return layer(x) == 0
 
     plain = [masks(key) for key in (1, 2)]
-    layer.compile(dynamic=False, options={"fallback_random": True})  # as `model.compile_layers` does
+    layer.compile(dynamic=False, options={"fallback_random": True})  # as `building.compile_layers` does
     first = masks(1)
     graphs = counters["stats"]["unique_graphs"]
     found = {
