@@ -144,6 +144,22 @@ def test_a_mistake_is_an_input_error_with_one_line(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"config": "run.yaml"}, "config: expected a Config, got a str; train_loop.load_config makes one"),
+        ({"model": torch.nn.Linear(1, 1)}, "model: expected a causal language model of Transformers, got a Linear"),
+        ({"callbacks": [print]}, "callbacks: builtin_function_or_method has no method before_step; derive it from"),
+    ],
+)
+def test_what_is_no_part_of_a_run_is_refused(
+    settings: Callable[..., list[str]], given: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(train_loop.InputError) as error:
+        train_loop.train(**{"config": train_loop.load_config(None, overrides(settings())), **given})
+    assert expected in str(error.value)
+
+
 def test_the_commands_line_is_the_scripts(command: Command, settings: Callable[..., list[str]], tmp_path: Path) -> None:
     assert command("train", *settings(data__files=f"{tmp_path}/*.txt")) == 2
     with pytest.raises(train_loop.InputError) as error:

@@ -135,11 +135,25 @@ def train(
         TrainingError: if training cannot go on.
         LostError: if another process is gone.
     """
+    _check_given(config, model, callbacks)
     config = configure(config, documents)
     heartbeat = Heartbeat(config.run, shared_settings(config))
     with heartbeat.naming_failures():
         setup = set_up(config, heartbeat, model)
         return _train(setup, heartbeat, callbacks)
+
+
+def _check_given(config: object, model: object, callbacks: Sequence[object]) -> None:
+    """Refuse what a script gives instead of a configuration, a model or an observer."""
+    if not isinstance(config, Config):
+        raise InputError(f"config: expected a Config, got a {type(config).__name__}; train_loop.load_config makes one")
+    if not isinstance(model, PreTrainedModel | None):
+        raise InputError(f"model: expected a causal language model of Transformers, got a {type(model).__name__}")
+    for callback in callbacks:
+        for method in ("before_step", "after_step", "after_evaluation"):
+            if not callable(getattr(callback, method, None)):
+                name = type(callback).__name__
+                raise InputError(f"callbacks: {name} has no method {method}; derive it from train_loop.Observer")
 
 
 def _train(setup: Setup, heartbeat: Heartbeat, callbacks: Sequence[Observer]) -> Summary:

@@ -24,22 +24,26 @@ class History:
     Attributes:
         evaluations: the records of all evaluations.
         skipped: how many of the latest steps in a row changed nothing because they were not finite.
+        best: the evaluation with the lowest loss, the first in a tie; None until one has a finite loss.
+        since_best: how many evaluations have followed the best one.
     """
 
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     skipped: int = 0
+    best: dict[str, Any] | None = field(default=None, init=False)
+    since_best: int = field(default=0, init=False)
 
-    @property
-    def best(self) -> dict[str, Any] | None:
-        """The evaluation with the lowest loss, the first of them in a tie; None until one has a finite loss."""
-        finite = [evaluation for evaluation in self.evaluations if evaluation["loss"] is not None]
-        return min(finite, key=lambda evaluation: evaluation["loss"], default=None)
+    def __post_init__(self) -> None:
+        past, self.evaluations = self.evaluations, []
+        for record in past:
+            self.add(record)
 
-    @property
-    def since_best(self) -> int:
-        """How many evaluations have followed the best one."""
-        best = self.best
-        return len(self.evaluations) - (0 if best is None else self.evaluations.index(best) + 1)
+    def add(self, record: dict[str, Any]) -> None:
+        """Take an evaluation in."""
+        self.evaluations.append(record)
+        self.since_best += 1
+        if record["loss"] is not None and (self.best is None or record["loss"] < self.best["loss"]):
+            self.best, self.since_best = record, 0
 
     def has_evaluated(self, step: int) -> bool:
         """Whether the last evaluation came after `step` steps."""
@@ -86,7 +90,10 @@ class Loop:
         return stopping
 
     def _is_done(self) -> bool:
-        return self.run.state.step >= self.run.batches.total_steps or self._patience_exhausted()
+        """Whether this was the last step, or the last `train.patience` evaluations brought no lower loss."""
+        patience = self.run.config.train.patience
+        exhausted = patience is not None and self.history.since_best >= patience
+        return exhausted or self.run.state.step >= self.run.batches.total_steps
 
     def _record(self, batch: StepBatch, result: StepResult, rate: float) -> dict[str, Any]:
         """A step's line in metrics.jsonl."""
@@ -113,10 +120,6 @@ class Loop:
         step, period = self.run.state.step, self.run.batches.plan.steps_per_epoch if every == "epoch" else int(every)
         return step > 0 and (step % period == 0 or step == self.run.batches.total_steps)
 
-    def _patience_exhausted(self) -> bool:
-        patience = self.run.config.train.patience
-        return patience is not None and self.history.since_best >= patience
-
     def _evaluate(self) -> bool:
         """Evaluate, unless the log has this evaluation; returns whether any process was asked to stop meanwhile."""
         state, context = self.run.state, self.run.context
@@ -127,8 +130,7 @@ class Loop:
             if metrics is None:
                 return True
             epoch = state.step / self.run.batches.plan.steps_per_epoch
-            record = plain({"event": "evaluation", "step": state.step, "epoch": epoch, **metrics})
-            self.history.evaluations.append(record)
+            self.history.add(plain({"event": "evaluation", "step": state.step, "epoch": epoch, **metrics}))
         for observer in self.observers:
             observer.after_evaluation(state, self.history.evaluations[-1])
         return any_rank_stopping(context.accelerator, context.stop)
