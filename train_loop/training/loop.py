@@ -1,7 +1,7 @@
 """The training loop: take a step, record it, then do what is due (an evaluation, a checkpoint, the end).
 
-Observers watch the loop (log, progress, statistics, samples, a user's callbacks); it does not know which ones there
-are. Its `History` steers it; a resumed run reads the history from the log.
+Observers watch it (log, progress, statistics, samples, a user's callbacks); it does not know which ones there are.
+Its `History` steers it; a resumed run reads the history from the log.
 """
 
 from collections.abc import Sequence
@@ -122,14 +122,13 @@ class Loop:
 
     def _evaluate(self) -> bool:
         """Evaluate, unless the log has this evaluation; returns whether any process was asked to stop meanwhile."""
-        state, context = self.run.state, self.run.context
+        run, state, context = self.run, self.run.state, self.run.context
         if not self.history.has_evaluated(state.step):
             poll = StopPoll(context.accelerator, context.stop)
-            validation, batch_size = self.run.validation, self.run.evaluation_batch_size
-            metrics = evaluate(context.accelerator, context.objective, validation, batch_size, poll)
+            metrics = evaluate(context.accelerator, context.objective, run.validation, run.evaluation_batch_size, poll)
             if metrics is None:
                 return True
-            epoch = state.step / self.run.batches.plan.steps_per_epoch
+            epoch = state.step / run.batches.plan.steps_per_epoch
             self.history.add(plain({"event": "evaluation", "step": state.step, "epoch": epoch, **metrics}))
         for observer in self.observers:
             observer.after_evaluation(state, self.history.evaluations[-1])
@@ -138,11 +137,11 @@ class Loop:
     def _fail(self, result: StepResult) -> None:
         """End a run whose steps are no longer finite. Its checkpoint is from before them, as they changed nothing."""
         state, skipped = self.run.state, self.history.skipped
-        failed, state.step = state.step, state.step - skipped
+        state.step -= skipped
         if state.step:
             self.save(state, wait=True)
         raise TrainingError(
-            f"step {failed}: loss {result.loss}, gradient norm {result.grad_norm}, not finite for {skipped} steps in a "
+            f"step {state.step + skipped}: loss {result.loss}, gradient norm {result.grad_norm}, not finite for {skipped} steps in a "
             f"row; the weights are those of step {state.step}; try a lower optimizer.learning_rate or more warm-up"
         )
 
