@@ -45,10 +45,6 @@ class History:
         if record["loss"] is not None and (self.best is None or record["loss"] < self.best["loss"]):
             self.best, self.since_best = record, 0
 
-    def has_evaluated(self, step: int) -> bool:
-        """Whether the last evaluation came after `step` steps."""
-        return bool(self.evaluations) and self.evaluations[-1]["step"] == step
-
 
 class Save(Protocol):
     """Saves a state that has no checkpoint yet; with `wait`, returns when the checkpoint is whole on disk."""
@@ -58,7 +54,7 @@ class Save(Protocol):
 
 @dataclass
 class Loop:
-    """Takes a run from its current step to its last one; see `train`."""
+    """Takes a run from its current step to its last one."""
 
     run: Run
     history: History
@@ -69,8 +65,8 @@ class Loop:
         """Train to the end; returns whether a signal came first."""
         state, context = self.run.state, self.run.context
         config, total_steps = self.run.config, self.run.batches.total_steps
-        batches = self.run.batches.after(state.step)
         context.objective.train()
+        batches = self.run.batches.after(state.step)
         stopping = self._between_steps(stopping=False)  # what a signal or a crash left undone
         while not (stopping or self._is_done()):
             with context.clock("data"):
@@ -108,7 +104,7 @@ class Loop:
     def _between_steps(self, stopping: bool) -> bool:
         """Evaluate and save if due; returns whether to stop. A stopping run leaves evaluation to the resumed run."""
         step, settings = self.run.state.step, self.run.config.checkpoint
-        if self._is_due(self.run.config.evaluation.every) and not stopping:
+        if not stopping and self._is_due(self.run.config.evaluation.every):
             stopping = self._evaluate()
         is_best = self.history.best is not None and self.history.best["step"] == step
         if stopping or is_best or self._is_due(settings.every) or for_study(settings.at, step) or self._is_done():
@@ -123,7 +119,7 @@ class Loop:
     def _evaluate(self) -> bool:
         """Evaluate, unless the log has this evaluation; returns whether any process was asked to stop meanwhile."""
         run, state, context = self.run, self.run.state, self.run.context
-        if not self.history.has_evaluated(state.step):
+        if not self.history.evaluations or self.history.evaluations[-1]["step"] != state.step:
             poll = StopPoll(context.accelerator, context.stop)
             metrics = evaluate(context.accelerator, context.objective, run.validation, run.evaluation_batch_size, poll)
             if metrics is None:
@@ -137,11 +133,11 @@ class Loop:
     def _fail(self, result: StepResult) -> None:
         """End a run whose steps are no longer finite. Its checkpoint is from before them, as they changed nothing."""
         state, skipped = self.run.state, self.history.skipped
-        state.step -= skipped
+        failed, state.step = state.step, state.step - skipped
         if state.step:
             self.save(state, wait=True)
         raise TrainingError(
-            f"step {state.step + skipped}: loss {result.loss}, gradient norm {result.grad_norm}, not finite for {skipped} steps in a "
+            f"step {failed}: loss {result.loss}, gradient norm {result.grad_norm}, not finite for {skipped} steps in a "
             f"row; the weights are those of step {state.step}; try a lower optimizer.learning_rate or more warm-up"
         )
 
