@@ -44,7 +44,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "processes" if file.split("/")[1] in ("cluster", "distributed", "scripts") else file
+            return "processes" if file.split("/")[1] in ("cluster", "distributed") else file
 
     return ByFile(config, log)
 
