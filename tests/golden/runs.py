@@ -8,16 +8,13 @@ when it is resumed from step 3, an evaluation, samples, a replayed step. What is
 
 A sum has other bits in another order, and torch, MKL and oneDNN each choose kernels, and with them an order, by the
 processor. So the runs are made on one thread with kernels that every x86-64 processor of the last ten years has
-(`KERNELS`; torch and oneDNN: AVX2, MKL: those that promise the same bits on all). What was found out of that, with the
-versions in numbers.json:
+(`KERNELS`; torch and oneDNN: AVX2, MKL: those that promise the same bits on all). With the versions in numbers.json:
 
-- A Xeon with AVX-512 and AMX, and a Haswell and an AMD Rome, the latter two emulated by QEMU 7.2, compute the same bits
-  in all runs on one process: metrics, statistics, weights, moments and evaluations (PLACEHOLDER).
-- glibc 2.36 and 2.41 make no difference.
+- They were made on a Xeon with AVX-512 and AMX. glibc 2.36 and 2.41 make no difference.
 - Without `KERNELS`, all bits differ, and losses by up to 1e-7, in bf16 by 1e-4. So they do with torch 2.9 and 2.11;
   with 2.15 only some statistics do. So bits are compared with the same versions only.
 
-Not tried: a real processor of AMD, and torch's build for CUDA of the same version, which counts as another version.
+Not tried: a processor of another maker, and torch's build for CUDA of the same version, which counts as another version.
 fp16's retry is computed in fp32, with a double, as a CPU has no fp16; see `scaled`.
 """
 
