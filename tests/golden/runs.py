@@ -14,7 +14,8 @@ processor. So the runs are made on one thread with kernels that every x86-64 pro
 - Without `KERNELS`, all bits differ, and losses by up to 1e-7, in bf16 by 1e-4. So they do with torch 2.9 and 2.11;
   with 2.15 only some statistics do. So bits are compared with the same versions only.
 
-Not tried: a processor of another maker, and torch's build for CUDA of the same version, which counts as another version.
+Not tried: another processor, so bits are compared on the same model only; and torch's build for CUDA of the same
+version, which counts as another version.
 fp16's retry is computed in fp32, with a double, as a CPU has no fp16; see `scaled`.
 """
 
@@ -109,9 +110,18 @@ def in_this_process(folder: Path) -> dict[str, Any]:
 
     return {
         "versions": {name: version(name) for name in LIBRARIES} | {"torch": torch.__version__},
-        "kernels": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "kernels": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {processor()}",
         "runs": found,
     }
+
+
+def processor() -> str:
+    """The model of this machine's processor, as Linux names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def facts(name: str) -> Iterator[tuple[str, Any]]:
