@@ -36,21 +36,14 @@ from typing import Any
 
 from scripts.same_numbers import digest, logged, write_text
 from tests.support import launch
+from tests.support.runs import TINY_MODELS
 
 NUMBERS = Path(__file__).parent / "numbers.json"
 KERNELS = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")  # those that numbers come from
 
-GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2}
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 64,
-    "attention_dropout": 0.1,
-}
+GPT2 = TINY_MODELS["gpt2"]
+LLAMA = TINY_MODELS["llama"] | {"attention_dropout": 0.1}
 BITWISE = {"run.reproducible": "bitwise", "batch.micro_batch_size": "2"}
 SCALED = "gpt2, loss scaled"
 RUNS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {  # architecture, settings
