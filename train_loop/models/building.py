@@ -15,7 +15,8 @@ from train_loop.config.load import ONE_MODEL
 from train_loop.config.schema import Config
 from train_loop.errors import InputError, one_line
 from train_loop.models.architecture import configuration
-from train_loop.models.loading import blame_attention, load
+from train_loop.models.loading import blame_attention, check_given, load
+from train_loop.models.size import check_numbers, check_size
 from train_loop.rng import seed_torch
 
 
@@ -26,6 +27,7 @@ def build(config: Config, tokenizer: PreTrainedTokenizerFast, model: PreTrainedM
     """
     if model is not None:
         source = f"the {type(model).__name__}"
+        check_given(model, source)
     elif config.model.name_or_path is not None:
         model = load(config.model.name_or_path, config.model.attention)
         source = f"model {config.model.name_or_path}"
@@ -87,12 +89,15 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrained
     """A model with random weights, keyed by `run.seed`; by default its context is one block."""
     attention = config.model.attention
 
+    check_numbers(config.model.architecture, "model.architecture")
+
     def build(attention: str | None) -> PreTrainedModel:
         model_config = configuration(dict(config.model.architecture or {}), tokenizer, config.data.block_size)
+        check_size(model_config, "model.architecture")
         seed_torch(torch.device("cpu"), "weights", config.run.seed)
         with compat.residual_weights_scaled():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                model_config, dtype=torch.float32, attn_implementation=attention
+                model_config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
             )
         if "flash" not in (attention or ""):  # FlashAttention is for GPUs only
             model(torch.zeros(1, 1, dtype=torch.long))  # sizes that don't fit together fail only in use
