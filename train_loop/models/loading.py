@@ -132,13 +132,16 @@ def _account(model: PreTrainedModel, found: dict[str, Any], held: dict[str, Stor
 
 def _no_floats(model: PreTrainedModel, left_out: Collection[str], held: dict[str, Stored]) -> list[str]:
     """The tensors in files that should be floating-point numbers and are not, each with its type."""
-    fine = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()} | set(left_out)
-
-    def is_fine(name: str) -> bool:  # with or without the prefix of the model inside
-        return any(name == each or name.endswith(f".{each}") or each.endswith(f".{name}") for each in fine)
-
-    others = {name: each for name, each in held.items() if not _FLOATS.match(each.dtype)}
-    return [f"{name} {each.dtype}" for name, each in others.items() if not _is_table(name, held) and not is_fine(name)]
+    # Names may begin otherwise in a file: an older version's, or those of the model inside.
+    tables = {name.rpartition(".")[2] for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
+    return [
+        f"{name} {each.dtype}"
+        for name, each in held.items()
+        if not _FLOATS.match(each.dtype)
+        and name not in left_out
+        and name.rpartition(".")[2] not in tables
+        and not _is_table(name, held)
+    ]
 
 
 def _parted(model: PreTrainedModel) -> str | None:
