@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from train_loop.config.parsing import fill, key_of, override, read_yaml, split_arguments
-from train_loop.config.schema import Config
+from train_loop.config.schema import Config, DataConfig
 from train_loop.errors import InputError
 
 ONE_MODEL = "model: give exactly one of model.name_or_path and model.architecture"
@@ -164,7 +164,10 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
-def cache_dir(config: Config) -> Path:
-    """The folder that holds prepared token stores."""
-    chosen = config.data.cache_dir or os.environ.get("TRAIN_LOOP_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "train_loop"
+def cache_dir(data: DataConfig) -> Path:
+    """The folder that holds prepared token stores. Raises InputError if none is named and there is no home folder."""
+    chosen = data.cache_dir or os.environ.get("TRAIN_LOOP_CACHE")
+    try:
+        return Path(chosen) if chosen else Path.home() / ".cache" / "train_loop"
+    except RuntimeError:
+        raise InputError("data.cache_dir: there is no home folder to put it in; set data.cache_dir or $HOME") from None

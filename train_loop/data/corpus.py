@@ -7,9 +7,7 @@ Rows are held one at a time (a few at a time for Parquet and for data sets from 
 out depends only on its index and the split's seed, so nothing needs the number of documents or a list of them.
 """
 
-import hashlib
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -51,7 +49,7 @@ class Corpus:
                     following = next(chosen)
 
     def key(self) -> dict[str, Any]:
-        """What this corpus is made from, cheaply (no contents); the token store is filed under it."""
+        """What this corpus is made from, without reading what was read before; the token store is filed under it."""
         data = self.data
         key: dict[str, Any] = {"source": data.source, "max_documents": data.max_documents}
         key |= _SOURCES[data.source].key(data)
@@ -77,8 +75,3 @@ def held_out_documents(test_size: float, seed: int) -> Iterator[int]:
         # If the length is not a whole number, strata share an index at their border. It must not be yielded twice.
         last = max(last + 1, int((stratum + uniform("split", seed, stratum)) * length))
         yield last
-
-
-def key_hash(key: Any) -> str:
-    """A short name for a key: 20 hexadecimal digits of its SHA-256."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:20]

@@ -205,6 +205,11 @@ def first_token_bytes(core: Tokenizer, text: str, token: int) -> int:
     return len(start[: offsets[0][1]].encode()) if offsets else 0
 
 
+def highest_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The highest token id, which is more than the number of entries allows if some ids are not used."""
+    return max(tokenizer.get_vocab().values())
+
+
 def strings(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str]:
     """The text that each token adds [tokens], which is empty for all tokens of one character but the last."""
     found: list[str] = []

@@ -13,6 +13,7 @@ from transformers.activations import NewGELUActivation
 from train_loop import compat
 from train_loop.config.load import ONE_MODEL
 from train_loop.config.schema import Config
+from train_loop.data.tokenizer import highest_id
 from train_loop.errors import InputError, one_line
 from train_loop.models.architecture import configuration
 from train_loop.models.loading import blame_attention, check_given, load
@@ -128,6 +129,7 @@ def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, block
     if context is not None and block_size > context:
         beyond = f"exceeds the context of {source}, {context} tokens; use at most {context}"
         raise InputError(f"data.block_size {block_size} {beyond}")
-    if len(tokenizer) > vocabulary:
-        problem = f"has {len(tokenizer)} entries, but {source} has only {vocabulary} embeddings"
+    if (highest := highest_id(tokenizer)) >= vocabulary:
+        entries = len(tokenizer) if highest < len(tokenizer) else f"ids up to {highest} in its {len(tokenizer)}"
+        problem = f"has {entries} entries, but {source} has only {vocabulary} embeddings"
         raise InputError(f"the tokenizer {problem}; use the tokenizer that belongs to the model")

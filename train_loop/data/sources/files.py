@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train_loop.config.load import cache_dir
 from train_loop.config.schema import DataConfig
+from train_loop.data.content import digests
 from train_loop.data.formats import ROWS_AT_ONCE, Document, text_of
 from train_loop.data.token_store import TRAIN, VALIDATION
 from train_loop.errors import InputError, one_line
@@ -26,9 +28,9 @@ def documents(data: DataConfig, split: str) -> Iterator[Document]:
 
 
 def key(data: DataConfig) -> dict[str, Any]:
-    """Names, sizes and modification times of the files, not their contents."""
+    """Names of the files, and the digests of their contents."""
     return {"text_field": data.text_field, "join": data.join} | {
-        split: [stamp(path) for path in expand(patterns)] for split, patterns in _patterns(data)
+        split: stamps(data, expand(patterns)) for split, patterns in _patterns(data)
     }
 
 
@@ -64,10 +66,9 @@ def expand(patterns: list[str]) -> list[str]:
     return list(paths)
 
 
-def stamp(path: str) -> tuple[str, int, int]:
-    """A file's absolute path, its size [bytes] and its modification time [ns]."""
-    stat = os.stat(path)
-    return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
+def stamps(data: DataConfig, paths: list[str]) -> list[tuple[str, str]]:
+    """The absolute path of each file and the digest of its content. InputError for one that can't be read."""
+    return list(zip(map(os.path.abspath, paths), digests(cache_dir(data)).of(paths), strict=True))
 
 
 def _documents_of(path: str, data: DataConfig) -> Iterator[Document]:
