@@ -22,6 +22,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from train_loop.config import paths
 from train_loop.errors import InputError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
@@ -39,10 +40,12 @@ _END_OF_WORD = re.compile(r".*\S(?=[ \n\r\t]\s{0,9}\S)", re.DOTALL)
 
 def load(name_or_path: str) -> PreTrainedTokenizerFast:
     """A tokenizer from the Hub or a local folder; InputError if there is none, or none that is fast and ends texts."""
+    name_or_path = paths.find(name_or_path, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"tokenizer {name_or_path}: cannot be loaded ({one_line(error)})") from None
+        problem = f"cannot be loaded ({one_line(error)}){paths.no_folder(name_or_path)}"
+        raise InputError(f"tokenizer {name_or_path}: {problem}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"tokenizer {name_or_path}: has no fast version (tokenizer.json), which train_loop needs")
     if tokenizer.eos_token_id is None:

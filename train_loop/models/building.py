@@ -24,6 +24,7 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 
 from train_loop import compat
+from train_loop.config import paths
 from train_loop.config.load import ONE_MODEL
 from train_loop.config.parsing import nearest
 from train_loop.config.schema import Config
@@ -39,7 +40,7 @@ def build(config: Config, tokenizer: PreTrainedTokenizerFast, model: PreTrainedM
     if model is not None:
         source = f"the {type(model).__name__}"
     elif config.model.name_or_path is not None:
-        model = load(config.model.name_or_path, config.model.attention)
+        model = load(paths.find(config.model.name_or_path, "model.name_or_path"), config.model.attention)
         source = f"model {config.model.name_or_path}"
     elif config.model.architecture is not None:
         model = initialise(config, tokenizer)
@@ -107,7 +108,8 @@ def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
         return build(attention)
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError, SafetensorError) as error:
         _blame_attention(attention, build, error)
-        raise InputError(f"model {name_or_path}: cannot be loaded from safetensors ({one_line(error)})") from None
+        hint = paths.no_folder(name_or_path)
+        raise InputError(f"model {name_or_path}: cannot be loaded from safetensors ({one_line(error)}){hint}") from None
 
 
 def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

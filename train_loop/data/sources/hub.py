@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from train_loop.config import paths
 from train_loop.config.schema import DataConfig
 from train_loop.data.formats import ROWS_AT_ONCE, Document, refuse_field, text_of
 from train_loop.data.sources.files import stamp
@@ -49,6 +50,7 @@ def _load(data: DataConfig, split: str) -> Any:
     import datasets
 
     assert data.name is not None
+    paths.find(data.name, "data.name")
     if os.path.isdir(data.name) and not any(path.is_file() for path in Path(data.name).rglob("*")):
         raise InputError(f"data.name: {data.name}: the folder has no files in it")
     try:
