@@ -4,6 +4,7 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 3
+EXIT_NO_READER = 141  # 128 + SIGPIPE, as of other commands whose output nobody reads any more
 
 
 class InputError(Exception):

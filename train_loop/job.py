@@ -20,7 +20,7 @@ from train_loop.checkpoint import pretrained, storage
 from train_loop.checkpoint.manager import CheckpointManager
 from train_loop.checkpoint.restore import check_disk, find, restore
 from train_loop.checkpoint.run_folder import RunFolder
-from train_loop.config.load import flatten, shared_settings, to_dict
+from train_loop.config.load import checked, flatten, shared_settings, to_dict
 from train_loop.config.schema import Config
 from train_loop.console import Progress, say
 from train_loop.data import preparation
@@ -409,6 +409,7 @@ def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, A
     Raises:
         InputError: if the model or the data cannot be loaded, or they don't fit together.
     """
+    config = checked(config)
     heartbeat = Heartbeat(config.run, shared_settings(config))
     with heartbeat.naming_failures():
         accelerator = launch.start(config.run, heartbeat)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from train_loop import compat
+from train_loop.config import paths
 from train_loop.config.load import ONE_MODEL
 from train_loop.config.schema import Config
 from train_loop.data.tokenizer import highest_id
@@ -30,7 +31,7 @@ def build(config: Config, tokenizer: PreTrainedTokenizerFast, model: PreTrainedM
         source = f"the {type(model).__name__}"
         check_given(model, source)
     elif config.model.name_or_path is not None:
-        model = load(config.model.name_or_path, config.model.attention)
+        model = load(paths.find(config.model.name_or_path, "model.name_or_path"), config.model.attention)
         source = f"model {config.model.name_or_path}"
     elif config.model.architecture is not None:
         model = initialise(config, tokenizer)

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from train_loop.config import paths
 from train_loop.console import say
 from train_loop.devices import is_out_of_memory
 from train_loop.errors import InputError, one_line
@@ -64,7 +65,8 @@ def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         blame_attention(attention, build, error)
-        raise InputError(f"{where}: cannot be loaded from safetensors ({one_line(error)})") from None
+        problem = f"cannot be loaded from safetensors ({one_line(error)}){paths.no_folder(name_or_path)}"
+        raise InputError(f"{where}: {problem}") from None
     _account(model, found, held, where)
     check_finite(model, where)
     if (code := unused_code(name_or_path)) is not None:
@@ -81,7 +83,7 @@ def configuration(folder: str, where: str) -> PreTrainedConfig:
     try:
         found: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a library raises if values don't fit together
-        raise InputError(f"{where}: cannot be loaded ({one_line(error)})") from None
+        raise InputError(f"{where}: cannot be loaded ({one_line(error)}){paths.no_folder(folder)}") from None
     return found
 
 

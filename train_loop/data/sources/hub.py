@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from train_loop.config import paths
 from train_loop.config.schema import DataConfig
 from train_loop.data.content import key_hash
 from train_loop.data.formats import ROWS_AT_ONCE, Document, refuse_field, text_of
@@ -53,6 +54,7 @@ def _load(data: DataConfig, split: str) -> Any:
     import datasets
 
     assert data.name is not None
+    paths.find(data.name, "data.name")
     if os.path.isdir(data.name) and not any(path.is_file() for path in Path(data.name).rglob("*")):
         raise InputError(f"data.name: {data.name}: the folder has no files in it")
     cache = None
