@@ -7,7 +7,6 @@ mistakes in a configuration show up at once.
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +18,10 @@ from train_loop.config.load import config_from_arguments
 from train_loop.config.parsing import documented, help_text
 from train_loop.config.sampling import Sampling
 from train_loop.config.schema import Config
+from train_loop.console import shown
 from train_loop.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, InputError, LostError, TrainingError
+from train_loop.files import unwritable
+from train_loop.records import to_json
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,7 +111,7 @@ def prepare(arguments: list[str]) -> int:
     from train_loop import job
 
     prepared = job.prepare(config)
-    print(json.dumps({"folder": str(prepared.folder)} | prepared.ledger(), indent=2))
+    print(to_json({"folder": str(prepared.folder)} | prepared.ledger(), indent=2))
     return EXIT_DONE
 
 
@@ -138,11 +140,11 @@ def _print_summary(summary: Any, config: Config) -> None:
         ledger = summary.ledger["validation"]
         if summary.exported_step is not None and config.export.from_ == "best":
             print(f"best step        {summary.exported_step} of {summary.step}")
-        print(f"validation loss  {last['loss']:.4f} nats per token, over {last['tokens']:,} tokens")
-        print(f"perplexity       {last['perplexity']:.3f}")
+        print(f"validation loss  {shown(last['loss'])} nats per token, over {last['tokens']:,} tokens")
+        print(f"perplexity       {shown(last['perplexity'], 3)}")
         gzip = 8 * ledger["gzip_bytes"] / ledger["bytes"]
-        print(f"bits per byte    {last['bits_per_byte']:.4f} (gzip -9: {gzip:.4f})")
-        print(f"accuracy         {last['accuracy']:.4f}")
+        print(f"bits per byte    {shown(last['bits_per_byte'])} (gzip -9: {gzip:.4f})")
+        print(f"accuracy         {shown(last['accuracy'])}")
     if not summary.stopped:
         print(f"model            {summary.model_folder}" + (f" and {summary.hub}" if summary.hub else ""))
 
@@ -160,7 +162,7 @@ def evaluate(arguments: list[str]) -> int:
 
     metrics = job.evaluate(given.model, config)
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(metrics))
+        print(to_json(metrics))
     return EXIT_DONE
 
 
@@ -241,6 +243,8 @@ def inspect(arguments: list[str]) -> int:
     if given.compare is not None and given.set:
         raise InputError("inspect: --compare shows another step, --set the same step changed; give only one of them")
     steps = [given.step] if given.compare is None else [given.step, given.compare]
+    if given.html and (reason := unwritable(Path(given.html))):
+        raise InputError(f"--html {given.html}: cannot be written ({reason})")
     _ready_libraries()
     from train_loop import job
     from train_loop.analysis import inspection
@@ -259,7 +263,7 @@ def inspect(arguments: list[str]) -> int:
             raise InputError(f"--html {given.html}: cannot be written ({error.strerror})") from None
     if given.json:
         for each in found:
-            print(json.dumps(each))
+            print(to_json(each))
     else:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print(inspection.lines(found, colour))

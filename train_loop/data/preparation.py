@@ -45,6 +45,7 @@ from train_loop.data.formats import Document
 from train_loop.data.token_store import _DOCUMENT, TRAIN, VALIDATION, Ledger, Prepared, TokenStore, target_counts
 from train_loop.errors import InputError
 from train_loop.files import sync
+from train_loop.records import to_json
 
 _FORMAT = 2
 # Characters that one core encodes at once. That takes a few hundredths of a second and some megabytes.
@@ -124,7 +125,7 @@ def _build(
             "dtype": dtype.str,
             "fingerprint": hashlib.sha256("\n".join(identity).encode()).hexdigest(),
         } | {split: asdict(ledger) for split, ledger in ledgers.items()}
-        (temporary / "ledger.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (temporary / "ledger.json").write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
         for path in temporary.rglob("*"):
             sync(path)
         try:
