@@ -7,7 +7,6 @@ early by a signal (with a checkpoint written, once there was something to save),
 
 import dataclasses
 import errno
-import json
 import os
 import re
 import sys
@@ -22,6 +21,7 @@ from train_loop.config.load import config_from_arguments
 from train_loop.config.parsing import documented, help_text
 from train_loop.config.sampling import Sampling
 from train_loop.config.schema import Config
+from train_loop.console import shown
 from train_loop.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
@@ -32,6 +32,8 @@ from train_loop.errors import (
     LostError,
     TrainingError,
 )
+from train_loop.files import unwritable
+from train_loop.records import to_json
 from train_loop.signals import StopRequest, exit_code
 from train_loop.streams import OutputError, unbreakable
 
@@ -152,7 +154,7 @@ def prepare(arguments: list[str]) -> int:
     from train_loop import job
 
     prepared = job.prepare(config)
-    print(json.dumps({"folder": str(prepared.folder)} | prepared.ledger(), indent=2))
+    print(to_json({"folder": str(prepared.folder)} | prepared.ledger(), indent=2))
     return EXIT_DONE
 
 
@@ -177,11 +179,11 @@ def _print_summary(summary: Any, config: Config) -> None:
         ledger = summary.ledger["validation"]
         if summary.exported_step is not None and config.export.from_ == "best":
             print(f"best step        {summary.exported_step} of {summary.step}")
-        print(f"validation loss  {last['loss']:.4f} nats per token, over {last['tokens']:,} tokens")
-        print(f"perplexity       {last['perplexity']:.3f}")
+        print(f"validation loss  {shown(last['loss'])} nats per token, over {last['tokens']:,} tokens")
+        print(f"perplexity       {shown(last['perplexity'], 3)}")
         gzip = 8 * ledger["gzip_bytes"] / ledger["bytes"]
-        print(f"bits per byte    {last['bits_per_byte']:.4f} (gzip -9: {gzip:.4f})")
-        print(f"accuracy         {last['accuracy']:.4f}")
+        print(f"bits per byte    {shown(last['bits_per_byte'])} (gzip -9: {gzip:.4f})")
+        print(f"accuracy         {shown(last['accuracy'])}")
     if not summary.stopped:
         print(f"model            {summary.model_folder}" + (f" and {summary.hub}" if summary.hub else ""))
 
@@ -199,7 +201,7 @@ def evaluate(arguments: list[str]) -> int:
 
     metrics = job.evaluate(given.model, config)
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(metrics))
+        print(to_json(metrics))
     return EXIT_DONE
 
 
@@ -294,6 +296,8 @@ def inspect(arguments: list[str]) -> int:
     if given.compare is not None and given.set:
         raise InputError("inspect: --compare shows another step, --set the same step changed; give only one of them")
     steps = [given.step] if given.compare is None else [given.step, given.compare]
+    if given.html and (reason := unwritable(Path(given.html))):
+        raise InputError(f"--html {given.html}: cannot be written ({reason})")
     _ready_libraries()
     from train_loop import job
     from train_loop.analysis import inspection
@@ -312,7 +316,7 @@ def inspect(arguments: list[str]) -> int:
             raise InputError(f"--html {given.html}: cannot be written ({error.strerror})") from None
     if given.json:
         for each in found:
-            print(json.dumps(each))
+            print(to_json(each))
     else:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print(inspection.lines(found, colour))

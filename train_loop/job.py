@@ -37,7 +37,8 @@ from train_loop.errors import InputError, TrainingError
 from train_loop.export.finalize import Finished, finalize
 from train_loop.generation.decoding import check_prompt
 from train_loop.generation.sampler import prompt_ids
-from train_loop.metrics.log import MetricsLog, last_steps
+from train_loop.metrics.log import MetricsLog
+from train_loop.metrics.past import last_steps
 from train_loop.metrics.progress import ProgressLines
 from train_loop.metrics.throughput import Throughput
 from train_loop.metrics.trackers import check_trackers, start_trackers
@@ -258,7 +259,7 @@ def _observers(setup: Setup, log: MetricsLog, progress: Progress) -> list[Observ
     observers: list[Observer] = [log, ProgressLines(progress, evaluated)]
     if study.every is not None:
         steps = last_steps(setup.folder.metrics, study.every) if run.context.accelerator.is_main_process else []
-        observers.append(StepStatistics(run, study.every, log.write_study, [each["grad_norm"] for each in steps]))
+        observers.append(StepStatistics(run, study.every, log.write_study, [each.get("grad_norm") for each in steps]))
     if study.probing:
         observers.append(probe.Probe(run, log.write_study, past.probed))
     return [*observers, Samples(run, log.write, (step, past.samples))]

@@ -21,6 +21,7 @@ from train_loop.config.schema import Config
 from train_loop.console import say
 from train_loop.errors import InputError, one_line
 from train_loop.files import write_atomically
+from train_loop.records import to_json
 
 
 class Savable(Protocol):
@@ -90,13 +91,13 @@ class RunFolder:
                     f"{ledger['fingerprint'][:12]}): the documents or the tokenizer have changed since then; "
                     "name another folder"
                 )
-        write_atomically(path, json.dumps(ledger, indent=2) + "\n")
-        write_atomically(self.path / "truth.json", json.dumps(truth, indent=2) + "\n")
+        write_atomically(path, to_json(ledger, indent=2) + "\n")
+        write_atomically(self.path / "truth.json", to_json(truth, indent=2) + "\n")
         write_atomically(self.path / "config.yaml", to_yaml(config))
 
     def set_status(self, state: str, step: int, reason: str = "") -> None:
         """Write status.json. If that fails, for example on a full disk, print a line and go on."""
-        content = json.dumps({"state": state, "step": step, "reason": reason}) + "\n"
+        content = to_json({"state": state, "step": step, "reason": reason}) + "\n"
         try:
             write_atomically(self.path / "status.json", content)
         except OSError as error:

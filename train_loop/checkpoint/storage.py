@@ -35,6 +35,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from train_loop.files import sync
 from train_loop.models.parameters import tensors_once
+from train_loop.records import to_json
 
 Optimizer: TypeAlias = torch.optim.Optimizer | AcceleratedOptimizer
 Checksums = dict[str, dict[str, Any]]
@@ -352,7 +353,7 @@ def _part_name(kind: str, part: int, parts: int) -> str:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    path.write_text(to_json(values, indent=2) + "\n", encoding="utf-8")
     sync(path)
 
 
