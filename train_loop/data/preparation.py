@@ -39,6 +39,7 @@ from transformers import PreTrainedTokenizerFast
 from train_loop.config.load import cache_dir
 from train_loop.config.schema import Config, DataConfig
 from train_loop.console import Progress, say
+from train_loop.data import duplicates
 from train_loop.data import tokenizer as tokenizers
 from train_loop.data.corpus import Corpus, key_hash
 from train_loop.data.formats import Document
@@ -82,11 +83,26 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, sh
     elif shown:
         say(f"data: already prepared in {folder}")
     prepared = _open(folder, tokenizer)
+    for line in _notes(prepared, config.data) if shown else ():
+        say(line)
     if config.data.isolate_documents:
         for store in (prepared.train, prepared.validation):
             store.ledger = store.ledger.isolated()
         _refuse_unusable(prepared.train.ledger, prepared.validation.ledger, config.data)
     return prepared
+
+
+def _notes(prepared: Prepared, data: DataConfig) -> Iterator[str]:
+    """What is worth a look in the ledgers."""
+    train, validation = prepared.train.ledger, prepared.validation.ledger
+    for split, ledger in ((TRAIN, train), (VALIDATION, validation)):
+        empty, total = ledger.empty_documents, ledger.empty_documents + ledger.documents
+        if empty and data.source != "stdlib":  # which has empty files
+            example = f", e.g. {ledger.empty_example}" if ledger.empty_example else ""
+            share = f"{empty:,} of {total:,} {split} documents ({empty / total:.1%})"
+            yield f"data: {share} are null or empty, and left out{example}"
+    if line := duplicates.warning(train, validation):
+        yield line
 
 
 def _open(folder: Path, tokenizer: PreTrainedTokenizerFast | None) -> Prepared:
@@ -111,6 +127,8 @@ def _build(
     temporary = folder.with_name(f"{prefix}{os.getpid()}")
     temporary.mkdir()
     try:
+        if corpus.data.drop_duplicates != "none":
+            corpus = duplicates.without(corpus, shown)
         if tokenizer is None:
             assert vocab_size is not None
             tokenizer = _train_tokenizer(corpus, vocab_size, shown)
@@ -163,6 +181,8 @@ def _refuse_unusable(train: Ledger, validation: Ledger, data: DataConfig) -> Non
             f"data.test_size is {data.test_size} of {total} documents; name separate validation data "
             "(data.validation_files or data.validation_split), change data.test_size or add documents"
         )
+    if train.dropped_documents and not train.documents:
+        cure = f"data.drop_duplicates left out {train.dropped_documents}, which are on the other side, too; name others"
     for split, ledger in ((TRAIN, train), (VALIDATION, validation)):
         if ledger.trained_targets == 0:
             raise InputError(f"data: the {split} split has {ledger.documents} documents but no target; {cure}")
@@ -179,6 +199,7 @@ class _SplitWriter:
         )
         self.ledger = Ledger()
         self.digest = hashlib.sha256()
+        self.hashes = duplicates.Hashes()
         self.gzip = zlib.compressobj(9, wbits=31) if compress else None
         self.name_end = 0
         self.begins = True  # whether the next token is a document's first
@@ -206,6 +227,7 @@ class _SplitWriter:
         ledger.text_tokens += len(ids)
         if self.gzip is not None:
             ledger.gzip_bytes += len(self.gzip.compress(content))
+        self.hashes.update(content)
         self._write(ids)
         return len(content)
 
@@ -213,6 +235,7 @@ class _SplitWriter:
         """Add the end-of-text token to the document whose text was added, and record its name."""
         self._write([self.eos])
         self.begins = True
+        self.hashes.end()
         ledger = self.ledger
         ledger.documents += 1
         ledger.eos_tokens += 1
@@ -262,7 +285,28 @@ def _write_splits(
                 if last:
                     writers[split].end_document(name)
             progress.update(read)
-        return {split: writer.finish() for split, writer in writers.items()}
+        for split, dropped in corpus.dropped.items():
+            ledger = writers[split].ledger
+            ledger.dropped_documents = int(dropped.sum())
+            ledger.read_documents += ledger.dropped_documents
+            if ledger.read_documents != len(dropped):
+                raise InputError(f"data: the {split} documents changed while they were read; start again")
+        ledgers = {split: writer.finish() for split, writer in writers.items()}
+    _count_twins(folder, dtype, writers)
+    return ledgers
+
+
+def _count_twins(folder: Path, dtype: np.dtype[Any], writers: dict[str, _SplitWriter]) -> None:
+    """Complete the ledgers of both splits with the number of documents whose text occurs more than once."""
+    found = duplicates.count(writers[TRAIN].hashes.array(), writers[VALIDATION].hashes.array())
+    for split, writer in writers.items():
+        writer.ledger.repeated_documents, writer.ledger.shared_documents = found.repeated[split], found.shared[split]
+    if found.example is not None:
+        names = []
+        for (split, writer), index in zip(writers.items(), found.example, strict=True):
+            store = TokenStore(folder / split, dtype, writer.ledger)
+            names.append(store.document_at(int(store.document_ends[index]) - 1)[0])
+        writers[VALIDATION].ledger.shared_example = f"{names[1]} = {names[0]}"
 
 
 _Piece = tuple[str, str, str, bool]  # split, name, text, whether it ends the document
@@ -276,6 +320,8 @@ def _batches(
     size = 0
     for split, (name, blocks) in documents:
         text = ""
+        ledger = writers[split].ledger
+        ledger.read_documents += 1
         for text, following in itertools.pairwise(itertools.chain(tokenizers.pieces(core, blocks), [""])):
             batch.append((split, name, text, not following))
             size += len(text)
@@ -283,6 +329,7 @@ def _batches(
                 yield batch
                 batch, size = [], 0
         if not text:
-            writers[split].ledger.empty_documents += 1
+            ledger.empty_documents += 1
+            ledger.empty_example = ledger.empty_example or name
     if batch:
         yield batch

@@ -76,7 +76,7 @@ def model_card(config: Config, ledger: dict[str, Any], evaluations: list[dict[st
     rows = "".join(
         f"| {name.replace('_', ' ')} | {train:,} | {ledger['validation'][name]:,} |\n"
         for name, train in ledger["train"].items()
-        if name != "sha256"
+        if isinstance(train, int)
     )
     results = "".join(
         f"| {each['step']:,} | {each['epoch']:.2f} | {each['loss']:.4f} | {each['perplexity']:.3f} | "
