@@ -161,7 +161,8 @@ def to_yaml(config: Config) -> str:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What differs between two configurations, except `KEYS_FREE_ON_RESUME`, as lines `key: old -> new`."""
-    flat_old, flat_new = dict(flatten(old)), dict(flatten(new))
+    # A setting that the older version did not have yet had, in effect, its default.
+    flat_old, flat_new = dict(flatten(to_dict(Config()))) | dict(flatten(old)), dict(flatten(new))
     free = set(KEYS_FREE_ON_RESUME)
     if flat_new.get("train.patience"):  # then evaluations decide when the run ends
         free = free - {"evaluation"} | {"evaluation.batch_size"}

@@ -77,7 +77,7 @@ def model_card(config: Config, ledger: dict[str, Any], evaluations: list[dict[st
     rows = "".join(
         f"| {name.replace('_', ' ')} | {train:,} | {ledger['validation'][name]:,} |\n"
         for name, train in ledger["train"].items()
-        if name != "sha256"
+        if isinstance(train, int)
     )
     results = "".join(
         f"| {each['step']:,} | {shown(each.get('epoch'), 2)} | "
