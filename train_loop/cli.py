@@ -31,6 +31,7 @@ from train_loop.errors import (
     Interrupted,
     LostError,
     TrainingError,
+    printable,
 )
 from train_loop.files import unwritable
 from train_loop.records import to_json
@@ -114,8 +115,7 @@ def _complain(error: object, speaks: bool | None = None) -> None:
     # Launchers start the command once per process: one line on each host is enough.
     rank = os.environ.get("LOCAL_RANK", "0")
     if rank == "0" or not re.fullmatch("[0-9]{1,6}", rank) if speaks is None else speaks:
-        line = " ".join(str(error).split())
-        line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+        line = printable(" ".join(str(error).split()))
         print(f"train-loop: {line if len(line) <= 2000 else f'{line[:2000]}...'}", file=sys.stderr, flush=True)
 
 

@@ -178,8 +178,13 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             return float(value)
         except OverflowError:
             raise problem from None
+    elif kind is str and isinstance(value, WrittenInt | WrittenFloat):
+        return value.written
     elif kind is str and isinstance(value, int | float):
-        return value.written if isinstance(value, WrittenInt | WrittenFloat) else str(value)
+        try:
+            return str(value)
+        except ValueError:  # more than 4,300 digits
+            raise problem from None
     elif kind is str and isinstance(value, str):
         if value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value):
             return value

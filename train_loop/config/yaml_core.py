@@ -12,7 +12,7 @@ import yaml
 
 from train_loop.errors import InputError
 
-_MOST_BYTES, _MOST_NODES, _DEEPEST = 1 << 20, 100_000, 50  # of a file; of a text, with each alias written out
+_MOST_BYTES, _MOST_NODES, _DEEPEST = 1 << 20, 30_000, 50  # of a file; of a text, with each alias written out
 _TAG = "tag:yaml.org,2002:"
 _PLAIN = {  # what an unquoted word is; anything else is text
     "null": (r"~|null|Null|NULL|", "~nN"),
