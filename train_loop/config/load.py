@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from train_loop.config.architecture import read_architecture
 from train_loop.config.parsing import fill, key_of, override, read_yaml, split_arguments
 from train_loop.config.schema import Config
 from train_loop.errors import InputError
@@ -35,6 +36,7 @@ def config_from_arguments(arguments: Sequence[str]) -> Config:
     config = Config() if path is None else _read(path)
     for key, text in overrides:
         override(config, key, text)
+        _read_architecture(config)
     if config.model.name_or_path is None and config.model.architecture is None:  # a script may bring its own
         raise InputError(ONE_MODEL)
     return _completed(config, path)
@@ -61,11 +63,19 @@ def load_config(file: str | os.PathLike[str] | None = None, overrides: Mapping[s
 def _read(path: str) -> Config:
     config = Config()
     fill(config, read_yaml(path), f"{path}: ")
+    _read_architecture(config)
     return config
+
+
+def _read_architecture(config: Config) -> None:
+    """Put the fields of a config.json in place of its path, so that a run's own configuration has them all."""
+    if isinstance(config.model.architecture, str):
+        config.model.architecture = read_architecture(config.model.architecture)
 
 
 def _completed(config: Config, path: str | None) -> Config:
     """Fill in the default output folder, and check the settings."""
+    _read_architecture(config)
     if config.run.output_dir is None:
         config.run.output_dir = str(Path("runs") / (Path(path).stem if path else "train"))
     check_config(config)

@@ -46,7 +46,7 @@ def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
 
     def build(attention: str | None) -> tuple[PreTrainedModel, dict[str, Any]]:
         check_size(settings, where)
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path,
             dtype=torch.float32,
             attn_implementation=attention,
@@ -55,6 +55,7 @@ def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `_account` names them
         )
+        return loaded[0], loaded[1]
 
     try:
         model, found = build(attention)
