@@ -20,6 +20,7 @@ from train_loop.config.parsing import documented, help_text
 from train_loop.config.sampling import Sampling
 from train_loop.config.schema import Config
 from train_loop.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, InputError, Interrupted, LostError, TrainingError
+from train_loop.files import write_output
 from train_loop.signals import StopRequest, exit_code
 
 
@@ -255,7 +256,7 @@ def inspect(arguments: list[str]) -> int:
     if given.html:
         title = f"{Path(given.run).resolve().name}, step {' and '.join(map(str, steps))}"
         try:
-            Path(given.html).write_text(inspection.page(found, title), encoding="utf-8")
+            write_output(Path(given.html), inspection.page(found, title))
         except OSError as error:
             raise InputError(f"--html {given.html}: cannot be written ({error.strerror})") from None
     if given.json:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from train_loop.errors import InputError, one_line
+from train_loop.files import write_output
 
 _FILE = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 _SERVED = f"{_FILE}; connect-src 'self'"  # allows asking for newer data
@@ -32,10 +33,8 @@ def page(data: dict[str, Any], live: bool = False) -> str:
 
 def write(data: dict[str, Any], path: Path) -> None:
     """Write the page completely or not at all; InputError if the file can't be written."""
-    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.write_text(page(data), encoding="utf-8")
-        temporary.replace(path)
+        write_output(path, page(data))
     except OSError as error:
         raise InputError(
             f"report {path}: cannot be written ({one_line(error)}); name another file with --output"
