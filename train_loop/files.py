@@ -104,3 +104,13 @@ def share(path: Path) -> None:
     """Give a file the permissions of its folder: some libraries write files that only their owner can read."""
     with suppress(OSError):  # some disks know no permissions
         path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def unwritable(path: Path) -> str | None:
+    """Why a file can't be written here, as far as can be told before it is; None if nothing is in the way."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        return "is a folder"
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    return None if os.access(path if path.exists() else folder, os.W_OK) else "permission denied"

@@ -21,7 +21,7 @@ from train_loop.checkpoint.manager import CheckpointManager
 from train_loop.checkpoint.ownership import Ownership
 from train_loop.checkpoint.restore import check_disk, check_step, find, restore
 from train_loop.checkpoint.run_folder import RunFolder, json_of
-from train_loop.config.load import flatten, shared_settings, to_dict
+from train_loop.config.load import checked, flatten, shared_settings, to_dict
 from train_loop.config.schema import Config
 from train_loop.console import Progress, say
 from train_loop.data import preparation
@@ -39,7 +39,8 @@ from train_loop.export.finalize import finalize
 from train_loop.export.summary import Summary, summarize
 from train_loop.generation.decoding import check_prompt
 from train_loop.generation.sampler import prompt_ids
-from train_loop.metrics.log import MetricsLog, last_steps
+from train_loop.metrics.log import MetricsLog
+from train_loop.metrics.past import last_steps
 from train_loop.metrics.progress import ProgressLines
 from train_loop.metrics.throughput import Throughput
 from train_loop.metrics.trackers import check_trackers, start_trackers
@@ -219,7 +220,7 @@ def _observers(setup: Setup, log: MetricsLog, progress: Progress) -> list[Observ
     observers: list[Observer] = [log, ProgressLines(progress, evaluated)]
     if study.every is not None:
         steps = last_steps(setup.folder.metrics, study.every) if run.context.accelerator.is_main_process else []
-        observers.append(StepStatistics(run, study.every, log.write_study, [each["grad_norm"] for each in steps]))
+        observers.append(StepStatistics(run, study.every, log.write_study, [each.get("grad_norm") for each in steps]))
     if study.probing:
         observers.append(probe.Probe(run, log.write_study, past.probed))
     return [*observers, Samples(run, log.write, (step, past.samples))]
@@ -379,6 +380,7 @@ def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, A
     Raises:
         InputError: if the model or the data cannot be loaded, or they don't fit together.
     """
+    config = checked(config)
     heartbeat = Heartbeat(config.run, shared_settings(config))
     with heartbeat.naming_failures():
         accelerator = launch.start(config.run, heartbeat)

@@ -10,6 +10,7 @@ has been none for a minute, the next run takes the folder over, and an owner tha
 another one and ends at once.
 """
 
+import fcntl
 import json
 import os
 import secrets
@@ -29,11 +30,6 @@ import psutil
 from train_loop import files
 from train_loop.console import say
 from train_loop.errors import EXIT_FAILED, InputError, one_line
-
-try:
-    import fcntl
-except ImportError:  # not on every platform
-    fcntl = None  # type: ignore[assignment]
 
 LOCK, RECORD = ".owner.lock", ".owner.json"
 
@@ -205,7 +201,7 @@ class Ownership:
         except BlockingIOError:
             os.close(handle)
             return False
-        except (OSError, AttributeError):  # no locks here
+        except OSError:  # no locks here
             os.close(handle)
             return True
         self._handle = handle

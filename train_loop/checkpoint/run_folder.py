@@ -24,6 +24,7 @@ from train_loop.config.parsing import parse_yaml
 from train_loop.config.schema import Config
 from train_loop.console import say
 from train_loop.errors import InputError, one_line
+from train_loop.records import to_json
 
 _SMALL = ("config.yaml", "ledger.json", "truth.json", "status.json")
 _LOGS = ("metrics.jsonl", "study.jsonl", "report.html")
@@ -113,8 +114,8 @@ class RunFolder:
                     say(f"{self.path / name}: is damaged or missing; it is written again")
             for name, text in (
                 ("config.yaml", to_yaml(config)),
-                ("ledger.json", json.dumps(ledger, indent=2) + "\n"),
-                ("truth.json", json.dumps(truth, indent=2) + "\n"),
+                ("ledger.json", to_json(ledger, indent=2) + "\n"),
+                ("truth.json", to_json(truth, indent=2) + "\n"),
             ):
                 files.write_atomically(self.path / name, text)
             self._save_architecture(architecture)
@@ -163,7 +164,7 @@ class RunFolder:
 
     def _write_status(self, state: str, step: int, reason: str) -> None:
         self._status = (state, step)
-        content = json.dumps({"state": state, "step": step, "reason": reason}) + "\n"
+        content = to_json({"state": state, "step": step, "reason": reason}) + "\n"
         try:
             files.write_atomically(self.path / "status.json", content)
         except OSError as error:
@@ -172,4 +173,4 @@ class RunFolder:
 
 def json_of(config: Config) -> dict[str, Any]:
     """The settings as a checkpoint keeps them."""
-    return dict(json.loads(json.dumps(to_dict(config))))
+    return dict(json.loads(to_json(to_dict(config))))

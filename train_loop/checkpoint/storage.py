@@ -35,6 +35,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from train_loop import files
 from train_loop.files import sync
 from train_loop.models.parameters import tensors_once
+from train_loop.records import to_json
 
 Optimizer: TypeAlias = torch.optim.Optimizer | AcceleratedOptimizer
 Checksums = dict[str, dict[str, Any]]
@@ -368,7 +369,7 @@ def _part_name(kind: str, part: int, parts: int) -> str:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.unlink(missing_ok=True)  # of an attempt that failed
-    files.create(path, json.dumps(values, indent=2) + "\n")
+    files.create(path, to_json(values, indent=2) + "\n")
 
 
 def _digest(files: Checksums) -> str:

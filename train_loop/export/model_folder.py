@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from train_loop import compat, files
 from train_loop.config.load import to_yaml
 from train_loop.config.schema import Config
-from train_loop.console import say
+from train_loop.console import say, shown
 from train_loop.errors import InputError, one_line
 from train_loop.models.building import context_length
 from train_loop.training.state import Run
@@ -87,13 +87,13 @@ def model_card(config: Config, ledger: dict[str, Any], evaluations: list[dict[st
     rows = "".join(
         f"| {name.replace('_', ' ')} | {train:,} | {ledger['validation'][name]:,} |\n"
         for name, train in ledger["train"].items()
-        if name != "sha256"
+        if isinstance(train, int)
     )
     results = "".join(
-        f"| {each['step']:,} | {each['epoch']:.2f} | {each['loss']:.4f} | {each['perplexity']:.3f} | "
-        f"{each['bits_per_byte']:.4f} | {each['accuracy']:.4f} |\n"
+        f"| {each['step']:,} | {shown(each.get('epoch'), 2)} | "
+        f"{'not finite' if each['loss'] is None else shown(each['loss'])} | {shown(each.get('perplexity'), 3)} | "
+        f"{shown(each.get('bits_per_byte'))} | {shown(each.get('accuracy'))} |\n"
         for each in evaluations
-        if each["perplexity"] is not None
     )
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
