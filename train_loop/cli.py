@@ -33,7 +33,7 @@ from train_loop.errors import (
     TrainingError,
     printable,
 )
-from train_loop.files import unwritable
+from train_loop.files import unwritable, write_output
 from train_loop.records import to_json
 from train_loop.signals import StopRequest, exit_code
 from train_loop.streams import OutputError, unbreakable
@@ -311,7 +311,7 @@ def inspect(arguments: list[str]) -> int:
     if given.html:
         title = f"{Path(given.run).resolve().name}, step {' and '.join(map(str, steps))}"
         try:
-            Path(given.html).write_text(inspection.page(found, title), encoding="utf-8")
+            write_output(Path(given.html), inspection.page(found, title))
         except OSError as error:
             raise InputError(f"--html {given.html}: cannot be written ({error.strerror})") from None
     if given.json:

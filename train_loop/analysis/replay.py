@@ -14,7 +14,6 @@ import gc
 import math
 import os
 import socket
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 
-from train_loop import versions
+from train_loop import files, versions
 from train_loop.analysis.recorded import Recorded
 from train_loop.analysis.step_statistics import StepStatistics
 from train_loop.analysis.trial_step import evaluating
@@ -81,9 +80,8 @@ class Replay:
         """The run's parts, on the same data, with a folder of its own that is never created."""
         settings.run.resume, settings.run.log_with, settings.sample.prompts = "auto", [], []
         settings.study.every, settings.study.probe = None, None
-        with tempfile.TemporaryDirectory() as empty:
-            settings.run.output_dir = str(Path(empty) / "none")
-            run = self.set_up(settings)
+        settings.run.output_dir = str(files.private(self.folder.path / "replayed"))
+        run = self.set_up(settings)
         expected = self.recorded.fingerprint
         if run.data.fingerprint != expected:
             raise InputError(

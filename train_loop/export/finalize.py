@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
+from train_loop import files
 from train_loop.checkpoint import storage
 from train_loop.checkpoint.restore import restore
 from train_loop.checkpoint.run_folder import RunFolder
@@ -56,7 +57,7 @@ def _write(
     expected: verify.Expected | None,
 ) -> Finished | None:
     """Write, verify, publish and upload the model; None if a signal came first."""
-    temporary = folder.model.with_name("model.tmp")
+    temporary = files.private(folder.model)
     try:
         weights = storage.tensors(chosen)
         model_folder.write(temporary, run, weights, evaluations, chosen.step)
@@ -67,6 +68,8 @@ def _write(
         model_folder.publish(temporary, folder.model)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"export: {one_line(error)}; start the same command again to go on from here") from None
+    finally:
+        files.remove(temporary)
     return Finished(chosen.step, model_folder.push(folder.model, run.config) if run.config.export.push_to_hub else None)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from train_loop.errors import InputError, one_line
-from train_loop.files import unwritable, write_atomically
+from train_loop.files import unwritable, write_output
 from train_loop.records import to_json
 
 _FILE = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -36,7 +36,7 @@ def write(data: dict[str, Any], path: Path) -> None:
     """Write the page completely or not at all; InputError if the file can't be written."""
     check_place(path)
     try:
-        write_atomically(path, page(data))
+        write_output(path, page(data))
     except OSError as error:
         raise InputError(
             f"report {path}: cannot be written ({one_line(error)}); name another file with --output"
