@@ -146,7 +146,6 @@ def test_a_colleagues_lock_file_can_be_waited_for(tmp_path: Path, monkeypatch: p
     [
         (OSError(28, "No space left on device"), "(No space left on device); make room, or name another folder"),
         (OSError(30, "Read-only file system"), "(Read-only file system); name another folder with data.cache_dir"),
-        (ValueError("embedded null byte"), "(embedded null byte); name another folder"),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path, error: Exception, expected: str) -> None:
