@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from train_loop import compat, versions
+from train_loop.analysis import plan_checks
 from train_loop.analysis.step_statistics import targets_until
 from train_loop.analysis.trial_step import evaluating, without_effect
 from train_loop.config.schema import Config
@@ -74,6 +75,7 @@ def measure(run: Run) -> dict[str, Any]:
         },
         "operations_per_token": context.clock.operations,
         "data": run.data.fingerprint,
+        "remarks": plan_checks.of_run(run),
         "seed": config.run.seed,
         "versions": versions.installed(),
     }
@@ -162,9 +164,10 @@ def table(sheet: dict[str, Any]) -> str:
         "the run": f"{batch['steps']:,} steps, {batch['steps_per_epoch']:,} per epoch; {batch['targets']:,} targets, "
         f"{batch['targets_per_epoch']:,} per epoch",
         "learning rate": f"{rates['first_step']:.3g} at first, {rates['after_warmup']:.3g} after "
-        f"{rates['warmup_steps']} steps of warm-up, {rates['last_step']:.3g} at the end ({rates['schedule']})",
+        f"{min(rates['warmup_steps'], batch['steps'] - 1)} steps of warm-up, {rates['last_step']:.3g} at the end ({rates['schedule']})",
     }
-    return "\n".join(f"{name:13}  {text}" for name, text in rows.items())
+    lines = [*rows.items(), *(("careful", remark) for remark in sheet["remarks"])]
+    return "\n".join(f"{name:13}  {text}" for name, text in lines)
 
 
 def documents_cross(accelerator: Accelerator, objective: nn.Module, config: Config) -> bool:
