@@ -20,9 +20,12 @@ def _is_causal(model_type: str) -> bool:
 
 
 def configuration(
-    architecture: dict[str, Any], tokenizer: PreTrainedTokenizerFast, block_size: int
+    architecture: dict[str, Any], tokenizer: PreTrainedTokenizerFast, block_size: int, padding: int | None = None
 ) -> PreTrainedConfig:
-    """The configuration of a model from scratch, whose context is one block unless it says otherwise."""
+    """The configuration of a model from scratch, whose context is one block unless it says otherwise.
+
+    `padding` is the id of the padding token. Its embedding would not be trained, and training needs none.
+    """
     model_type = architecture.pop("model_type")
     # Ask about one type only: going through all of them loads a module for each, which takes longer than all else here.
     if not _is_causal(str(model_type)):
@@ -36,7 +39,7 @@ def configuration(
             raise InputError(f"model.architecture: {model_type} has no {name}; {nearest(name, sorted(fields))}")
     context = default.attribute_map.get("max_position_embeddings", "max_position_embeddings")
     settings = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id}
-    settings |= dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    settings |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": padding}
     if context in fields and not {context, "max_position_embeddings"} & architecture.keys():
         settings[context] = block_size
     return AutoConfig.for_model(model_type, **(settings | architecture))
