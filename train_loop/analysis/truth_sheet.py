@@ -113,6 +113,11 @@ def check(sheet: dict[str, Any]) -> None:
     causal = sheet["causality"]
     if causal["moved"] > causal["tolerance"]:
         raise InputError(f"truth sheet: {causal['refusal']}")
+    if not math.isfinite(loss["value"]):
+        raise InputError(
+            f"truth sheet: the model's loss is {loss['value']} before the first step; its weights are damaged, or its "
+            "configuration leads to numbers that are too large"
+        )
     if not loss["difference"] <= loss["tolerance"]:
         raise InputError(
             f"truth sheet: the training loss is {loss['value']:.6f} ({loss['path']}), but the model's own is "

@@ -4,6 +4,7 @@ Weights are fp32 whatever `run.mixed_precision` says: autocast rounds copies, th
 """
 
 import inspect
+import textwrap
 from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
@@ -11,11 +12,15 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from train_loop import compat
+from train_loop.config import paths
+from train_loop.config.architecture import read_architecture
 from train_loop.config.load import ONE_MODEL
 from train_loop.config.schema import Config
+from train_loop.data.tokenizer import highest_id
 from train_loop.errors import InputError, one_line
 from train_loop.models.architecture import configuration
-from train_loop.models.loading import blame_attention, load
+from train_loop.models.loading import blame_attention, check_given, load
+from train_loop.models.size import check_size
 from train_loop.rng import seed_torch
 
 
@@ -29,8 +34,9 @@ def build(
     """
     if model is not None:
         source = f"the {type(model).__name__}"
+        check_given(model, source)
     elif config.model.name_or_path is not None:
-        model = load(config.model.name_or_path, config.model.attention)
+        model = load(paths.find(config.model.name_or_path, "model.name_or_path"), config.model.attention)
         source = f"model {config.model.name_or_path}"
     elif config.model.architecture is not None:
         model = initialise(config, tokenizer, padded)
@@ -100,16 +106,17 @@ def without_compile(model: torch.nn.Module) -> AbstractContextManager[object]:
 
 def initialise(config: Config, tokenizer: PreTrainedTokenizerFast, padded: bool = False) -> PreTrainedModel:
     """A model with random weights, keyed by `run.seed`; by default its context is one block."""
-    attention, end = config.model.attention, tokenizer.eos_token_id
+    attention, architecture = config.model.attention, read_architecture(config.model.architecture)
+    end = tokenizer.eos_token_id
     assert isinstance(end, int)
 
     def made(attention: str | None, padding: int | None, more: int = 0) -> PreTrainedModel:
-        architecture = dict(config.model.architecture or {})
         model_config = configuration(architecture, tokenizer, config.data.block_size + more, padding)
+        check_size(model_config, "model.architecture")
         seed_torch(torch.device("cpu"), "weights", config.run.seed)
         with compat.residual_weights_scaled():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                model_config, dtype=torch.float32, attn_implementation=attention
+                model_config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
             )
         if "flash" not in (attention or ""):  # FlashAttention is for GPUs only
             # Sizes that don't fit together fail only in use. Some types have no cache, or one that asks for more.
@@ -129,8 +136,8 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast, padded: bool 
         raise
     except Exception as error:  # whatever a library raises if numbers don't fit together
         blame_attention(attention, build, error)
-        problem = f"no such model can be built ({one_line(error)})"
-        raise InputError(f"model.architecture: {config.model.architecture}: {problem}") from None
+        shown = textwrap.shorten(str(architecture), 200, placeholder=" ...")
+        raise InputError(f"model.architecture: {shown}: no such model can be built ({one_line(error)})") from None
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
     model.generation_config = GenerationConfig(**ids)
     return model
@@ -158,6 +165,10 @@ def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, block
     if context is not None and block_size > context:
         beyond = f"exceeds the context of {source}, {context} tokens; use at most {context}"
         raise InputError(f"data.block_size {block_size} {beyond}")
-    if len(tokenizer) > known:
-        problem = f"has {len(tokenizer)} entries, but {source} has only {known} embeddings"
-        raise InputError(f"the tokenizer {problem}; use the tokenizer that belongs to the model")
+    if (highest := highest_id(tokenizer)) >= known:
+        entries = len(tokenizer) if highest < len(tokenizer) else f"ids up to {highest} in its {len(tokenizer)}"
+        problem = f"has {entries} entries, but {source} has only {known} embeddings"
+        cure = (
+            "leave vocab_size out" if source == "model.architecture" else "use the tokenizer that belongs to the model"
+        )
+        raise InputError(f"the tokenizer {problem}; {cure}")
