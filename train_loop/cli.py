@@ -1,8 +1,8 @@
 """The commands: `train-loop X` and `python -m train_loop X` are the same.
 
 Results go to stdout, progress and logs to stderr. Exit codes: 0 done, 2 a mistake in the input (one line), 3 stopped
-early by a signal with a checkpoint written, 1 anything else. Only the commands that need torch import it, so help and
-mistakes in a configuration show up at once.
+early by a signal (with a checkpoint written, once there was something to save), 1 anything else. Only the commands that
+need torch import it, so help and mistakes in a configuration show up at once.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from train_loop.config.load import config_from_arguments
 from train_loop.config.parsing import documented, help_text
 from train_loop.config.sampling import Sampling
 from train_loop.config.schema import Config
-from train_loop.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, InputError, LostError, TrainingError
+from train_loop.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, InputError, Interrupted, LostError, TrainingError
+from train_loop.signals import StopRequest, exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return EXIT_DONE
         if given[0] not in COMMANDS:
             raise InputError(f"unknown command {given[0]}; commands: {', '.join(COMMANDS)}")
-        return COMMANDS[given[0]](given[1:])
+        with StopRequest():
+            return COMMANDS[given[0]](given[1:])
     except LostError as error:
         _complain(error, error.speaks)
         # Leave at once: the interpreter's usual end would wait for the lost process.
@@ -64,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough, as in `train-loop train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
+    except Interrupted as stop:
+        _complain(f"{stop}; the same command starts again")
+        return exit_code()
     except KeyboardInterrupt:
         _complain("interrupted")
         return EXIT_FAILED
@@ -124,11 +129,7 @@ def train(arguments: list[str]) -> int:
     summary = job.train(config)
     if summary.is_main_process:
         _print_summary(summary, config)
-    if not summary.stopped:
-        return EXIT_DONE
-    # A launcher that restarts failures would restart it, so there a stop counts as success. status.json says stopped.
-    restarts, so_far = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
-    return EXIT_DONE if so_far < restarts else EXIT_STOPPED
+    return exit_code() if summary.stopped else EXIT_DONE
 
 
 def _print_summary(summary: Any, config: Config) -> None:

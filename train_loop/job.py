@@ -18,7 +18,7 @@ from train_loop.analysis.samples import Samples
 from train_loop.analysis.step_statistics import StepStatistics
 from train_loop.checkpoint import pretrained, storage
 from train_loop.checkpoint.manager import CheckpointManager
-from train_loop.checkpoint.restore import check_disk, restore
+from train_loop.checkpoint.restore import check_disk, find, restore
 from train_loop.checkpoint.run_folder import RunFolder
 from train_loop.config.load import flatten, shared_settings, to_dict
 from train_loop.config.schema import Config
@@ -30,7 +30,8 @@ from train_loop.data.order import Plan
 from train_loop.data.token_store import Prepared, TokenStore
 from train_loop.devices import pins_memory
 from train_loop.distributed import launch
-from train_loop.distributed.collectives import broadcast_from_main, check_same, run_on_all_ranks
+from train_loop.distributed.agreement import any_rank_stopping
+from train_loop.distributed.collectives import check_same, run_on_all_ranks
 from train_loop.distributed.heartbeat import Heartbeat, is_communication_error
 from train_loop.errors import InputError, TrainingError
 from train_loop.export.finalize import Finished, finalize
@@ -134,13 +135,14 @@ def train(
         InputError: for a mistake in the configuration or the data; the run's folder is then untouched.
         TrainingError: if training cannot go on.
         LostError: if another process is gone.
+        KeyboardInterrupt: if a signal came before there was something to save; later ones end with a summary.
     """
     _check_given(config, model, callbacks)
     config = configure(config, documents)
     heartbeat = Heartbeat(config.run, shared_settings(config))
-    with heartbeat.naming_failures():
-        setup = set_up(config, heartbeat, model)
-        return _train(setup, heartbeat, callbacks)
+    stop = StopRequest(is_communication_error)
+    with heartbeat.naming_failures(), stop:
+        return _train(set_up(config, model, heartbeat, stop), heartbeat, callbacks)
 
 
 def _check_given(config: object, model: object, callbacks: Sequence[object]) -> None:
@@ -163,29 +165,28 @@ def _train(setup: Setup, heartbeat: Heartbeat, callbacks: Sequence[Observer]) ->
     _claim(setup, heartbeat)
     manager = finished = None
     try:
-        with stop:
-            _resume(setup)
-            if config.run.log_with:
-                flat = {key: str(value) for key, value in flatten(to_dict(config))}
-                start_trackers(accelerator, folder.path, state.step, flat)
-            studied = config.study.every is not None or config.study.probing
-            log = MetricsLog(accelerator, folder.metrics, state.step, studied)
-            history = History(log.past.evaluations, log.past.skipped)
-            keep, background = config.checkpoint.keep, config.checkpoint.background
-            manager = CheckpointManager(accelerator, folder.checkpoints, keep, background, setup.damaged)
-            manager.step = None if setup.found is None else state.step
-            if main:
-                folder.set_status("running", state.step)
-            heartbeat.step = lambda: state.step
-            save = _saving(setup, manager, history, log)
-            with Progress("training", "step", run.batches.total_steps, state.step, main) as progress:
-                observers = [*_observers(setup, log, progress), *callbacks]
-                stopped = _fit(Loop(run, history, observers, save))
-            save(state, wait=True)
-            if not stopped:
-                finished = finalize(run, folder, history.evaluations)
-            if finished is None and accelerator.num_processes > 1:
-                stop.ignore_from_now_on()
+        _resume(setup)
+        if config.run.log_with:
+            flat = {key: str(value) for key, value in flatten(to_dict(config))}
+            start_trackers(accelerator, folder.path, state.step, flat)
+        studied = config.study.every is not None or config.study.probing
+        log = MetricsLog(accelerator, folder.metrics, state.step, studied)
+        history = History(log.past.evaluations, log.past.skipped)
+        keep, background = config.checkpoint.keep, config.checkpoint.background
+        manager = CheckpointManager(accelerator, folder.checkpoints, keep, background, setup.damaged)
+        manager.step = None if setup.found is None else state.step
+        if main:
+            folder.set_status("running", state.step)
+        heartbeat.step = lambda: state.step
+        save = _saving(setup, manager, history, log)
+        with Progress("training", "step", run.batches.total_steps, state.step, main) as progress:
+            observers = [*_observers(setup, log, progress), *callbacks]
+            stopped = any_rank_stopping(accelerator, stop) or _fit(Loop(run, history, observers, save))
+        save(state, wait=True)
+        if not stopped:
+            finished = finalize(run, folder, history.evaluations)
+        if finished is None and accelerator.num_processes > 1:
+            stop.ignore_from_now_on()
         log.close()
         if main and finished is None:
             folder.set_status("stopped", state.step, stop.name or "")
@@ -225,8 +226,11 @@ def _claim(setup: Setup, heartbeat: Heartbeat) -> None:
     run, folder, accelerator = setup.run, setup.folder, setup.run.context.accelerator
     sheet = truth_sheet.measure(run)
     truth_sheet.check(sheet)
+    run.context.stop.defer()  # from here on, the folder says what became of the run
     if accelerator.is_main_process:
-        heartbeat.lost = lambda reason: folder.set_status("failed", heartbeat.step(), reason)
+        heartbeat.lost = lambda reason: folder.set_status(
+            "stopped" if reason.startswith("stopped") else "failed", heartbeat.step(), reason
+        )
         folder.claim(run.config, run.data.ledger(), sheet, [run.state.model.config, run.data.tokenizer])
         say(truth_sheet.table(sheet))
     accelerator.wait_for_everyone()
@@ -305,7 +309,12 @@ def _saving(setup: Setup, manager: CheckpointManager, history: History, log: Met
     return save
 
 
-def set_up(config: Config, heartbeat: Heartbeat | None = None, model: PreTrainedModel | None = None) -> Setup:
+def set_up(
+    config: Config,
+    model: PreTrainedModel | None = None,
+    heartbeat: Heartbeat | None = None,
+    stop: StopRequest | None = None,
+) -> Setup:
     """Set up and check data, model, optimizer and processes of a run; writes nothing to the run's folder.
 
     For `model` see `train`. Raises InputError for whatever doesn't fit.
@@ -318,7 +327,7 @@ def set_up(config: Config, heartbeat: Heartbeat | None = None, model: PreTrained
     data = _data(accelerator, config)
     language_model = run_on_all_ranks(accelerator, "build", lambda: building.build(config, data.tokenizer, model))
     check_same(accelerator, "the data", data.fingerprint, "give every host the same documents and tokenizer")
-    found, damaged = _to_resume(accelerator, folder)
+    found, damaged = find(accelerator, folder)
     check_same(accelerator, "the initial weights' digest", digest(language_model), "give every host the same model")
     language_model.to(accelerator.device)
     products, keep_memory = not config.model.compile, config.run.keep_memory
@@ -352,7 +361,7 @@ def set_up(config: Config, heartbeat: Heartbeat | None = None, model: PreTrained
         config.optimizer.max_grad_norm,
         config.run.seed,
         Throughput(accelerator, prepared, language_model, config.data.block_size),
-        StopRequest(is_communication_error),
+        stop or StopRequest(),
     )
     state = TrainState(accelerator.unwrap_model(prepared).model, adamw)
     run = Run(config, data, batches, _windows(data.validation, config, data.tokenizer), context, state)
@@ -384,21 +393,6 @@ def _choose_compiled(run: Run) -> None:
     training = {plan.micro_batch_size, plan.sequences_per_step % plan.micro_batch_size} - {0}
     shapes = {(True, rows, length) for rows in training} | {(False, run.evaluation_batch_size, length)}
     run.context.accelerator.unwrap_model(run.context.objective).compiled = shapes
-
-
-def _to_resume(accelerator: Accelerator, folder: RunFolder) -> tuple[storage.CheckpointRef | None, dict[int, str]]:
-    """The newest whole checkpoint, and which later ones are damaged; the main process looks, and all get the same."""
-    main = accelerator.is_main_process
-    looked = run_on_all_ranks(accelerator, "look", lambda: storage.newest(folder.checkpoints) if main else None)
-    found, damaged = broadcast_from_main(accelerator, looked) or (None, {})
-    for line in damaged.values() if main else ():
-        say(f"{line}; skipped")
-    if found is None and damaged:
-        raise InputError(
-            f"run.output_dir {folder.path}: no checkpoint is whole ({'; '.join(damaged.values())}); put one back from "
-            f"a copy, or remove {folder.checkpoints} to start again from the first step"
-        )
-    return found, damaged
 
 
 @_ready()

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from train_loop.errors import InputError, one_line
+from train_loop.trust import check_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 _LONGEST_CHARACTER = 4  # bytes of UTF-8
@@ -39,8 +40,9 @@ _END_OF_WORD = re.compile(r".*\S(?=[ \n\r\t]\s{0,9}\S)", re.DOTALL)
 
 def load(name_or_path: str) -> PreTrainedTokenizerFast:
     """A tokenizer from the Hub or a local folder; InputError if there is none, or none that is fast and ends texts."""
+    check_tokenizer(name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"tokenizer {name_or_path}: cannot be loaded ({one_line(error)})") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

@@ -1,33 +1,22 @@
-"""Load any causal language model that Transformers has, or initialise one from scratch.
+"""The model of a run: loaded, or initialised from scratch, and checked against tokenizer and block size.
 
 Weights are fp32 whatever `run.mixed_precision` says: autocast rounds copies, the optimizer changes the originals.
 """
 
 import inspect
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.activations import NewGELUActivation
 
 from train_loop import compat
 from train_loop.config.load import ONE_MODEL
-from train_loop.config.parsing import nearest
 from train_loop.config.schema import Config
 from train_loop.errors import InputError, one_line
+from train_loop.models.architecture import configuration
+from train_loop.models.loading import blame_attention, check_given, load
+from train_loop.models.size import check_numbers, check_size
 from train_loop.rng import seed_torch
 
 
@@ -38,6 +27,7 @@ def build(config: Config, tokenizer: PreTrainedTokenizerFast, model: PreTrainedM
     """
     if model is not None:
         source = f"the {type(model).__name__}"
+        check_given(model, source)
     elif config.model.name_or_path is not None:
         model = load(config.model.name_or_path, config.model.attention)
         source = f"model {config.model.name_or_path}"
@@ -95,31 +85,19 @@ def without_compile(model: torch.nn.Module) -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
-def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
-    """A model from the Hub or a local folder, or InputError. Neither code nor pickles, which may be code, are read."""
-
-    def build(attention: str | None) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(
-            name_or_path, dtype=torch.float32, attn_implementation=attention, use_safetensors=True
-        )
-
-    try:
-        return build(attention)
-    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError, SafetensorError) as error:
-        _blame_attention(attention, build, error)
-        raise InputError(f"model {name_or_path}: cannot be loaded from safetensors ({one_line(error)})") from None
-
-
 def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A model with random weights, keyed by `run.seed`; by default its context is one block."""
     attention = config.model.attention
 
+    check_numbers(config.model.architecture, "model.architecture")
+
     def build(attention: str | None) -> PreTrainedModel:
-        model_config = _model_config(dict(config.model.architecture or {}), tokenizer, config.data.block_size)
+        model_config = configuration(dict(config.model.architecture or {}), tokenizer, config.data.block_size)
+        check_size(model_config, "model.architecture")
         seed_torch(torch.device("cpu"), "weights", config.run.seed)
         with compat.residual_weights_scaled():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                model_config, dtype=torch.float32, attn_implementation=attention
+                model_config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
             )
         if "flash" not in (attention or ""):  # FlashAttention is for GPUs only
             model(torch.zeros(1, 1, dtype=torch.long))  # sizes that don't fit together fail only in use
@@ -130,51 +108,12 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrained
     except InputError:
         raise
     except Exception as error:  # whatever a library raises if numbers don't fit together
-        _blame_attention(attention, build, error)
+        blame_attention(attention, build, error)
         problem = f"no such model can be built ({one_line(error)})"
         raise InputError(f"model.architecture: {config.model.architecture}: {problem}") from None
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     model.generation_config = GenerationConfig(**ids)
     return model
-
-
-def _blame_attention(attention: str | None, build: Callable[[str | None], PreTrainedModel], error: Exception) -> None:
-    """Blame the attention implementation for an error if the model can be built without it. Raises InputError if so."""
-    if attention is None:
-        return
-    try:
-        build(None)
-    except Exception:
-        return
-    problem = f"fails with this model, device or installation ({one_line(error)})"
-    raise InputError(f"model.attention {attention}: {problem}; use sdpa or eager, or leave it out") from None
-
-
-def _is_causal(model_type: str) -> bool:
-    """Whether Transformers has a causal language model of this type."""
-    return model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
-
-
-def _model_config(
-    architecture: dict[str, Any], tokenizer: PreTrainedTokenizerFast, block_size: int
-) -> PreTrainedConfig:
-    model_type = architecture.pop("model_type")
-    # Ask about one type only: going through all of them loads a module for each, which takes longer than all else here.
-    if not _is_causal(str(model_type)):
-        close = nearest(str(model_type), [name for name in CONFIG_MAPPING if _is_causal(name)])
-        hint = close if close.startswith("did") else "for example gpt2, llama, qwen3 or gpt_neox"
-        raise InputError(f"model.architecture.model_type: no causal language model {model_type}; {hint}")
-    default = CONFIG_MAPPING[model_type]()
-    fields = [*default.to_dict(), *default.attribute_map]
-    for name in architecture:
-        if name not in fields:
-            raise InputError(f"model.architecture: {model_type} has no {name}; {nearest(name, sorted(fields))}")
-    context = default.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-    settings = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id}
-    settings |= dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
-    if context in fields and not {context, "max_position_embeddings"} & architecture.keys():
-        settings[context] = block_size
-    return AutoConfig.for_model(model_type, **(settings | architecture))
 
 
 def context_length(model: PreTrainedModel) -> int | None:
