@@ -140,3 +140,12 @@ def test_a_data_set_with_a_script_is_refused(strange: Path, tmp_path: Path, comm
         assert command("prepare", "--data.source", "hub", "--data.name", name, *given) == 2
         assert command.err.count("\n") == 1, command.err
     assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_a_pointer_in_place_of_any_file_is_named(model_folder: Path, tmp_path: Path, file: str) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "cloned"))
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    for load in (tokenizer.load, lambda name: loading.load(name)):
+        with pytest.raises(InputError, match=rf"{file} is a Git LFS pointer.*git lfs pull"):
+            load(str(folder))
