@@ -208,7 +208,7 @@ def test_data_that_changes_while_it_is_prepared_is_refused(
         elif change == "another file":
             (tmp_path / "u.jsonl").write_text('{"text": "more"}\n')
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     monkeypatch.setattr(Corpus, "splits", changing)
     with pytest.raises(InputError, match=r"[tu].jsonl: changed while it was prepared; start again"):
