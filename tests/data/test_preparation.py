@@ -129,7 +129,8 @@ def test_memory_does_not_grow_with_a_document(
         write(tmp_path / str(copies), [], ["held out"])
         path = tmp_path / str(copies) / "t.txt"
         path.write_text("\n".join(text(1000, number) for number in range(20)) * 10 * copies, "utf-8")
-        settings = configured(path.parent, tokenizer_folder, "--data.files", str(path))
+        settings = configured(path.parent, tokenizer_folder)
+        settings.data.files = [str(path)]
         loaded = tokenizer.load(str(tokenizer_folder))
         tracemalloc.start()
         try:

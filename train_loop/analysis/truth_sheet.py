@@ -8,6 +8,7 @@ shows whether it can influence another. The loss is compared with the one that t
 the model and the optimizer are as they were before.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -100,6 +101,11 @@ def check(sheet: dict[str, Any]) -> None:
         raise InputError(
             f"truth sheet: the optimizer does not hold {parameters['in_no_group']}, and holds "
             f"{parameters['in_several_groups']} more than once; this is a bug in train_loop, please report it"
+        )
+    if not math.isfinite(loss["value"]):
+        raise InputError(
+            f"truth sheet: the model's loss is {loss['value']} before the first step; its weights are damaged, or its "
+            "configuration leads to numbers that are too large"
         )
     if not loss["difference"] <= loss["tolerance"]:
         raise InputError(

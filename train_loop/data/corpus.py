@@ -8,10 +8,13 @@ out depends only on its index and the split's seed, so nothing needs the number 
 """
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from train_loop.config.schema import DataConfig
 from train_loop.data.formats import Document
@@ -27,6 +30,8 @@ class Corpus:
     """The documents that a configuration describes. Reading it yields the same documents every time."""
 
     data: DataConfig
+    # By split: whether each document is left out because its text occurs elsewhere [documents].
+    dropped: Mapping[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
 
     def documents(self, split: str) -> Iterator[Document]:
         """The documents of "train" or "validation" in the source's order; InputError names what can't be read."""
@@ -34,6 +39,13 @@ class Corpus:
 
     def splits(self) -> Iterator[tuple[str, Document]]:
         """Every document of the corpus and the split that it belongs to, in one pass over the source."""
+        if not self.dropped:
+            return self._every()
+        left_out = {split: iter(each) for split, each in self.dropped.items()}
+        return ((split, document) for split, document in self._every() if not next(left_out[split], False))
+
+    def _every(self) -> Iterator[tuple[str, Document]]:
+        """The documents of both splits, duplicates included."""
         data, source = self.data, _SOURCES[self.data.source]
         main = itertools.islice(source.documents(data, TRAIN), data.max_documents)
         if data.validation_files or data.validation_split:
@@ -53,6 +65,8 @@ class Corpus:
         data = self.data
         key: dict[str, Any] = {"source": data.source, "max_documents": data.max_documents}
         key |= _SOURCES[data.source].key(data)
+        if data.drop_duplicates != "none":
+            key["drop_duplicates"] = data.drop_duplicates
         if not (data.validation_files or data.validation_split):
             key |= {"test_size": data.test_size, "split_seed": data.split_seed}
         return key

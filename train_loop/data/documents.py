@@ -5,7 +5,6 @@
 So the commands can also resume, replay and evaluate a run that is trained on them.
 """
 
-import copy
 import hashlib
 import json
 import os
@@ -14,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from train_loop.config.load import cache_dir
+from train_loop.config.load import cache_dir, checked
 from train_loop.config.schema import Config
 from train_loop.data.cache_folder import sweep, unfinished, writing
 from train_loop.errors import InputError
@@ -28,11 +27,13 @@ class Documents(NamedTuple):
 
 
 def configure(config: Config, documents: Documents | tuple[str, Iterable[str]] | None) -> Config:
-    """A configuration that trains on these documents; the given one if there are none.
+    """A configuration that trains on these documents, or the given one if there are none: a copy, checked.
 
     The file is named after its content, so the same documents always give the same file, on every process. Raises
-    InputError if the name can't be a file name, if a document is not text, or if the file can't be written.
+    InputError for settings that can't be, if the name can't be a file name, if a document is not text, or if the file
+    can't be written.
     """
+    config = checked(config)
     if documents is None:
         return config
     name, texts = documents
@@ -55,7 +56,6 @@ def configure(config: Config, documents: Documents | tuple[str, Iterable[str]] |
             path = folder / f"{name}-{digest.hexdigest()[:16]}.jsonl"
             if not _holds(path, digest.digest()):
                 os.replace(temporary / name, path)
-    config = copy.deepcopy(config)
     data = config.data
     data.source, data.files, data.validation_files, data.text_field = "files", [str(path)], [], "text"
     data.name = data.subset = data.validation_split = None

@@ -34,13 +34,13 @@ from transformers import PreTrainedTokenizerFast
 from train_loop.config.load import cache_dir
 from train_loop.config.schema import Config, DataConfig
 from train_loop.console import Progress, say
-from train_loop.data import cache_folder, store_folder
+from train_loop.data import cache_folder, duplicates, store_folder
 from train_loop.data import tokenizer as tokenizers
 from train_loop.data.cache_folder import writing
 from train_loop.data.content import key_hash
 from train_loop.data.corpus import Corpus
 from train_loop.data.formats import Document
-from train_loop.data.token_store import _DOCUMENT, TRAIN, VALIDATION, Ledger, Prepared, target_counts
+from train_loop.data.token_store import _DOCUMENT, TRAIN, VALIDATION, Ledger, Prepared, TokenStore, target_counts
 from train_loop.errors import InputError
 
 # Characters that one core encodes at once. That takes a few hundredths of a second and some megabytes.
@@ -66,6 +66,8 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, sh
     with writing("data.cache_dir", stores):
         cache_folder.sweep(stores)
         prepared = _prepared(stores, Corpus(config.data), tokenizer, vocab_size, shown)
+    for line in _notes(prepared, config.data) if shown else ():
+        say(line)
     if config.data.isolate_documents:
         for store in (prepared.train, prepared.validation):
             store.ledger = store.ledger.isolated()
@@ -98,6 +100,19 @@ def _prepared(
     return store_folder.open_store(folder, tokenizer)
 
 
+def _notes(prepared: Prepared, data: DataConfig) -> Iterator[str]:
+    """What is worth a look in the ledgers."""
+    train, validation = prepared.train.ledger, prepared.validation.ledger
+    for split, ledger in ((TRAIN, train), (VALIDATION, validation)):
+        empty, total = ledger.empty_documents, ledger.empty_documents + ledger.documents
+        if empty and data.source != "stdlib":  # which has empty files
+            example = f", e.g. {ledger.empty_example}" if ledger.empty_example else ""
+            share = f"{empty:,} of {total:,} {split} documents ({empty / total:.1%})"
+            yield f"data: {share} are null or empty, and left out{example}"
+    if line := duplicates.warning(train, validation):
+        yield line
+
+
 def _build(
     folder: Path,
     corpus: Corpus,
@@ -108,6 +123,8 @@ def _build(
 ) -> None:
     """Write a store under a temporary name and rename it when it is complete. A failure leaves nothing behind."""
     with cache_folder.unfinished(folder) as temporary:
+        if corpus.data.drop_duplicates != "none":
+            corpus = duplicates.without(corpus, shown)
         if tokenizer is None:
             assert vocab_size is not None
             tokenizer = _train_tokenizer(corpus, vocab_size, shown)
@@ -155,6 +172,8 @@ def _refuse_unusable(train: Ledger, validation: Ledger, data: DataConfig) -> Non
             f"data.test_size is {data.test_size} of {total} documents; name separate validation data "
             "(data.validation_files or data.validation_split), change data.test_size or add documents"
         )
+    if train.dropped_documents and not train.documents:
+        cure = f"data.drop_duplicates left out {train.dropped_documents}, which are on the other side, too; name others"
     for split, ledger in ((TRAIN, train), (VALIDATION, validation)):
         if ledger.trained_targets == 0:
             raise InputError(f"data: the {split} split has {ledger.documents} documents but no target; {cure}")
@@ -171,6 +190,7 @@ class _SplitWriter:
         )
         self.ledger = Ledger()
         self.digest = hashlib.sha256()
+        self.hashes = duplicates.Hashes()
         self.gzip = zlib.compressobj(9, wbits=31) if compress else None
         self.name_end = 0
         self.begins = True  # whether the next token is a document's first
@@ -198,6 +218,7 @@ class _SplitWriter:
         ledger.text_tokens += len(ids)
         if self.gzip is not None:
             ledger.gzip_bytes += len(self.gzip.compress(content))
+        self.hashes.update(content)
         self._write(ids)
         return len(content)
 
@@ -205,6 +226,7 @@ class _SplitWriter:
         """Add the end-of-text token to the document whose text was added, and record its name."""
         self._write([self.eos])
         self.begins = True
+        self.hashes.end()
         ledger = self.ledger
         ledger.documents += 1
         ledger.eos_tokens += 1
@@ -254,7 +276,28 @@ def _write_splits(
                 if last:
                     writers[split].end_document(name)
             progress.update(read)
-        return {split: writer.finish() for split, writer in writers.items()}
+        for split, dropped in corpus.dropped.items():
+            ledger = writers[split].ledger
+            ledger.dropped_documents = int(dropped.sum())
+            ledger.read_documents += ledger.dropped_documents
+            if ledger.read_documents != len(dropped):
+                raise InputError(f"data: the {split} documents changed while they were read; start again")
+        ledgers = {split: writer.finish() for split, writer in writers.items()}
+    _count_twins(folder, dtype, writers)
+    return ledgers
+
+
+def _count_twins(folder: Path, dtype: np.dtype[Any], writers: dict[str, _SplitWriter]) -> None:
+    """Complete the ledgers of both splits with the number of documents whose text occurs more than once."""
+    found = duplicates.count(writers[TRAIN].hashes.array(), writers[VALIDATION].hashes.array())
+    for split, writer in writers.items():
+        writer.ledger.repeated_documents, writer.ledger.shared_documents = found.repeated[split], found.shared[split]
+    if found.example is not None:
+        names = []
+        for (split, writer), index in zip(writers.items(), found.example, strict=True):
+            store = TokenStore(folder / split, dtype, writer.ledger)
+            names.append(store.document_at(int(store.document_ends[index]) - 1)[0])
+        writers[VALIDATION].ledger.shared_example = f"{names[1]} = {names[0]}"
 
 
 _Piece = tuple[str, str, str, bool]  # split, name, text, whether it ends the document
@@ -268,6 +311,8 @@ def _batches(
     size = 0
     for split, (name, blocks) in documents:
         text = ""
+        ledger = writers[split].ledger
+        ledger.read_documents += 1
         for text, following in itertools.pairwise(itertools.chain(tokenizers.pieces(core, blocks), [""])):
             batch.append((split, name, text, not following))
             size += len(text)
@@ -275,6 +320,7 @@ def _batches(
                 yield batch
                 batch, size = [], 0
         if not text:
-            writers[split].ledger.empty_documents += 1
+            ledger.empty_documents += 1
+            ledger.empty_example = ledger.empty_example or name
     if batch:
         yield batch

@@ -23,10 +23,13 @@ _DOCUMENT = np.dtype([("token_end", "<u8"), ("name_end", "<u8")])
 
 @dataclass
 class Ledger:
-    """The ledger of one split: text_tokens + eos_tokens = trained_targets + first_tokens + dropped_tokens."""
+    """The ledger of one split: text_tokens + eos_tokens = trained_targets + first_tokens + dropped_tokens.
+
+    And read_documents = documents + empty_documents + dropped_documents.
+    """
 
     documents: int = 0  # with text; each ends with one end-of-text token
-    empty_documents: int = 0  # without text, which are left out
+    empty_documents: int = 0  # without text (a null counts as none), which are left out
     bytes: int = 0  # of UTF-8, of the documents
     text_tokens: int = 0
     eos_tokens: int = 0
@@ -37,6 +40,12 @@ class Ledger:
     first_token_bytes: int = 0  # of all documents
     gzip_bytes: int = 0  # of all documents, concatenated, under gzip -9; validation only, else 0
     sha256: str = ""  # of tokens.bin
+    empty_example: str = ""  # name of the first document without text
+    read_documents: int = 0  # all that were read: those with text, empty ones and dropped ones; 0 in older ledgers
+    dropped_documents: int = 0  # left out by data.drop_duplicates
+    repeated_documents: int = 0  # whose text occurred before in the same split
+    shared_documents: int = 0  # whose text is also in the other split
+    shared_example: str = ""  # names of such a document, here and in the other split
 
     def check(self) -> None:
         """Raise ArithmeticError if the ledger does not add up: a bug in this package, not a mistake in the data."""
@@ -44,6 +53,11 @@ class Ledger:
         accounted = self.trained_targets + self.first_tokens + self.dropped_tokens
         if tokens != accounted or self.eos_tokens != self.documents:
             raise ArithmeticError(f"the ledger does not add up: {tokens} tokens against {accounted} accounted for")
+        documents = self.documents + self.empty_documents + self.dropped_documents
+        if self.read_documents not in (0, documents):
+            raise ArithmeticError(
+                f"the ledger does not add up: {self.read_documents} documents read, {documents} accounted for"
+            )
 
     def isolated(self) -> "Ledger":
         """The same ledger, for training that never predicts a document's first token from the document before it."""

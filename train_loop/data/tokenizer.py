@@ -22,6 +22,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from train_loop.config import paths
 from train_loop.errors import InputError, one_line
 from train_loop.trust import check_tokenizer
 
@@ -40,11 +41,13 @@ _END_OF_WORD = re.compile(r".*\S(?=[ \n\r\t]\s{0,9}\S)", re.DOTALL)
 
 def load(name_or_path: str) -> PreTrainedTokenizerFast:
     """A tokenizer from the Hub or a local folder; InputError if there is none, or none that is fast and ends texts."""
+    name_or_path = paths.find(name_or_path, "tokenizer")
     check_tokenizer(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"tokenizer {name_or_path}: cannot be loaded ({one_line(error)})") from None
+        problem = f"cannot be loaded ({one_line(error)}){paths.no_folder(name_or_path)}"
+        raise InputError(f"tokenizer {name_or_path}: {problem}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"tokenizer {name_or_path}: has no fast version (tokenizer.json), which train_loop needs")
     if tokenizer.eos_token_id is None:

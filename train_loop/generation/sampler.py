@@ -7,7 +7,6 @@ Prompts become tokens, `decoding.py` continues them together, and the tokens bec
 """
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from train_loop.errors import InputError
 from train_loop.generation.decoding import Generated, check_prompt, check_tokens, generate
 from train_loop.generation.kv_cache import Decoder, Feed, StaticDecoder, recorder, takes_positions
 from train_loop.ops.packed_linear import pack
+from train_loop.records import to_json
 
 
 @dataclass(frozen=True)
@@ -217,4 +217,4 @@ def as_json(prompt: str, continuations: Sequence[Continuation], tokenizer: PreTr
                 {"id": token, "token": tokenizer.decode([token]), "log_probability": log_p}
                 for token, log_p in zip(found.tokens, found.log_probabilities, strict=True)
             ]
-    return json.dumps({"prompt": prompt} | (shown[0] if len(shown) == 1 else {"samples": shown}))
+    return to_json({"prompt": prompt} | (shown[0] if len(shown) == 1 else {"samples": shown}))

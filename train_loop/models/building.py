@@ -4,6 +4,7 @@ Weights are fp32 whatever `run.mixed_precision` says: autocast rounds copies, th
 """
 
 import inspect
+import textwrap
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,13 +12,15 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from train_loop import compat
+from train_loop.config import paths
+from train_loop.config.architecture import read_architecture
 from train_loop.config.load import ONE_MODEL
 from train_loop.config.schema import Config
 from train_loop.data.tokenizer import highest_id
 from train_loop.errors import InputError, one_line
 from train_loop.models.architecture import configuration
 from train_loop.models.loading import blame_attention, check_given, load
-from train_loop.models.size import check_numbers, check_size
+from train_loop.models.size import check_size
 from train_loop.rng import seed_torch
 
 
@@ -30,7 +33,7 @@ def build(config: Config, tokenizer: PreTrainedTokenizerFast, model: PreTrainedM
         source = f"the {type(model).__name__}"
         check_given(model, source)
     elif config.model.name_or_path is not None:
-        model = load(config.model.name_or_path, config.model.attention)
+        model = load(paths.find(config.model.name_or_path, "model.name_or_path"), config.model.attention)
         source = f"model {config.model.name_or_path}"
     elif config.model.architecture is not None:
         model = initialise(config, tokenizer)
@@ -88,12 +91,10 @@ def without_compile(model: torch.nn.Module) -> AbstractContextManager[object]:
 
 def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A model with random weights, keyed by `run.seed`; by default its context is one block."""
-    attention = config.model.attention
-
-    check_numbers(config.model.architecture, "model.architecture")
+    attention, architecture = config.model.attention, read_architecture(config.model.architecture)
 
     def build(attention: str | None) -> PreTrainedModel:
-        model_config = configuration(dict(config.model.architecture or {}), tokenizer, config.data.block_size)
+        model_config = configuration(architecture, tokenizer, config.data.block_size)
         check_size(model_config, "model.architecture")
         seed_torch(torch.device("cpu"), "weights", config.run.seed)
         with compat.residual_weights_scaled():
@@ -110,8 +111,8 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrained
         raise
     except Exception as error:  # whatever a library raises if numbers don't fit together
         blame_attention(attention, build, error)
-        problem = f"no such model can be built ({one_line(error)})"
-        raise InputError(f"model.architecture: {config.model.architecture}: {problem}") from None
+        shown = textwrap.shorten(str(architecture), 200, placeholder=" ...")
+        raise InputError(f"model.architecture: {shown}: no such model can be built ({one_line(error)})") from None
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     model.generation_config = GenerationConfig(**ids)
     return model
@@ -132,4 +133,7 @@ def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, block
     if (highest := highest_id(tokenizer)) >= vocabulary:
         entries = len(tokenizer) if highest < len(tokenizer) else f"ids up to {highest} in its {len(tokenizer)}"
         problem = f"has {entries} entries, but {source} has only {vocabulary} embeddings"
-        raise InputError(f"the tokenizer {problem}; use the tokenizer that belongs to the model")
+        cure = (
+            "leave vocab_size out" if source == "model.architecture" else "use the tokenizer that belongs to the model"
+        )
+        raise InputError(f"the tokenizer {problem}; {cure}")
