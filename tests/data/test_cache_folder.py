@@ -155,7 +155,10 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path, error: Excepti
 
 
 def test_another_files_error_is_not_the_folders(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^/data/t.txt: cannot be used \(Permission denied\)$"), writing("x", tmp_path):
+    with (
+        pytest.raises(InputError, match=r"^/data/t.txt: cannot be used \(Permission denied\)$"),
+        writing("x", tmp_path),
+    ):
         raise PermissionError(13, "Permission denied", "/data/t.txt")
     with pytest.raises(InputError, match=r"^x: the server has gone$"), writing("x", tmp_path):
         raise OSError("the server has gone")

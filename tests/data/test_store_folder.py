@@ -23,9 +23,9 @@ from train_loop.errors import InputError
 @pytest.fixture
 def settings(tmp_path: Path, tokenizer_folder: Path) -> Config:
     write(tmp_path, [text(50, 1), text(60, 2)], [text(40, 3)])
-    return configured(
-        tmp_path, tokenizer_folder, "--tokenizer.name_or_path", "null", "--tokenizer.train_vocab_size", "270"
-    )
+    config = configured(tmp_path, tokenizer_folder)
+    config.tokenizer.name_or_path, config.tokenizer.train_vocab_size = None, 270
+    return config
 
 
 @pytest.fixture
