@@ -27,7 +27,7 @@ import xxhash
 from train_loop.console import Progress
 from train_loop.data.cache_folder import alone
 from train_loop.errors import InputError, one_line
-from train_loop.files import write_atomically
+from train_loop.files import clear, write_atomically
 
 _BLOCK, _PIECE = 1 << 18, 1 << 26  # bytes that are read at once, and that one thread takes
 # Pieces that wait at most, and threads: disks that many hosts share are only fast if several places are read at once.
@@ -125,6 +125,7 @@ class Digests:
         kept = json.dumps(dict(list(self._known.items())[-_REMEMBERED:]))
         with suppress(OSError):
             self._memory.parent.mkdir(parents=True, exist_ok=True)
+            clear(self._memory.parent)
             write_atomically(self._memory, f"{xxhash.xxh3_128_hexdigest(kept.encode())}\n{kept}")
 
 
