@@ -44,7 +44,7 @@ from train_loop.metrics.past import last_steps
 from train_loop.metrics.progress import ProgressLines
 from train_loop.metrics.throughput import Throughput
 from train_loop.metrics.trackers import check_trackers, start_trackers
-from train_loop.models import building
+from train_loop.models import building, loading
 from train_loop.models.parameters import digest
 from train_loop.ops import cpu
 from train_loop.signals import StopRequest
@@ -387,6 +387,8 @@ def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, A
         accelerator = launch.start(config.run, heartbeat)
         if isinstance(model, PreTrainedModel):
             language_model, tokenizer, source = model, None, f"the {type(model).__name__}"
+            loading.check_present(model, source)
+            loading.check_finite(model, source)
         else:
             name, attention, source = str(model), config.model.attention, f"model {model}"
             language_model, tokenizer = run_on_all_ranks(accelerator, "load", lambda: pretrained.load(name, attention))
