@@ -130,3 +130,22 @@ def test_a_tokenizer_may_lie_beside_a_model_that_needs_code(strange: Path, tmp_p
 def test_a_file_is_no_folder(model_folder: Path) -> None:
     with pytest.raises(InputError, match="is a file; name the folder that holds it"):
         loading.load(str(model_folder / "model.safetensors"))
+
+
+def test_a_data_set_with_a_script_is_refused(strange: Path, tmp_path: Path, command: Command) -> None:
+    (tmp_path / "rows").mkdir()
+    shutil.copy(strange / "modeling_own.py", tmp_path / "rows" / "rows.py")
+    for name in (tmp_path / "rows", tmp_path / "rows" / "rows.py"):
+        given = ("--model.architecture.model_type", "gpt2", "--tokenizer.train_vocab_size", "300")
+        assert command("prepare", "--data.source", "hub", "--data.name", name, *given) == 2
+        assert command.err.count("\n") == 1, command.err
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_a_pointer_in_place_of_any_file_is_named(model_folder: Path, tmp_path: Path, file: str) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "cloned"))
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    for load in (tokenizer.load, lambda name: loading.load(name)):
+        with pytest.raises(InputError, match=rf"{file} is a Git LFS pointer.*git lfs pull"):
+            load(str(folder))

@@ -295,7 +295,8 @@ def set_up(
         run_on_all_ranks(accelerator, "own", own.take if accelerator.is_main_process else lambda: None)
     run_on_all_ranks(accelerator, "check", lambda: folder.check(config))
     data = _data(accelerator, config)
-    language_model = run_on_all_ranks(accelerator, "build", lambda: building.build(config, data.tokenizer, model))
+    build = (config, data.tokenizer, model, folder.padded)
+    language_model = run_on_all_ranks(accelerator, "build", lambda: building.build(*build))
     check_same(accelerator, "the data", data.fingerprint, "give every host the same documents and tokenizer")
     found, damaged = find(accelerator, folder, config, data.fingerprint)
     check_same(accelerator, "the initial weights' digest", digest(language_model), "give every host the same model")
@@ -398,9 +399,7 @@ def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, A
         language_model.to(accelerator.device)
         cpu.speed_up(language_model, training=False, keep_memory=config.run.keep_memory)
         objective = launch.prepare_to_evaluate(accelerator, Objective(language_model))
-        if config.data.isolate_documents and truth_sheet.documents_cross(accelerator, objective, config):
-            attention = str(language_model.config._attn_implementation)
-            raise InputError(truth_sheet.cannot_isolate(type(language_model).__name__, attention))
+        truth_sheet.check_reading(accelerator, objective, config, source)
         batch_size = config.evaluation.batch_size or config.micro_batch_size
         windows = _windows(data.validation, config, data.tokenizer)
         metrics = evaluation.evaluate(accelerator, objective, windows, batch_size)

@@ -15,9 +15,9 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.utils import cached_file
 
+from train_loop.disguises import POINTER, refuse_pointers
 from train_loop.errors import InputError, one_line
 
-_POINTER = b"version https://git-lfs.github.com/spec/"
 _GENERATE = "custom_generate/generate.py"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """The files that weights are read from: all of them, or where to find each."""
@@ -30,6 +30,7 @@ def check_model(name: str) -> None:
     where = f"model {name}"
     if os.path.isfile(name):
         raise InputError(f"{where}: is a file; name the folder that holds it with its config.json")
+    refuse_pointers(where, name)
     settings = read_json(where, name, "config.json") or {}
     if (adapter := read_json(where, name, "adapter_config.json")) is not None:
         base = adapter.get("base_model_name_or_path")
@@ -44,14 +45,17 @@ def check_model(name: str) -> None:
         )
     if (weights := settings.get("transformers_weights")) not in (None, *WEIGHTS):
         raise InputError(f"{where}: config.json names {weights} as its weights; only {' and '.join(WEIGHTS)} are read")
-    for key, value in _implementations(settings):
-        if "/" in value:
-            raise InputError(
-                f"{where}: config.json asks for code from the Hub ({key}: {value}), which is never run; "
-                f"remove {key} from it"
-            )
+    check_implementations(settings, where)
     if str(settings.get("model_type")) not in CONFIG_MAPPING:
         _refuse_code(where, settings.get("auto_map"), "config.json")
+
+
+def check_implementations(settings: dict[str, Any], where: str) -> None:
+    """Refuse settings that choose an implementation on the Hub. Raises InputError, which names it."""
+    for key, value in _implementations(settings):
+        if "/" in value:
+            problem = f"asks for code from the Hub ({key}: {value}), which is never run"
+            raise InputError(f"{where}: {problem}; remove {key} from the configuration")
 
 
 def unused_code(name: str) -> str | None:
@@ -64,6 +68,7 @@ def unused_code(name: str) -> str | None:
 def check_tokenizer(name: str) -> None:
     """Refuse a tokenizer that needs code of its own. Raises InputError, which names the code."""
     where = f"tokenizer {name}"
+    refuse_pointers(where, name)
     settings = read_json(where, name, "tokenizer_config.json") or {}
     code, kind = settings.get("auto_map"), settings.get("tokenizer_class")
     if not (isinstance(kind, str) and hasattr(transformers, kind)):
@@ -106,7 +111,7 @@ def read_json(where: str, name: str, file: str) -> dict[str, Any] | None:
 def refuse_pointer(where: str, path: str) -> None:
     """Refuse what Git LFS leaves in place of a file that it has not downloaded. Raises InputError with the cure."""
     with open(path, "rb") as opened:
-        if opened.read(len(_POINTER)) == _POINTER:
+        if opened.read(len(POINTER)) == POINTER:
             raise InputError(
                 f"{where}: {os.path.basename(path)} is a Git LFS pointer, not the file itself; git lfs pull"
             )

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tests.support.runs import text
 from train_loop.config.load import config_from_arguments
-from train_loop.config.schema import Config
+from train_loop.config.schema import Config, DataConfig
 from train_loop.data import preparation, tokenizer
 from train_loop.data.corpus import Corpus
 from train_loop.data.token_store import VALIDATION, Ledger, Prepared, target_counts
@@ -278,3 +278,54 @@ def test_wide_ids_for_a_large_vocabulary(tmp_path: Path, tokenizer_folder: Path)
     prepared = preparation.prepare(configured(tmp_path, tokenizer_folder), large, shown=False)
     assert prepared.train.tokens.dtype == np.uint32
     assert preparation.prepare(configured(tmp_path, tokenizer_folder), shown=False).train.tokens.dtype == np.uint16
+
+
+@pytest.mark.parametrize("source", ["files", "hub", "hub, streaming"])
+def test_other_content_of_the_same_size_and_date_is_prepared_anew(
+    tmp_path: Path, tokenizer_folder: Path, source: str
+) -> None:
+    """As archives, `cp -p` and `rsync -t` leave it."""
+    write(tmp_path / "data", ["some text", "more text"], [])
+    path = tmp_path / "data" / "t.jsonl"
+    (tmp_path / "data" / "v.jsonl").unlink()
+    settings = configured(tmp_path, tokenizer_folder, "--data.validation_files", "[]", "--data.test_size", "0.5")
+    if source == "files":
+        settings.data.files = [str(path)]
+    else:
+        settings.data.source, settings.data.files, settings.data.name = "hub", [], str(tmp_path / "data")
+        settings.data.streaming = "streaming" in source
+    first, date = preparation.prepare(settings, shown=False), path.stat()
+    path.write_bytes(path.read_bytes().replace(b'text"}', b'tale"}'))
+    os.utime(path, ns=(date.st_atime_ns, date.st_mtime_ns))
+    again = preparation.prepare(settings, shown=False)
+    assert again.folder != first.folder
+    words = {first.tokenizer.decode(each.tokens[:]) for each in (again.train, again.validation)}
+    assert words == {"some tale<|endoftext|>", "more tale<|endoftext|>"}
+    path.touch()
+    assert preparation.prepare(settings, shown=False).folder == again.folder
+
+
+def test_a_stream_from_the_hub_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    class Builder:
+        hash, config_id = "commit 1", "default"
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: Builder)
+    data = DataConfig(source="hub", name="someone/something", streaming=True)
+    first = Corpus(data).key()
+    assert Corpus(data).key() == first
+    Builder.hash = "commit 2"
+    assert Corpus(data).key() != first
+
+
+def test_a_vocabulary_with_unused_ids_gets_wide_ids(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """As many entries as fit into 16 bits, but an id that does not."""
+    found = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    last = max(found["model"]["vocab"], key=found["model"]["vocab"].get)
+    found["model"]["vocab"][last] = 70_000
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    (folder / "tokenizer.json").write_text(json.dumps(found))
+    write(tmp_path, [text(500, 1)], [text(500, 2)])
+    prepared = preparation.prepare(configured(tmp_path, folder), shown=False)
+    assert prepared.train.tokens.dtype == np.uint32 and 70_000 in prepared.train.tokens[:]

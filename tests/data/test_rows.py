@@ -271,7 +271,7 @@ def arrow_file(path: Path, columns: Any) -> None:
     ("name", "content", "expected"),
     [
         ("a.arrow", b"no Arrow at all", "a.arrow|File is too small|not an Arrow"),
-        ("a.arrow", b"version https://git-lfs.github.com/spec/v1\n", "a.arrow: is a Git LFS pointer"),
+        ("a.arrow", b"version https://git-lfs.github.com/spec/v1\n", "a.arrow is a Git LFS pointer"),
         ("a.tar", b"no archive", "ReadError"),
         ("a.zip", b"PK\x03\x04no archive", "BadZipFile"),
         ("a.py", b"pass", "data files found"),

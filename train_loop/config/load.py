@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from train_loop.config import paths
+from train_loop.config.architecture import read_architecture
 from train_loop.config.parsing import fill, key_of, override, split_arguments
 from train_loop.config.sampling import Sampling
 from train_loop.config.schema import Config, DataConfig
@@ -42,6 +43,7 @@ def config_from_arguments(arguments: Sequence[str]) -> Config:
     config = Config() if path is None else _read(path)
     for key, text in overrides:
         override(config, key, text)
+        _read_architecture(config)
     if config.model.name_or_path is None and config.model.architecture is None:  # a script may bring its own
         raise InputError(ONE_MODEL)
     return _completed(config, path)
@@ -75,11 +77,18 @@ def checked(config: Config) -> Config:
 def _read(path: str) -> Config:
     config = Config()
     fill(config, read_yaml(paths.expand(path, "--config")), f"{path}: ")
+    _read_architecture(config)
     return config
 
 
+def _read_architecture(config: Config) -> None:
+    """Put the fields of a config.json in place of its path, so that a run's own configuration has them all."""
+    if isinstance(config.model.architecture, str):
+        config.model.architecture = read_architecture(config.model.architecture)
+
+
 def _completed(config: Config, path: str | None) -> Config:
-    """Expand paths, fill in the default output folder, and check the settings."""
+    """Expand paths, read the architecture, fill in the default output folder, and check the settings."""
     for key in PATHS:
         section_name, _, name = key.partition(".")
         section = getattr(config, section_name)
@@ -88,6 +97,7 @@ def _completed(config: Config, path: str | None) -> Config:
                 setattr(section, name, paths.expand(given, key))
             case list(several):
                 setattr(section, name, [paths.expand(each, key) for each in several])
+    _read_architecture(config)
     if config.run.output_dir is None:
         config.run.output_dir = str(Path("runs") / (Path(path).stem if path else "train"))
     check_config(config)

@@ -64,7 +64,8 @@ class ModelConfig:
 
     Args:
         name_or_path: a model's name on the Hub, or a local folder.
-        architecture: model_type (gpt2, llama, ...) and that configuration's own fields, to train from scratch.
+        architecture: to train from scratch: model_type (gpt2, llama, ...) and that configuration's own fields, or the
+            path of a config.json. Of a pasted config.json, names that mean nothing any more are left out.
         attention: attention implementation (sdpa, eager, flash_attention_2, ...); null leaves the choice to
             Transformers.
         compile: compile the model's layers with torch.compile, which makes steps faster after a minute or more of
@@ -74,7 +75,7 @@ class ModelConfig:
     """
 
     name_or_path: str | None = None
-    architecture: dict[str, Any] | None = None
+    architecture: dict[str, Any] | str | None = None
     attention: str | None = None
     compile: bool = False
     activation_checkpointing: bool = False

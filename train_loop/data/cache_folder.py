@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from train_loop.errors import InputError
+from train_loop.errors import InputError, one_line
 
 # NAME.tmp-HOST-TOKEN; 0.1.0 had the process's number for a token.
 _UNFINISHED = re.compile(r"[\w.-]+\.tmp-(?P<host>.+)-([0-9a-f]{8}|\d+)")
@@ -129,11 +129,12 @@ def writing(what: str, folder: Path) -> Iterator[None]:
     """Within this context, a folder that can't be used, or is full, is a mistake in the input."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and "null" not in str(error):
-            raise
-        reason = getattr(error, "strerror", None) or str(error)
-        cure = "make room, or name another folder with data.cache_dir"
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            cure = "name another folder with data.cache_dir"
+    except OSError as error:
+        if error.errno is None:  # a library's, of another kind
+            raise InputError(f"{what}: {one_line(error)}") from None
+        reason, place = error.strerror or str(error), str(error.filename or folder)
+        if not (place.startswith(str(folder)) or str(folder).startswith(place)):
+            raise InputError(f"{place}: cannot be used ({reason})") from None
+        room = "make room, or " if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        cure = f"{room}name another folder with data.cache_dir"
         raise InputError(f"{what}: {folder} cannot be used ({reason}); {cure}") from None

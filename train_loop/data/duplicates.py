@@ -93,6 +93,17 @@ def without(corpus: Corpus, shown: bool) -> Corpus:
     return replace(corpus, dropped=dropped)
 
 
+def counts(train: Ledger, validation: Ledger) -> dict[str, int]:
+    """Documents of both splits, and how many of them are shared, repeated or left out."""
+    return {
+        "train": train.documents,
+        "validation": validation.documents,
+        "shared": validation.shared_documents,
+        "repeated": train.repeated_documents,
+        "dropped": train.dropped_documents + validation.dropped_documents,
+    }
+
+
 def warning(train: Ledger, validation: Ledger) -> str | None:
     """A line about documents that are on both sides; None if there are none."""
     shared, total = validation.shared_documents, validation.documents

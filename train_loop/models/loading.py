@@ -47,7 +47,7 @@ def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
 
     def build(attention: str | None) -> tuple[PreTrainedModel, dict[str, Any]]:
         check_size(settings, where)
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path,
             dtype=torch.float32,
             attn_implementation=attention,
@@ -56,6 +56,7 @@ def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `_account` names them
         )
+        return loaded[0], loaded[1]
 
     try:
         model, found = build(attention)

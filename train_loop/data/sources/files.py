@@ -70,7 +70,7 @@ def expand(patterns: list[str], key: str = "data.files") -> list[str]:
         paths |= dict.fromkeys(found)
     unique: dict[tuple[int, int], str] = {}
     for path in paths:
-        unique.setdefault(_identity(path), path)
+        unique.setdefault(_identity(path, key), path)
         if Path(path).suffix.lower() not in (TEXT, *READERS):
             kinds = ", ".join((TEXT, *READERS))
             raise InputError(f"{key}: {path}: unknown kind of file; train_loop reads {kinds}")
@@ -84,14 +84,14 @@ def _why_none(path: str) -> str:
     return "is no regular file; copy it into one" if os.path.exists(path) else "no such file"
 
 
-def _identity(path: str) -> tuple[int, int]:
+def _identity(path: str, key: str = "data.files") -> tuple[int, int]:
     """What a file is, whatever its names are (links, relative paths)."""
     try:
         stat = os.stat(path)
     except OSError as error:
         raise unreadable(path, error) from None
     if stat.st_size == 0:
-        raise InputError(f"data.files: {path}: the file is empty")
+        raise InputError(f"{key}: {path}: the file is empty")
     return stat.st_dev, stat.st_ino
 
 

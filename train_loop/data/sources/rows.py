@@ -298,6 +298,5 @@ def rows(path: str, text_field: str, suffix: str, read: Callable[[str, str], Row
 
 def unreadable(path: str, error: OSError) -> InputError:
     """The error for a file that the system can't read."""
-    return InputError(
-        f"data.files: {path}: cannot be read ({one_line(error) if error.errno is None else error.strerror})"
-    )
+    reason = one_line(error) if error.errno is None else error.strerror
+    return InputError(f"{path}: cannot be read ({reason})")
