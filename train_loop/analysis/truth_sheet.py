@@ -125,6 +125,7 @@ def table(sheet: dict[str, Any]) -> str:
     """A sheet as lines of text to read."""
     found, precision, parameters, batch = (sheet[name] for name in ("processes", "precision", "parameters", "batch"))
     model, documents, rates = (sheet[name] for name in ("model", "documents", "learning_rate"))
+    warmup = min(rates["warmup_steps"], batch["steps"] - 1)
     hosts = Counter(each["host"] for each in found["each"])
     devices = Counter(each["name"] for each in found["each"])
     weights, gradients, moments = (" and ".join(precision[name]) for name in ("parameters", "gradients", "moments"))
@@ -158,7 +159,7 @@ def table(sheet: dict[str, Any]) -> str:
         "the run": f"{batch['steps']:,} steps, {batch['steps_per_epoch']:,} per epoch; {batch['targets']:,} targets, "
         f"{batch['targets_per_epoch']:,} per epoch",
         "learning rate": f"{rates['first_step']:.3g} at first, {rates['after_warmup']:.3g} after "
-        f"{min(rates['warmup_steps'], batch['steps'] - 1)} steps of warm-up, {rates['last_step']:.3g} at the end ({rates['schedule']})",
+        f"{warmup} steps of warm-up, {rates['last_step']:.3g} at the end ({rates['schedule']})",
     }
     lines = [*rows.items(), *(("careful", remark) for remark in sheet["remarks"])]
     return "\n".join(f"{name:13}  {text}" for name, text in lines)
