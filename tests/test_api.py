@@ -132,6 +132,9 @@ def test_own_documents_and_an_own_model(
         ({"model.architecture": None}, None, "give exactly one of model.name_or_path"),
         ({}, ("a/b", []), "documents: the name 'a/b'"),
         ({}, ("notes", ["text", 3]), "documents: number 1 of notes is a int, expected text"),
+        ({}, ("notes", ["text", "\ud800"]), "documents: number 1 of notes: character 1 of the text is \\ud800"),
+        ({}, ("notes", "text"), "documents: notes: expected an iterable of texts, got a str"),
+        ({}, "notes", "documents: expected a pair, a name and texts"),
         ({}, ("notes", ["", ""]), "no document with text"),
     ],
 )

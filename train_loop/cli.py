@@ -1,13 +1,12 @@
 """The commands: `train-loop X` and `python -m train_loop X` are the same.
 
 Results go to stdout, progress and logs to stderr. Exit codes: 0 done, 2 a mistake in the input (one line), 3 stopped
-early by a signal with a checkpoint written, 141 nobody reads the output any more, 1 anything else. Only the commands
-that need torch import it, so help and mistakes in a configuration show up at once.
+early by a signal (with a checkpoint written, once there was something to save), 141 nobody reads the output any more,
+1 anything else. Only the commands that need torch import it, so help and mistakes in a configuration show up at once.
 """
 
 import dataclasses
 import errno
-import json
 import os
 import re
 import sys
@@ -22,17 +21,21 @@ from train_loop.config.load import config_from_arguments
 from train_loop.config.parsing import documented, help_text
 from train_loop.config.sampling import Sampling
 from train_loop.config.schema import Config
+from train_loop.console import shown
 from train_loop.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_NO_READER,
-    EXIT_STOPPED,
     InputError,
+    Interrupted,
     LostError,
     TrainingError,
     printable,
 )
+from train_loop.files import unwritable, write_output
+from train_loop.records import to_json
+from train_loop.signals import StopRequest, exit_code
 from train_loop.streams import OutputError, unbreakable
 
 
@@ -71,7 +74,8 @@ def _run(given: list[str]) -> int:
             return EXIT_DONE
         if given[0] not in COMMANDS:
             raise InputError(f"unknown command {given[0]}; commands: {', '.join(COMMANDS)}")
-        return COMMANDS[given[0]](given[1:])
+        with StopRequest():
+            return COMMANDS[given[0]](given[1:])
     except LostError as error:
         _complain(error, error.speaks)
         # Leave at once: the interpreter's usual end would wait for the lost process.
@@ -99,6 +103,9 @@ def _run(given: list[str]) -> int:
             raise
         _complain(reason)
         return EXIT_BAD_INPUT
+    except Interrupted as stop:
+        _complain(f"{stop}; the same command starts again")
+        return exit_code()
     except KeyboardInterrupt:
         _complain("interrupted")
         return EXIT_FAILED
@@ -147,7 +154,7 @@ def prepare(arguments: list[str]) -> int:
     from train_loop import job
 
     prepared = job.prepare(config)
-    print(json.dumps({"folder": str(prepared.folder)} | prepared.ledger(), indent=2))
+    print(to_json({"folder": str(prepared.folder)} | prepared.ledger(), indent=2))
     return EXIT_DONE
 
 
@@ -162,11 +169,7 @@ def train(arguments: list[str]) -> int:
     summary = job.train(config)
     if summary.is_main_process:
         _print_summary(summary, config)
-    if not summary.stopped:
-        return EXIT_DONE
-    # A launcher that restarts failures would restart it, so there a stop counts as success. status.json says stopped.
-    restarts, so_far = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
-    return EXIT_DONE if so_far < restarts else EXIT_STOPPED
+    return exit_code() if summary.stopped else EXIT_DONE
 
 
 def _print_summary(summary: Any, config: Config) -> None:
@@ -176,11 +179,11 @@ def _print_summary(summary: Any, config: Config) -> None:
         ledger = summary.ledger["validation"]
         if summary.exported_step is not None and config.export.from_ == "best":
             print(f"best step        {summary.exported_step} of {summary.step}")
-        print(f"validation loss  {last['loss']:.4f} nats per token, over {last['tokens']:,} tokens")
-        print(f"perplexity       {last['perplexity']:.3f}")
+        print(f"validation loss  {shown(last['loss'])} nats per token, over {last['tokens']:,} tokens")
+        print(f"perplexity       {shown(last['perplexity'], 3)}")
         gzip = 8 * ledger["gzip_bytes"] / ledger["bytes"]
-        print(f"bits per byte    {last['bits_per_byte']:.4f} (gzip -9: {gzip:.4f})")
-        print(f"accuracy         {last['accuracy']:.4f}")
+        print(f"bits per byte    {shown(last['bits_per_byte'])} (gzip -9: {gzip:.4f})")
+        print(f"accuracy         {shown(last['accuracy'])}")
     if not summary.stopped:
         print(f"model            {summary.model_folder}" + (f" and {summary.hub}" if summary.hub else ""))
 
@@ -198,7 +201,7 @@ def evaluate(arguments: list[str]) -> int:
 
     metrics = job.evaluate(given.model, config)
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(metrics))
+        print(to_json(metrics))
     return EXIT_DONE
 
 
@@ -293,6 +296,8 @@ def inspect(arguments: list[str]) -> int:
     if given.compare is not None and given.set:
         raise InputError("inspect: --compare shows another step, --set the same step changed; give only one of them")
     steps = [given.step] if given.compare is None else [given.step, given.compare]
+    if given.html and (reason := unwritable(Path(given.html))):
+        raise InputError(f"--html {given.html}: cannot be written ({reason})")
     _ready_libraries()
     from train_loop import job
     from train_loop.analysis import inspection
@@ -306,12 +311,12 @@ def inspect(arguments: list[str]) -> int:
     if given.html:
         title = f"{Path(given.run).resolve().name}, step {' and '.join(map(str, steps))}"
         try:
-            Path(given.html).write_text(inspection.page(found, title), encoding="utf-8")
+            write_output(Path(given.html), inspection.page(found, title))
         except OSError as error:
             raise InputError(f"--html {given.html}: cannot be written ({error.strerror})") from None
     if given.json:
         for each in found:
-            print(json.dumps(each))
+            print(to_json(each))
     else:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print(inspection.lines(found, colour))

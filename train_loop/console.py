@@ -119,6 +119,13 @@ class Progress:
         STDERR.write(", ".join([*parts, self._values()] if self.values else parts) + "\n")
 
 
+def shown(value: float | None, digits: int = 4) -> str:
+    """A number with so many digits after the point, a very large one in powers of ten; None is "not known"."""
+    if value is None:
+        return "not known"
+    return f"{value:.{digits}f}" if abs(value) < 1e9 or math.isnan(value) else f"{value:.6g}"
+
+
 def duration(seconds: float) -> str:
     """Seconds in readable form: 42 s, 3 min 07 s, 2 h 05 min, 3 d 4 h."""
     minutes, rest = divmod(round(seconds), 60)

@@ -26,6 +26,17 @@ class LostError(TrainingError):
         self.speaks = speaks
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal came while there was nothing to save: the same command starts again. Exit code 3.
+
+    No `except Exception` on its way catches it. `name` is the signal's.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"stopped by {name}")
+        self.name = name
+
+
 def one_line(error: BaseException) -> str:
     """The message of a library's exception, on one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -18,8 +18,9 @@ from train_loop.analysis.samples import Samples
 from train_loop.analysis.step_statistics import StepStatistics
 from train_loop.checkpoint import pretrained, storage
 from train_loop.checkpoint.manager import CheckpointManager
-from train_loop.checkpoint.restore import check_disk, restore
-from train_loop.checkpoint.run_folder import RunFolder
+from train_loop.checkpoint.ownership import Ownership
+from train_loop.checkpoint.restore import check_disk, check_step, find, restore
+from train_loop.checkpoint.run_folder import RunFolder, json_of
 from train_loop.config.load import checked, flatten, shared_settings, to_dict
 from train_loop.config.schema import Config
 from train_loop.console import Progress, say
@@ -30,13 +31,16 @@ from train_loop.data.order import Plan
 from train_loop.data.token_store import Prepared, TokenStore
 from train_loop.devices import pins_memory
 from train_loop.distributed import launch
-from train_loop.distributed.collectives import broadcast_from_main, check_same, run_on_all_ranks
+from train_loop.distributed.agreement import any_rank_stopping
+from train_loop.distributed.collectives import check_same, run_on_all_ranks
 from train_loop.distributed.heartbeat import Heartbeat, is_communication_error
 from train_loop.errors import InputError, TrainingError
-from train_loop.export.finalize import Finished, finalize
+from train_loop.export.finalize import finalize
+from train_loop.export.summary import Summary, summarize
 from train_loop.generation.decoding import check_prompt
 from train_loop.generation.sampler import prompt_ids
-from train_loop.metrics.log import MetricsLog, last_steps
+from train_loop.metrics.log import MetricsLog
+from train_loop.metrics.past import last_steps
 from train_loop.metrics.progress import ProgressLines
 from train_loop.metrics.throughput import Throughput
 from train_loop.metrics.trackers import check_trackers, start_trackers
@@ -48,31 +52,6 @@ from train_loop.training import accumulators, evaluation, optimizer
 from train_loop.training.loop import History, Loop, Save, for_study
 from train_loop.training.objective import Objective
 from train_loop.training.state import Observer, Run, StepBatches, StepContext, TrainState
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a run ended.
-
-    Attributes:
-        step: finished steps, out of `total_steps`.
-        stopped: the signal that ended it early, or None.
-        evaluation: of the exported weights, or else the last one: loss, perplexity, bits_per_byte, accuracy, tokens.
-        exported_step: the step of the exported weights, or None.
-        hub: the model's address on the Hub, if it was uploaded.
-        is_main_process: whether this process speaks for the run.
-    """
-
-    step: int
-    total_steps: int
-    stopped: str | None
-    evaluation: dict[str, Any] | None
-    exported_step: int | None
-    hub: str | None
-    folder: Path
-    model_folder: Path
-    ledger: dict[str, Any]
-    is_main_process: bool
 
 
 @dataclass
@@ -134,13 +113,13 @@ def train(
         InputError: for a mistake in the configuration or the data; the run's folder is then untouched.
         TrainingError: if training cannot go on.
         LostError: if another process is gone.
+        KeyboardInterrupt: if a signal came before there was something to save; later ones end with a summary.
     """
     _check_given(config, model, callbacks)
     config = configure(config, documents)
     heartbeat = Heartbeat(config.run, shared_settings(config))
-    with heartbeat.naming_failures():
-        setup = set_up(config, heartbeat, model)
-        return _train(setup, heartbeat, callbacks)
+    with Ownership(config.output_dir) as own, heartbeat.naming_failures(), StopRequest(is_communication_error) as stop:
+        return _train(set_up(config, model, heartbeat, stop, own), heartbeat, own, callbacks)
 
 
 def _check_given(config: object, model: object, callbacks: Sequence[object]) -> None:
@@ -156,36 +135,35 @@ def _check_given(config: object, model: object, callbacks: Sequence[object]) -> 
                 raise InputError(f"callbacks: {name} has no method {method}; derive it from train_loop.Observer")
 
 
-def _train(setup: Setup, heartbeat: Heartbeat, callbacks: Sequence[Observer]) -> Summary:
+def _train(setup: Setup, heartbeat: Heartbeat, own: Ownership, callbacks: Sequence[Observer]) -> Summary:
     run, folder = setup.run, setup.folder
     config, accelerator, state, stop = run.config, run.context.accelerator, run.state, run.context.stop
     main = accelerator.is_main_process
-    _claim(setup, heartbeat)
+    _claim(setup, heartbeat, own)
     manager = finished = None
     try:
-        with stop:
-            _resume(setup)
-            if config.run.log_with:
-                flat = {key: str(value) for key, value in flatten(to_dict(config))}
-                start_trackers(accelerator, folder.path, state.step, flat)
-            studied = config.study.every is not None or config.study.probing
-            log = MetricsLog(accelerator, folder.metrics, state.step, studied)
-            history = History(log.past.evaluations, log.past.skipped)
-            keep, background = config.checkpoint.keep, config.checkpoint.background
-            manager = CheckpointManager(accelerator, folder.checkpoints, keep, background, setup.damaged)
-            manager.step = None if setup.found is None else state.step
-            if main:
-                folder.set_status("running", state.step)
-            heartbeat.step = lambda: state.step
-            save = _saving(setup, manager, history, log)
-            with Progress("training", "step", run.batches.total_steps, state.step, main) as progress:
-                observers = [*_observers(setup, log, progress), *callbacks]
-                stopped = _fit(Loop(run, history, observers, save))
-            save(state, wait=True)
-            if not stopped:
-                finished = finalize(run, folder, history.evaluations)
-            if finished is None and accelerator.num_processes > 1:
-                stop.ignore_from_now_on()
+        _resume(setup)
+        if config.run.log_with:
+            flat = {key: str(value) for key, value in flatten(to_dict(config))}
+            start_trackers(accelerator, folder.path, state.step, flat)
+        studied = config.study.every is not None or config.study.probing
+        log = MetricsLog(accelerator, folder.metrics, state.step, studied)
+        history = History(log.past.evaluations, log.past.skipped)
+        keep, background = config.checkpoint.keep, config.checkpoint.background
+        manager = CheckpointManager(accelerator, folder.checkpoints, keep, background, setup.damaged)
+        manager.step = None if setup.found is None else state.step
+        if main:
+            folder.set_status("running", state.step)
+        heartbeat.step, own.beat = (lambda: state.step), (lambda: folder.move_status(state.step))
+        save = _saving(setup, manager, history, log)
+        with Progress("training", "step", run.batches.total_steps, state.step, main) as progress:
+            observers = [*_observers(setup, log, progress), *callbacks]
+            stopped = any_rank_stopping(accelerator, stop) or _fit(Loop(run, history, observers, save))
+        save(state, wait=True)
+        if not stopped:
+            finished = finalize(run, folder, history.evaluations)
+        if finished is None and accelerator.num_processes > 1:
+            stop.ignore_from_now_on()
         log.close()
         if main and finished is None:
             folder.set_status("stopped", state.step, stop.name or "")
@@ -199,34 +177,22 @@ def _train(setup: Setup, heartbeat: Heartbeat, callbacks: Sequence[Observer]) ->
             folder.set_status("failed", state.step, f"{type(error).__name__}: {error}")
         raise
     accelerator.end_training()
-    return _summary(setup, history, finished)
+    return summarize(run, folder, history.evaluations, finished)
 
 
-def _summary(setup: Setup, history: History, finished: Finished | None) -> Summary:
-    run, evaluations = setup.run, history.evaluations
-    if finished is not None:
-        evaluations = [record for record in evaluations if record["step"] == finished.step]
-    return Summary(
-        step=run.state.step,
-        total_steps=run.batches.total_steps,
-        stopped=None if finished is not None else run.context.stop.name,
-        evaluation=evaluations[-1] if evaluations else None,
-        exported_step=None if finished is None else finished.step,
-        hub=None if finished is None else finished.hub,
-        folder=setup.folder.path,
-        model_folder=setup.folder.model,
-        ledger=run.data.ledger(),
-        is_main_process=run.context.accelerator.is_main_process,
-    )
-
-
-def _claim(setup: Setup, heartbeat: Heartbeat) -> None:
+def _claim(setup: Setup, heartbeat: Heartbeat, own: Ownership) -> None:
     """Measure what the run is, refuse contradictions, and mark the folder as this run's."""
     run, folder, accelerator = setup.run, setup.folder, setup.run.context.accelerator
     sheet = truth_sheet.measure(run)
     truth_sheet.check(sheet)
+
+    def lost(reason: str) -> None:
+        folder.set_status("stopped" if reason.startswith("stopped") else "failed", heartbeat.step(), reason)
+        own.release()
+
+    run.context.stop.defer()  # from here on, the folder says what became of the run
     if accelerator.is_main_process:
-        heartbeat.lost = lambda reason: folder.set_status("failed", heartbeat.step(), reason)
+        heartbeat.lost = lost
         folder.claim(run.config, run.data.ledger(), sheet, [run.state.model.config, run.data.tokenizer])
         say(truth_sheet.table(sheet))
     accelerator.wait_for_everyone()
@@ -254,7 +220,7 @@ def _observers(setup: Setup, log: MetricsLog, progress: Progress) -> list[Observ
     observers: list[Observer] = [log, ProgressLines(progress, evaluated)]
     if study.every is not None:
         steps = last_steps(setup.folder.metrics, study.every) if run.context.accelerator.is_main_process else []
-        observers.append(StepStatistics(run, study.every, log.write_study, [each["grad_norm"] for each in steps]))
+        observers.append(StepStatistics(run, study.every, log.write_study, [each.get("grad_norm") for each in steps]))
     if study.probing:
         observers.append(probe.Probe(run, log.write_study, past.probed))
     return [*observers, Samples(run, log.write, (step, past.samples))]
@@ -285,11 +251,16 @@ def _saving(setup: Setup, manager: CheckpointManager, history: History, log: Met
             "micro_batch_size": run.batches.plan.micro_batch_size,
             "loss_scale": None if scaler is None else scaler.state_dict(),
             "for_study": for_study(run.config.checkpoint.at, state.step),
-            "config": to_dict(run.config),
+            "config": json_of(run.config),
             "versions": versions.installed(),
         }
         best = [] if history.best is None else [history.best["step"]]
-        manager.save_async(state.model, state.optimizer, content, protected_steps=best, before=log.flush)
+
+        def before(step: int = state.step) -> None:
+            log.flush()
+            setup.folder.move_status(step)
+
+        manager.save_async(state.model, state.optimizer, content, protected_steps=best, before=before)
 
     def save(state: TrainState, wait: bool = False) -> None:
         begin(state)
@@ -305,8 +276,14 @@ def _saving(setup: Setup, manager: CheckpointManager, history: History, log: Met
     return save
 
 
-def set_up(config: Config, heartbeat: Heartbeat | None = None, model: PreTrainedModel | None = None) -> Setup:
-    """Set up and check data, model, optimizer and processes of a run; writes nothing to the run's folder.
+def set_up(
+    config: Config,
+    model: PreTrainedModel | None = None,
+    heartbeat: Heartbeat | None = None,
+    stop: StopRequest | None = None,
+    own: Ownership | None = None,
+) -> Setup:
+    """Set up and check data, model, optimizer and processes of a run. Its folder is taken if asked to, else only read.
 
     For `model` see `train`. Raises InputError for whatever doesn't fit.
     """
@@ -314,11 +291,14 @@ def set_up(config: Config, heartbeat: Heartbeat | None = None, model: PreTrained
     check_trackers(config.run.log_with)
     heartbeat = heartbeat or Heartbeat(config.run, shared_settings(config))
     accelerator = launch.start(config.run, heartbeat, folder.path)
+    if own is not None:
+        run_on_all_ranks(accelerator, "own", own.take if accelerator.is_main_process else lambda: None)
     run_on_all_ranks(accelerator, "check", lambda: folder.check(config))
     data = _data(accelerator, config)
-    language_model = run_on_all_ranks(accelerator, "build", lambda: building.build(config, data.tokenizer, model))
+    build = (config, data.tokenizer, model, folder.padded)
+    language_model = run_on_all_ranks(accelerator, "build", lambda: building.build(*build))
     check_same(accelerator, "the data", data.fingerprint, "give every host the same documents and tokenizer")
-    found, damaged = _to_resume(accelerator, folder)
+    found, damaged = find(accelerator, folder, config, data.fingerprint)
     check_same(accelerator, "the initial weights' digest", digest(language_model), "give every host the same model")
     language_model.to(accelerator.device)
     products, keep_memory = not config.model.compile, config.run.keep_memory
@@ -345,6 +325,7 @@ def set_up(config: Config, heartbeat: Heartbeat | None = None, model: PreTrained
         num_workers=config.data.num_workers,
         pin_memory=pins_memory(accelerator.device),
     )
+    check_step(found, batches.total_steps)
     context = StepContext(
         accelerator,
         prepared,
@@ -352,7 +333,7 @@ def set_up(config: Config, heartbeat: Heartbeat | None = None, model: PreTrained
         config.optimizer.max_grad_norm,
         config.run.seed,
         Throughput(accelerator, prepared, language_model, config.data.block_size),
-        StopRequest(is_communication_error),
+        stop or StopRequest(),
     )
     state = TrainState(accelerator.unwrap_model(prepared).model, adamw)
     run = Run(config, data, batches, _windows(data.validation, config, data.tokenizer), context, state)
@@ -384,21 +365,6 @@ def _choose_compiled(run: Run) -> None:
     training = {plan.micro_batch_size, plan.sequences_per_step % plan.micro_batch_size} - {0}
     shapes = {(True, rows, length) for rows in training} | {(False, run.evaluation_batch_size, length)}
     run.context.accelerator.unwrap_model(run.context.objective).compiled = shapes
-
-
-def _to_resume(accelerator: Accelerator, folder: RunFolder) -> tuple[storage.CheckpointRef | None, dict[int, str]]:
-    """The newest whole checkpoint, and which later ones are damaged; the main process looks, and all get the same."""
-    main = accelerator.is_main_process
-    looked = run_on_all_ranks(accelerator, "look", lambda: storage.newest(folder.checkpoints) if main else None)
-    found, damaged = broadcast_from_main(accelerator, looked) or (None, {})
-    for line in damaged.values() if main else ():
-        say(f"{line}; skipped")
-    if found is None and damaged:
-        raise InputError(
-            f"run.output_dir {folder.path}: no checkpoint is whole ({'; '.join(damaged.values())}); put one back from "
-            f"a copy, or remove {folder.checkpoints} to start again from the first step"
-        )
-    return found, damaged
 
 
 @_ready()
@@ -433,9 +399,7 @@ def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, A
         language_model.to(accelerator.device)
         cpu.speed_up(language_model, training=False, keep_memory=config.run.keep_memory)
         objective = launch.prepare_to_evaluate(accelerator, Objective(language_model))
-        if config.data.isolate_documents and truth_sheet.documents_cross(accelerator, objective, config):
-            attention = str(language_model.config._attn_implementation)
-            raise InputError(truth_sheet.cannot_isolate(type(language_model).__name__, attention))
+        truth_sheet.check_reading(accelerator, objective, config, source)
         batch_size = config.evaluation.batch_size or config.micro_batch_size
         windows = _windows(data.validation, config, data.tokenizer)
         metrics = evaluation.evaluate(accelerator, objective, windows, batch_size)

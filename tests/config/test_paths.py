@@ -94,10 +94,10 @@ def test_the_file_of_settings_and_the_cache_are_expanded(tmp_path: Path, monkeyp
     monkeypatch.setenv("HERE", str(tmp_path))
     assert load_config("$HERE/a.yaml").run.seed == 3
     monkeypatch.setenv("TRAIN_LOOP_CACHE", "~/cache")
-    assert cache_dir(Config()) == Path("/home/me/cache")
+    assert cache_dir(Config().data) == Path("/home/me/cache")
     monkeypatch.setenv("TRAIN_LOOP_CACHE", "$UNKNOWN/cache")
     with pytest.raises(InputError, match=r"TRAIN_LOOP_CACHE.*UNKNOWN is not set"):
-        cache_dir(Config())
+        cache_dir(Config().data)
 
 
 @pytest.mark.parametrize("name", ["./modle", "/a/b", "a/b/c", "../x", "model.safetensors", "a/", "x\\y", "~/nowhere"])

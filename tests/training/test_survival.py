@@ -13,7 +13,11 @@ import torch
 
 from tests.support.faults import fault
 from tests.support.runs import NO_DROPOUT, TINY_MODELS, Command, events, names, without_speeds
-from train_loop.training import loop
+from train_loop.analysis import truth_sheet
+from train_loop.checkpoint.run_folder import RunFolder
+from train_loop.data import preparation
+from train_loop.models import building
+from train_loop.training import loop, optimizer
 from train_loop.training.objective import Objective
 
 MOMENTS = {"step": 9, "evaluation": 1, "last evaluation": 3, "sampling": 2, "save": 10}
@@ -43,6 +47,57 @@ def test_a_signal_at_any_moment_loses_nothing(
     assert without_speeds(tmp_path / "cut") == without_speeds(tmp_path / "whole")
     weights = {(tmp_path / each / "model" / "model.safetensors").read_bytes() for each in ("whole", "cut")}
     assert len(weights) == 1
+
+
+BEFORE = {
+    "preparation": (preparation, "prepare"),
+    "building": (building, "build"),
+    "set-up": (optimizer, "build"),
+    "truth sheet": (truth_sheet, "measure"),
+}
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+@pytest.mark.parametrize("moment", BEFORE)
+def test_a_signal_before_the_first_step_is_one_line(
+    command: Command,
+    settings: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+    name: str,
+) -> None:
+    """There is nothing to save, and nothing is left behind."""
+
+    def hit(*arguments: Any, **named: Any) -> None:
+        signal.raise_signal(signal.Signals[name])
+        raise AssertionError("not interrupted")
+
+    monkeypatch.setattr(*BEFORE[moment], hit)
+    assert command("train", *settings(train__max_steps=2)) == 3
+    assert command.err.splitlines()[-1] == f"train-loop: stopped by {name}; the same command starts again"
+    assert command.out == "" and "Traceback" not in command.err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("moment", ["claim", "set_status"])
+def test_a_signal_between_the_claim_and_the_first_step_saves_what_there_is(
+    command: Command, settings: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    work, hit = getattr(RunFolder, moment), []
+
+    def interrupted(*arguments: Any) -> None:
+        if not hit:
+            hit.append(True)
+            signal.raise_signal(signal.SIGHUP)
+        work(*arguments)
+
+    monkeypatch.setattr(RunFolder, moment, interrupted)
+    assert command("train", *settings(train__max_steps=2)) == 3
+    assert "stopped by SIGHUP at step 0 of 2; the same command resumes" in command.out
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status == {"state": "stopped", "step": 0, "reason": "SIGHUP"} and names(tmp_path / "run") == [0]
+    assert command("train", *settings(train__max_steps=2)) == 0
+    assert len(events(tmp_path / "run", "step")) == 2
 
 
 @pytest.mark.parametrize(("restarts", "so_far", "expected"), [(None, None, 3), (0, 0, 3), (2, 1, 0), (2, 2, 3)])

@@ -7,6 +7,7 @@ from train_loop.config.sampling import Sampling
 from train_loop.console import say
 from train_loop.distributed.agreement import StopPoll
 from train_loop.distributed.collectives import unsharded
+from train_loop.errors import InputError, TrainingError
 from train_loop.generation.sampler import Sampler
 from train_loop.models.building import without_compile
 from train_loop.training.state import Observer, Run, TrainState
@@ -31,13 +32,22 @@ class Samples(Observer):
     def after_evaluation(self, state: TrainState, record: dict[str, Any]) -> None:
         """Sample the texts that the log doesn't have yet."""
         accelerator, main = self.context.accelerator, self.context.accelerator.is_main_process
+        if record["loss"] is None:
+            if main and self.prompts:
+                say("  sample: skipped, as the model's loss is not finite")
+            return
         # Sharded weights are gathered layer by layer, so all processes must take part in sampling.
         together = accelerator.is_fsdp2
         poll = StopPoll(accelerator, self.context.stop, alone=not together)
         done = self.known[1] if self.known[0] == state.step else 0
         with unsharded(accelerator, self.context.objective), without_compile(state.model):
             for prompt in self.prompts[done:] if main or together else []:
-                text = next(self.sampler.sample([prompt], self.sampling, stop=poll))[0].text
+                try:
+                    text = next(self.sampler.sample([prompt], self.sampling, stop=poll))[0].text
+                except (InputError, TrainingError) as error:  # logits that are not finite
+                    if main:
+                        say(f"  sample: {error}; skipped")
+                    break
                 if poll():
                     break
                 self.write({"event": "sample", "step": state.step, "prompt": prompt, "continuation": text})

@@ -2,18 +2,19 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from train_loop import trust
 from train_loop.checkpoint import storage
 from train_loop.checkpoint.run_folder import RunFolder
 from train_loop.config import paths
 from train_loop.data import tokenizer
-from train_loop.errors import InputError
-from train_loop.models import building
+from train_loop.errors import InputError, one_line
+from train_loop.models import loading
+from train_loop.models.size import check_size
 
 
 def load(name: str, attention: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -32,7 +33,7 @@ def load(name: str, attention: str | None = None) -> tuple[PreTrainedModel, PreT
             return _from_run(run, None, attention)
         name = str(run.model)
     name = paths.find(name, "model")
-    return building.load(name, attention), tokenizer.load(name)
+    return loading.load(name, attention), tokenizer.load(name)
 
 
 def _from_run(
@@ -47,13 +48,31 @@ def _from_run(
             found, problem = storage.of_step(run.checkpoints, step)
         if found is None:
             raise InputError(problem)
-        if not run.architecture.is_dir():
-            raise InputError(f"run {run.path}: has no {run.architecture.name}; start the run again to write it")
-        config: Any = AutoConfig.from_pretrained(run.architecture)
-        built = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        built = _untrained(run, attention)
         try:
             storage.load_weights(found, built)
         except (OSError, SafetensorError):
             continue
+        except ValueError as error:
+            raise InputError(f"run {run.path}: {error}: they don't fit {run.architecture.name}/config.json") from None
+        loading.check_finite(built, f"checkpoint {found.folder}")
         return built.eval(), tokenizer.load(str(run.architecture))
     raise InputError(f"run {run.path}: new checkpoints replace old ones faster than they can be read; try again")
+
+
+def _untrained(run: RunFolder, attention: str | None) -> PreTrainedModel:
+    """The model that a run's architecture/ describes, with any weights."""
+    where = f"run {run.path}"
+    if not run.architecture.is_dir():
+        raise InputError(f"{where}: has no {run.architecture.name}; start the run again to write it")
+    try:
+        trust.check_model(str(run.architecture))
+        config = loading.configuration(str(run.architecture), where)
+        check_size(config, where)
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+        )
+    except Exception as error:  # whatever a library raises if values don't fit together
+        cure = f"remove {run.architecture}, and start the run again to write it"
+        raise InputError(f"{where}: {run.architecture.name} is damaged ({one_line(error)}); {cure}") from None
+    return built

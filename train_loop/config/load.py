@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from train_loop.config import paths
+from train_loop.config.architecture import read_architecture
 from train_loop.config.parsing import fill, key_of, override, split_arguments
 from train_loop.config.sampling import Sampling
-from train_loop.config.schema import Config
+from train_loop.config.schema import Config, DataConfig
 from train_loop.config.yaml_core import dump_yaml, read_yaml
 from train_loop.errors import InputError
 
@@ -42,6 +43,7 @@ def config_from_arguments(arguments: Sequence[str]) -> Config:
     config = Config() if path is None else _read(path)
     for key, text in overrides:
         override(config, key, text)
+        _read_architecture(config)
     if config.model.name_or_path is None and config.model.architecture is None:  # a script may bring its own
         raise InputError(ONE_MODEL)
     return _completed(config, path)
@@ -75,11 +77,18 @@ def checked(config: Config) -> Config:
 def _read(path: str) -> Config:
     config = Config()
     fill(config, read_yaml(paths.expand(path, "--config")), f"{path}: ")
+    _read_architecture(config)
     return config
 
 
+def _read_architecture(config: Config) -> None:
+    """Put the fields of a config.json in place of its path, so that a run's own configuration has them all."""
+    if isinstance(config.model.architecture, str):
+        config.model.architecture = read_architecture(config.model.architecture)
+
+
 def _completed(config: Config, path: str | None) -> Config:
-    """Expand paths, fill in the default output folder, and check the settings."""
+    """Expand paths, read the architecture, fill in the default output folder, and check the settings."""
     for key in PATHS:
         section_name, _, name = key.partition(".")
         section = getattr(config, section_name)
@@ -88,6 +97,7 @@ def _completed(config: Config, path: str | None) -> Config:
                 setattr(section, name, paths.expand(given, key))
             case list(several):
                 setattr(section, name, [paths.expand(each, key) for each in several])
+    _read_architecture(config)
     if config.run.output_dir is None:
         config.run.output_dir = str(Path("runs") / (Path(path).stem if path else "train"))
     check_config(config)
@@ -161,7 +171,8 @@ def to_yaml(config: Config) -> str:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What differs between two configurations, except `KEYS_FREE_ON_RESUME`, as lines `key: old -> new`."""
-    flat_old, flat_new = dict(flatten(old)), dict(flatten(new))
+    # A setting that the older version did not have yet had, in effect, its default.
+    flat_old, flat_new = dict(flatten(to_dict(Config()))) | dict(flatten(old)), dict(flatten(new))
     free = set(KEYS_FREE_ON_RESUME)
     if flat_new.get("train.patience"):  # then evaluations decide when the run ends
         free = free - {"evaluation"} | {"evaluation.batch_size"}
@@ -188,9 +199,11 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
-def cache_dir(config: Config) -> Path:
-    """The folder that holds prepared token stores."""
-    chosen = config.data.cache_dir or paths.expand(
-        os.environ.get("TRAIN_LOOP_CACHE") or "~/.cache/train_loop", "$TRAIN_LOOP_CACHE"
-    )
-    return Path(chosen)
+def cache_dir(data: DataConfig) -> Path:
+    """The folder that holds prepared token stores. Raises InputError if none is named and there is no home folder."""
+    if chosen := data.cache_dir or os.environ.get("TRAIN_LOOP_CACHE"):
+        return Path(data.cache_dir or paths.expand(chosen, "$TRAIN_LOOP_CACHE"))
+    try:
+        return Path.home() / ".cache" / "train_loop"
+    except RuntimeError:
+        raise InputError("data.cache_dir: there is no home folder to put it in; set data.cache_dir or $HOME") from None

@@ -119,7 +119,7 @@ def override(settings: Any, key: str, text: str) -> None:
         raise InputError(f"command line: unknown option --{key}; {nearest(key, list(kinds))}")
     plain = _plain_types(kinds[key])
     # Text stays as it was typed (YAML would read "def f(x):" as a mapping). Everything else is a YAML value.
-    is_text = str in plain and text != "null" and not (list in plain and text.startswith("["))
+    is_text = str in plain and text != "null" and dict not in plain and not (list in plain and text.startswith("["))
     value = text if is_text else _typed(text, where)
     setattr(getattr(settings, section_name), _field_of(name), _convert(value, kinds[key], where))
 

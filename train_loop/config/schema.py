@@ -64,7 +64,8 @@ class ModelConfig:
 
     Args:
         name_or_path: a model's name on the Hub, or a local folder.
-        architecture: model_type (gpt2, llama, ...) and that configuration's own fields, to train from scratch.
+        architecture: to train from scratch: model_type (gpt2, llama, ...) and that configuration's own fields, or the
+            path of a config.json. Of a pasted config.json, names that mean nothing any more are left out.
         attention: attention implementation (sdpa, eager, flash_attention_2, ...); null leaves the choice to
             Transformers.
         compile: compile the model's layers with torch.compile, which makes steps faster after a minute or more of
@@ -74,7 +75,7 @@ class ModelConfig:
     """
 
     name_or_path: str | None = None
-    architecture: dict[str, Any] | None = None
+    architecture: dict[str, Any] | str | None = None
     attention: str | None = None
     compile: bool = False
     activation_checkpointing: bool = False
@@ -99,8 +100,8 @@ class DataConfig:
 
     Args:
         source: "stdlib" (the running Python's standard library), "files", or "hub" (Hugging Face Datasets).
-        files: (files) paths or glob patterns of .txt (one document per file), .jsonl, .json, .csv or .parquet (one
-            document per row).
+        files: (files) paths or glob patterns of .txt (one document per file), .jsonl, .json, .csv, .tsv or .parquet
+            (one document per row).
         validation_files: (files) the same for validation; without them, a part of `files` is split off.
         name: (hub) name of the data set, or a local folder that `datasets.load_dataset` can read.
         subset: (hub) name of the data set's configuration.
@@ -108,6 +109,9 @@ class DataConfig:
         validation_split: (hub) split to validate on; without it, a part of `split` is split off.
         text_field: field that holds a row's text; dotted for nested fields (answers.text).
         join: string that joins the strings of a field that is a list.
+        drop_duplicates: leave out documents whose text occurs more than once, for which the data is read once more:
+            "across" leaves out training documents that are also validation documents, "all" also repetitions within
+            either side (the first one stays). The ledger counts such documents in any case.
         test_size: share of the documents that is split off for validation if no validation data is named.
         split_seed: seed of that split, separate from run.seed so that runs can share their validation set.
         block_size: tokens of a sequence, which the model sees at once.
@@ -128,6 +132,7 @@ class DataConfig:
     validation_split: str | None = None
     text_field: str = "text"
     join: str = " "
+    drop_duplicates: Literal["none", "across", "all"] = "none"
     test_size: Share = 0.1
     split_seed: Seed = 0
     block_size: Tokens = 128

@@ -10,11 +10,14 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 from train_loop.config.load import cache_dir, checked
 from train_loop.config.schema import Config
-from train_loop.errors import InputError, one_line
+from train_loop.data.cache_folder import sweep, unfinished, writing
+from train_loop.data.formats import encodable
+from train_loop.errors import InputError
 
 
 class Documents(NamedTuple):
@@ -34,30 +37,43 @@ def configure(config: Config, documents: Documents | tuple[str, Iterable[str]] |
     config = checked(config)
     if documents is None:
         return config
-    name, texts = documents
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise InputError(f"documents: the name {name!r} becomes a file name; use only letters, digits, and . _ -")
-    folder = cache_dir(config) / "documents"
-    digest = hashlib.sha256()
-    temporary = folder / f"{name}.tmp-{os.getpid()}"
     try:
+        name, texts = documents
+    except (TypeError, ValueError):
+        raise InputError("documents: expected a pair, a name and texts, such as ('notes', ['one', 'two'])") from None
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise InputError(f"documents: {name}: expected an iterable of texts, got a {type(texts).__name__}")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        raise InputError(f"documents: the name {name!r} becomes a file name; use only letters, digits, and . _ -")
+    folder = cache_dir(config.data) / "documents"
+    digest = hashlib.sha256()
+    with writing("documents", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            for number, text in enumerate(texts):
-                if not isinstance(text, str):
-                    raise InputError(f"documents: number {number} of {name} is a {type(text).__name__}, expected text")
-                line = json.dumps({"text": text}).encode() + b"\n"
-                digest.update(line)
-                file.write(line)
-        path = folder / f"{name}-{digest.hexdigest()[:16]}.jsonl"
-        if not path.exists():  # an existing file keeps its modification time, so what was prepared from it stays valid
-            os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"documents: {folder} cannot be written to ({one_line(error)}); set data.cache_dir") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        sweep(folder)
+        with unfinished(folder / name) as temporary:
+            with open(temporary / name, "wb") as file:
+                for number, text in enumerate(texts):
+                    if not isinstance(text, str):
+                        kind = type(text).__name__
+                        raise InputError(f"documents: number {number} of {name} is a {kind}, expected text")
+                    encodable(text, f"documents: number {number} of {name}")
+                    line = json.dumps({"text": text}).encode() + b"\n"
+                    digest.update(line)
+                    file.write(line)
+            path = folder / f"{name}-{digest.hexdigest()[:16]}.jsonl"
+            if not _holds(path, digest.digest()):
+                os.replace(temporary / name, path)
     data = config.data
     data.source, data.files, data.validation_files, data.text_field = "files", [str(path)], [], "text"
     data.name = data.subset = data.validation_split = None
     data.streaming = False
     return config
+
+
+def _holds(path: Path, digest: bytes) -> bool:
+    """Whether a file has this content (SHA-256). If so, it is left alone: another process may be reading it."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest() == digest
+    except OSError:
+        return False

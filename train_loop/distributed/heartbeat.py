@@ -10,6 +10,7 @@ second thread watches the first, because requests to the store have no time-out 
 """
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -23,12 +24,14 @@ import torch
 from train_loop import environment
 from train_loop.config.schema import RunConfig
 from train_loop.distributed.preflight import GOES_ON, Preflight
-from train_loop.errors import EXIT_FAILED, LostError, one_line
+from train_loop.errors import EXIT_FAILED, Interrupted, LostError, one_line
+from train_loop.signals import exit_code
 
 _PROCESSES_A_SECOND = 64  # whose heartbeats each process reads: the store has to answer all these requests
 _GRACE_SECONDS = 6.0  # from the moment a failure is known until the waiting processes are ended
 _SILENCE_SECONDS = 4.0  # once something has failed, a process that is silent for this long is the one that failed
 _LEFT = "left"
+_STOPPED = "stopped by "  # recorded in place of a failure: a signal interrupted a process, and all end as it does
 
 
 class Heartbeat:
@@ -91,7 +94,10 @@ class Heartbeat:
 
     @contextmanager
     def naming_failures(self) -> Iterator[None]:
-        """Within this context, if any process fails, all others raise a `LostError` that names it."""
+        """Within this context, if any process fails, all others raise a `LostError` that names it.
+
+        If a signal interrupts one before it trains, it interrupts all.
+        """
         if self.world_size == 1:
             yield
             return
@@ -105,6 +111,8 @@ class Heartbeat:
             line = self._find_out(error)
             self._ended.set()
             self.lost(line)
+            if line.startswith(_STOPPED):
+                raise Interrupted(line.removeprefix(_STOPPED)) from None
             raise LostError(line, self._speaks()) from None
         except BaseException as error:
             self._tell(error)
@@ -116,7 +124,8 @@ class Heartbeat:
     def _tell(self, error: BaseException) -> None:
         """Record that this process was the first to fail."""
         try:
-            self._record(f"{self._name(self.rank)} failed: {one_line(error)}")
+            failed = f"{self._name(self.rank)} failed: {one_line(error)}"
+            self._record(f"{_STOPPED}{error.name}" if isinstance(error, Interrupted) else failed)
             if self._owns_store:
                 time.sleep(2 * self._interval)  # give the others time to read it
         except RuntimeError:  # the store is gone
@@ -154,6 +163,8 @@ class Heartbeat:
                 self._take_in([text.decode() for text in self._store.multi_get(keys)])
                 if self._store.check(["failure"]) and self._failure is None:
                     self._failed_at, self._failure = time.monotonic(), self._store.get("failure").decode()
+                    if self._failure.startswith(_STOPPED):
+                        os.kill(os.getpid(), signal.SIGTERM)  # as if it had come here, too; a second one does nothing
                 if self._deadline is not None and time.monotonic() > self._deadline and (line := self._unreached()):
                     self._leave(line)
                 if self._failure is not None and time.monotonic() - self._failed_at > _GRACE_SECONDS:
@@ -235,7 +246,7 @@ class Heartbeat:
         self.lost(line)
         if self._speaks():
             print(f"train-loop: {line}", file=sys.stderr, flush=True)
-        os._exit(EXIT_FAILED)
+        os._exit(exit_code() if line.startswith(_STOPPED) else EXIT_FAILED)
 
     def _speaks(self) -> bool:
         """Whether this is the first living process on its host: one line per host is enough."""

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from train_loop.console import say
-from train_loop.errors import InputError, one_line
+from train_loop.errors import InputError, Interrupted, one_line
+from train_loop.signals import StopRequest
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
@@ -66,12 +67,15 @@ def converse(answer: Callable[[str], None]) -> None:
         say("type a prompt (\\n is a line break); Ctrl-C stops a text, Ctrl-D quits")
     while True:
         try:
-            prompt = input("> " if terminal else "").replace("\\n", "\n")
-            if prompt:
-                answer(prompt)
+            with StopRequest():
+                prompt = input("> " if terminal else "").replace("\\n", "\n")
+                if prompt:
+                    answer(prompt)
         except EOFError:
             return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            if isinstance(error, Interrupted) and error.name != "SIGINT":
+                raise
             print()
         except InputError as error:
             say(f"train-loop: {error}")

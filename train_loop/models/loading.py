@@ -1,0 +1,202 @@
+"""Load any causal language model that Transformers has, from the Hub or a folder, and account for every weight.
+
+Transformers fills what a file lacks with random numbers, and leaves out what it has no place for. Here both are errors,
+but for what a model's class declares: weights that are tied to others, and names that may be missing or left over.
+"""
+
+import os
+import re
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from train_loop.config import paths
+from train_loop.console import say
+from train_loop.devices import is_out_of_memory
+from train_loop.errors import InputError, one_line
+from train_loop.models.size import check_numbers, check_size
+from train_loop.models.weight_files import Stored, stored
+from train_loop.trust import check_model, read_json, unused_code
+
+_SHOWN = 3  # names of weights in a message
+# Tables in files of older versions, which were never learned: causal masks, rotary frequencies, positions.
+_TABLE = re.compile(r"(^|\.)(masked_bias|inv_freq|position_ids)$")
+_FLOATS = re.compile(r"B?F\d")  # F32, BF16, F8_E4M3, ...
+
+
+def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
+    """A model from the Hub or a local folder, in fp32, with exactly the weights that its files hold.
+
+    Neither code nor pickles, which may be code, are read. Raises InputError if a file is damaged, is not what the
+    configuration says, or holds what is no weight.
+    """
+    where = f"model {name_or_path}"
+    check_model(name_or_path)
+    settings = configuration(name_or_path, where)
+    if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"{where}: Transformers has no causal language model of type {settings.model_type}")
+    held = stored(name_or_path)
+
+    def build(attention: str | None) -> tuple[PreTrainedModel, dict[str, Any]]:
+        check_size(settings, where)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `_account` names them
+        )
+        return loaded[0], loaded[1]
+
+    try:
+        model, found = build(attention)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a library raises if files and numbers don't fit together
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        blame_attention(attention, build, error)
+        problem = f"cannot be loaded from safetensors ({one_line(error)}){paths.no_folder(name_or_path)}"
+        raise InputError(f"{where}: {problem}") from None
+    _account(model, found, held, where)
+    check_finite(model, where)
+    if (code := unused_code(name_or_path)) is not None:
+        if hasattr(model.config, "auto_map"):
+            del model.config.auto_map  # an export has no such code
+        if os.environ.get("RANK", "0") == "0":
+            say(f"{where}: brings code of its own ({code}), which is not run; Transformers' own is used")
+    return model
+
+
+def configuration(folder: str, where: str) -> PreTrainedConfig:
+    """The configuration in a folder or repository; InputError, which begins with `where`, if it is damaged."""
+    check_numbers(read_json(where, folder, "config.json"), where)
+    try:
+        found: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever a library raises if values don't fit together
+        raise InputError(f"{where}: cannot be loaded ({one_line(error)}){paths.no_folder(folder)}") from None
+    return found
+
+
+def check_finite(model: PreTrainedModel, where: str) -> None:
+    """Refuse weights that are NaN or infinite. Raises InputError, which names some."""
+    bad = [
+        name
+        for name, weight in model.state_dict().items()
+        if weight.is_floating_point() and weight.numel() and not all(each.isfinite() for each in weight.aminmax())
+    ]
+    if bad:
+        problem = f"{len(bad)} weights are not finite ({_some(bad)})"
+        raise InputError(f"{where}: {problem}; use weights from before they were spoilt")
+
+
+def check_given(model: PreTrainedModel, where: str) -> None:
+    """Refuse a model that a script gives to be trained, but whose weights are no finite fp32 numbers. InputError."""
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            raise InputError(f"{where}: {name} has no values (it is on torch's meta device); load or initialise it")
+        if weight.dtype != torch.float32:
+            kind = str(weight.dtype).removeprefix("torch.")
+            cure = "give model.float(), and choose the precision of the passes with run.mixed_precision"
+            raise InputError(f"{where}: {name} is {kind}, but weights are trained in float32; {cure}")
+    check_finite(model, where)
+
+
+def _account(model: PreTrainedModel, found: dict[str, Any], held: dict[str, Stored], where: str) -> None:
+    """Refuse a model whose weights are not those of its files. Raises InputError, which names some."""
+    missing = sorted(found["missing_keys"])
+    extra = [name for name in sorted(found["unexpected_keys"]) if not _is_table(name, held)]
+    shapes = [f"{name} {_shape(has)}, not {_shape(wants)}" for name, has, wants in sorted(found["mismatched_keys"])]
+    problems = [
+        f"{len(names)} {what} ({_some(names)})"
+        for names, what in ((missing, "missing"), (extra, "not in the model"), (shapes, "of another shape"))
+        if names
+    ]
+    if problems:
+        problem = f"the weights in its files don't fit its config.json: {', '.join(problems)}"
+        raise InputError(f"{where}: {problem}; {_cure(model, missing, extra)}")
+    if wrong := _no_floats(model, found["unexpected_keys"], held):
+        problem = f"{len(wrong)} weights are no floating-point numbers ({_some(wrong)})"
+        raise InputError(f"{where}: {problem}; use the weights from before they were quantised")
+    if (head := _parted(model)) is not None:
+        problem = f"config.json ties {head} to the embeddings, but the files hold other values for it"
+        raise InputError(f"{where}: {problem}; set tie_word_embeddings to false in config.json")
+
+
+def _no_floats(model: PreTrainedModel, left_out: Collection[str], held: dict[str, Stored]) -> list[str]:
+    """The tensors in files that should be floating-point numbers and are not, each with its type."""
+    # Names may begin otherwise in a file: an older version's, or those of the model inside.
+    tables = {name.rpartition(".")[2] for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
+    return [
+        f"{name} {each.dtype}"
+        for name, each in held.items()
+        if not _FLOATS.match(each.dtype)
+        and name not in left_out
+        and name.rpartition(".")[2] not in tables
+        and not _is_table(name, held)
+    ]
+
+
+def _parted(model: PreTrainedModel) -> str | None:
+    """The name of the output layer's weight if it should be the embeddings' and is not."""
+    tied = type(model)._tied_weights_keys and getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not tied or head is None or head.weight is embedding.weight:
+        return None
+    return next((name for name, weight in model.named_parameters() if weight is head.weight), None)
+
+
+def _is_table(name: str, held: dict[str, Stored]) -> bool:
+    """Whether a tensor in a file is a table of an older version of its model, which was never learned."""
+    shape = held[name].shape if name in held else ()
+    mask = name.endswith(".bias") and len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+    return mask or _TABLE.search(name) is not None
+
+
+def _cure(model: PreTrainedModel, missing: Collection[str], extra: Collection[str]) -> str:
+    """What would make a file fit its configuration."""
+    prefixes = {name.removesuffix(known) for name in extra for known in missing if name.endswith(f".{known}")}
+    if prefixes:
+        prefix = min(prefixes, key=len)
+        return f"names in the file begin with {prefix} as a wrapper's do: save the model without its wrapper"
+    head = model.get_output_embeddings()
+    heads = {name for name, weight in model.named_parameters() if head is not None and weight is head.weight}
+    if missing and set(missing) <= heads and not extra:
+        return (
+            "save the causal language model with its output layer; or, if that is tied to the embeddings, set "
+            "tie_word_embeddings to true in config.json"
+        )
+    return "use the config.json and all files that were saved together"
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    every = list(names)
+    more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
+    return f"{', '.join(every[:_SHOWN])}{more}"
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape)) or "a single number"
+
+
+def blame_attention(attention: str | None, build: Callable[[str | None], Any], error: Exception) -> None:
+    """Blame the attention implementation for an error if the model can be built without it. Raises InputError if so."""
+    if attention is None:
+        return
+    try:
+        build(None)
+    except Exception:
+        return
+    problem = f"fails with this model, device or installation ({one_line(error)})"
+    raise InputError(f"model.attention {attention}: {problem}; use sdpa or eager, or leave it out") from None

@@ -1,0 +1,68 @@
+"""How large a model would be, found without allocating it, so that no mistake in a number fills the memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from train_loop.errors import InputError
+
+_MOST_TENSORS = 100_000
+"""More than any model has; the largest have some 10,000, as an expert's matrices are in one tensor with the others'."""
+_MOST_LAYERS = 10_000
+_BYTES = 4  # of a weight, in fp32
+
+
+def check_numbers(settings: Any, where: str) -> None:
+    """Refuse numbers that would fill the memory with lists already when a configuration is made. Raises InputError."""
+    if not isinstance(settings, dict):
+        return
+    for key, value in settings.items():
+        counts = "layer" in str(key) or "label" in str(key)
+        if counts and isinstance(value, int | float) and value > _MOST_LAYERS:
+            raise InputError(f"{where}: {key} {value:,} is more than any model has; use at most {_MOST_LAYERS:,}")
+        check_numbers(value, where)
+
+
+def check_size(config: PreTrainedConfig, where: str) -> None:
+    """Refuse a model whose weights alone exceed this machine's memory. Raises InputError with both sizes.
+
+    The model is made on torch's meta device, where tensors have shapes but no memory, and only up to the limit.
+    """
+    memory = psutil.virtual_memory().total + psutil.swap_memory().total
+    with _counted(memory // _BYTES, where, memory), torch.device("meta"):
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
+@contextmanager
+def _counted(most: int, where: str, memory: int) -> Iterator[None]:
+    """Within this context, no more than `most` weights can be made."""
+    weights = tensors = 0
+
+    def count(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+        nonlocal weights, tensors
+        if tensor is None:
+            return
+        weights, tensors = weights + tensor.numel(), tensors + 1
+        if weights > most or tensors > _MOST_TENSORS:
+            size = f"{weights * _BYTES / 1e9:,.0f} GB or more in fp32"
+            if weights <= most:
+                size = f"more than {_MOST_TENSORS:,} tensors"
+            alone = f"{name} alone is {'x'.join(map(str, tensor.shape))}"
+            room = f"this machine's memory is {memory / 1e9:,.0f} GB; choose smaller numbers"
+            raise InputError(f"{where}: its weights would take {size} ({alone}); {room}")
+
+    hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
