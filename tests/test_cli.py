@@ -72,6 +72,7 @@ def test_module_and_script_are_the_same() -> None:
         (["sample", "--model", "m", "--json", "--prompt", "a", "--json"], "--json is given twice"),
         (["report", "--run", "a", "--run", "b", "--output", "c", "--output", "d"], "--output is given twice"),
         (["inspect", "--run", "a", "--step", "1", "--step", "2"], "--step is given twice, as 1 and 2"),
+        (["inspect", "--run", "a", "--step", "1", "--set", "b=1", "--set", "b=2"], "--set b is given twice"),
         (["sample", "--model", "m", "--top_k", "1_0"], "argument --top_k: invalid int value: '1_0'"),
         (["sample", "--model", "m", "--temperature", "9" * 400], "argument --temperature: invalid float value"),
         (["inspect", "--run", "a", "--step", "9" * 5000], "argument --step: invalid int value"),
