@@ -41,7 +41,7 @@ from train_loop.metrics.log import MetricsLog, last_steps
 from train_loop.metrics.progress import ProgressLines
 from train_loop.metrics.throughput import Throughput
 from train_loop.metrics.trackers import check_trackers, start_trackers
-from train_loop.models import building
+from train_loop.models import building, ends
 from train_loop.models.parameters import digest
 from train_loop.ops import cpu
 from train_loop.signals import StopRequest
@@ -231,7 +231,8 @@ def _claim(setup: Setup, heartbeat: Heartbeat) -> None:
         heartbeat.lost = lambda reason: folder.set_status(
             "stopped" if reason.startswith("stopped") else "failed", heartbeat.step(), reason
         )
-        folder.claim(run.config, run.data.ledger(), sheet, [run.state.model.config, run.data.tokenizer])
+        model, tokenizer = run.state.model, run.data.tokenizer
+        folder.claim(run.config, run.data.ledger(), sheet, [model.config, tokenizer, ends.settings(model, tokenizer)])
         say(truth_sheet.table(sheet))
     accelerator.wait_for_everyone()
     check_disk(accelerator, folder.path / "truth.json")

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from train_loop.config.sampling import Sampling
+from train_loop.config.sampling import sampling_of
 from train_loop.console import say
 from train_loop.distributed.agreement import StopPoll
 from train_loop.distributed.collectives import unsharded
+from train_loop.generation.decoding import NotFiniteError
 from train_loop.generation.sampler import Sampler
 from train_loop.models.building import without_compile
 from train_loop.training.state import Observer, Run, TrainState
@@ -23,9 +24,7 @@ class Samples(Observer):
         settings, tokenizer = run.config.sample, run.data.tokenizer
         begins = tokenizer.bos_token_id is not None
         self.prompts = ([""] if begins else []) if settings.prompts is None else settings.prompts
-        self.sampling = Sampling(
-            settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p, seed=run.config.run.seed
-        )
+        self.sampling = sampling_of(run.config)
         self.sampler = Sampler(run.state.model, tokenizer, notice=lambda line: None)
 
     def after_evaluation(self, state: TrainState, record: dict[str, Any]) -> None:
@@ -37,7 +36,12 @@ class Samples(Observer):
         done = self.known[1] if self.known[0] == state.step else 0
         with unsharded(accelerator, self.context.objective), without_compile(state.model):
             for prompt in self.prompts[done:] if main or together else []:
-                text = next(self.sampler.sample([prompt], self.sampling, stop=poll))[0].text
+                try:
+                    text = next(self.sampler.sample([prompt], self.sampling, stop=poll))[0].text
+                except NotFiniteError as error:  # the same on all processes
+                    if main:
+                        say(f"  sample: {prompt!r} is skipped: {error}")
+                    continue
                 if poll():
                     break
                 self.write({"event": "sample", "step": state.step, "prompt": prompt, "continuation": text})

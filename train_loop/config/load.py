@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from train_loop.config.parsing import fill, key_of, override, read_yaml, split_arguments
+from train_loop.config.sampling import sampling_of
 from train_loop.config.schema import Config
 from train_loop.errors import InputError
 
@@ -116,6 +117,7 @@ def check_config(config: Config) -> None:
         ):
             if chosen:
                 raise InputError(f"run.reproducible bitwise does not work with {key}; drop one of the two")
+    sampling_of(config)  # refuses what cannot be sampled with
     if config.export.hub_model_id and not config.export.push_to_hub:
         raise InputError("export.hub_model_id only works with export.push_to_hub true")
 

@@ -42,6 +42,7 @@ from train_loop.console import Progress, say
 from train_loop.data import tokenizer as tokenizers
 from train_loop.data.corpus import Corpus, key_hash
 from train_loop.data.formats import Document
+from train_loop.data.round_trip import RoundTrip, warn
 from train_loop.data.token_store import _DOCUMENT, TRAIN, VALIDATION, Ledger, Prepared, TokenStore, target_counts
 from train_loop.errors import InputError
 from train_loop.files import sync
@@ -178,6 +179,7 @@ class _SplitWriter:
             open(folder / name, "wb", buffering=1 << 20) for name in ("tokens.bin", "documents.bin", "names.bin")
         )
         self.ledger = Ledger()
+        self.round_trip = RoundTrip(core, self.ledger)
         self.digest = hashlib.sha256()
         self.gzip = zlib.compressobj(9, wbits=31) if compress else None
         self.name_end = 0
@@ -194,6 +196,7 @@ class _SplitWriter:
         """Add a piece of a document's text and its token ids [tokens]; return its size in bytes of UTF-8."""
         content = text.encode()
         ledger = self.ledger
+        self.round_trip.add(text, ids, self.begins)
         if self.begins and len(ids):
             size = tokenizers.first_token_bytes(self.core, text, int(ids[0]))
             ledger.first_token_bytes += size
@@ -262,7 +265,9 @@ def _write_splits(
                 if last:
                     writers[split].end_document(name)
             progress.update(read)
-        return {split: writer.finish() for split, writer in writers.items()}
+        ledgers = {split: writer.finish() for split, writer in writers.items()}
+    warn([writer.round_trip for writer in writers.values()])
+    return ledgers
 
 
 _Piece = tuple[str, str, str, bool]  # split, name, text, whether it ends the document

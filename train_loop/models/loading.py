@@ -21,6 +21,7 @@ from transformers import (
 from train_loop.console import say
 from train_loop.devices import is_out_of_memory
 from train_loop.errors import InputError, one_line
+from train_loop.models import ends
 from train_loop.models.size import check_numbers, check_size
 from train_loop.models.weight_files import Stored, stored
 from train_loop.trust import check_model, read_json, unused_code
@@ -39,6 +40,7 @@ def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
     """
     where = f"model {name_or_path}"
     check_model(name_or_path)
+    ends.check(name_or_path)
     settings = configuration(name_or_path, where)
     if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(f"{where}: Transformers has no causal language model of type {settings.model_type}")
