@@ -130,3 +130,13 @@ def test_a_tokenizer_may_lie_beside_a_model_that_needs_code(strange: Path, tmp_p
 def test_a_file_is_no_folder(model_folder: Path) -> None:
     with pytest.raises(InputError, match="is a file; name the folder that holds it"):
         loading.load(str(model_folder / "model.safetensors"))
+
+
+def test_a_data_set_with_a_script_is_refused(strange: Path, tmp_path: Path, command: Command) -> None:
+    (tmp_path / "rows").mkdir()
+    shutil.copy(strange / "modeling_own.py", tmp_path / "rows" / "rows.py")
+    for name in (tmp_path / "rows", tmp_path / "rows" / "rows.py"):
+        given = ("--model.architecture.model_type", "gpt2", "--tokenizer.train_vocab_size", "300")
+        assert command("prepare", "--data.source", "hub", "--data.name", name, *given) == 2
+        assert command.err.count("\n") == 1, command.err
+    assert not (tmp_path / "marker").exists()

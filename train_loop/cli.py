@@ -1,32 +1,71 @@
 """The commands: `train-loop X` and `python -m train_loop X` are the same.
 
 Results go to stdout, progress and logs to stderr. Exit codes: 0 done, 2 a mistake in the input (one line), 3 stopped
-early by a signal (with a checkpoint written, once there was something to save), 1 anything else. Only the commands that
-need torch import it, so help and mistakes in a configuration show up at once.
+early by a signal (with a checkpoint written, once there was something to save), 141 nobody reads the output any more,
+1 anything else. Only the commands that need torch import it, so help and mistakes in a configuration show up at once.
 """
 
-import argparse
 import dataclasses
-import json
+import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from train_loop import versions
+from train_loop import environment, versions
+from train_loop.config.arguments import Parser, number_of, path_of
 from train_loop.config.load import config_from_arguments
 from train_loop.config.parsing import documented, help_text
 from train_loop.config.sampling import Sampling
 from train_loop.config.schema import Config
-from train_loop.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, InputError, Interrupted, LostError, TrainingError
+from train_loop.console import shown
+from train_loop.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_NO_READER,
+    InputError,
+    Interrupted,
+    LostError,
+    TrainingError,
+    printable,
+)
+from train_loop.files import unwritable, write_output
+from train_loop.records import to_json
 from train_loop.signals import StopRequest, exit_code
+from train_loop.streams import OutputError, unbreakable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    only_prints = given[:1] != ["train"] or bool({"-h", "--help"} & set(given))  # a run goes on without its output
+    with unbreakable(strict=only_prints) as rest_of_output:
+        try:
+            code = _run(given)
+        except OutputError:
+            code = EXIT_FAILED
+        except SystemExit:  # argparse's --help
+            if rest_of_output() is None:
+                raise
+            code = EXIT_FAILED
+        if (failure := rest_of_output()) is None:
+            return code
+        no_reader = failure.errno == errno.EPIPE  # it has seen enough, as in `train-loop train --help | head`
+        if not no_reader:
+            _complain(f"standard output cannot be written ({failure.strerror})")
+        return code if not only_prints else EXIT_NO_READER if no_reader else EXIT_FAILED
+
+
+def _run(given: list[str]) -> int:
     try:
+        for argument in given:
+            if not argument.isascii() and any("\ud800" <= letter <= "\udfff" for letter in argument):
+                encoding = sys.getfilesystemencoding().upper()
+                raise InputError(f"command line: {argument!a} is no text in {encoding}, this terminal's encoding")
         if not given or given[0] in ("-h", "--help"):
             print(_overview())
             return EXIT_DONE if given else EXIT_BAD_INPUT
@@ -40,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LostError as error:
         _complain(error, error.speaks)
         # Leave at once: the interpreter's usual end would wait for the lost process.
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         os._exit(EXIT_FAILED)
     except (InputError, TrainingError) as error:
         _complain(error)
@@ -63,9 +103,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _complain(reason)
         return EXIT_BAD_INPUT
-    except BrokenPipeError:  # the reader of our output has seen enough, as in `train-loop train --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
     except Interrupted as stop:
         _complain(f"{stop}; the same command starts again")
         return exit_code()
@@ -76,8 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _complain(error: object, speaks: bool | None = None) -> None:
     # Launchers start the command once per process: one line on each host is enough.
-    if os.environ.get("LOCAL_RANK", "0") == "0" if speaks is None else speaks:
-        print(f"train-loop: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    rank = os.environ.get("LOCAL_RANK", "0")
+    if rank == "0" or not re.fullmatch("[0-9]{1,6}", rank) if speaks is None else speaks:
+        line = printable(" ".join(str(error).split()))
+        print(f"train-loop: {line if len(line) <= 2000 else f'{line[:2000]}...'}", file=sys.stderr, flush=True)
 
 
 def _overview() -> str:
@@ -97,6 +136,7 @@ def _wants_help(arguments: list[str], command: str, usage: str) -> bool:
 def _ready_libraries() -> None:
     """Check the libraries' versions, and silence all but their errors: their notes would drown out ours."""
     versions.check()
+    environment.check()
     # Datasets reads this when it is loaded; loading it takes a second and is not always needed.
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     import transformers
@@ -114,7 +154,7 @@ def prepare(arguments: list[str]) -> int:
     from train_loop import job
 
     prepared = job.prepare(config)
-    print(json.dumps({"folder": str(prepared.folder)} | prepared.ledger(), indent=2))
+    print(to_json({"folder": str(prepared.folder)} | prepared.ledger(), indent=2))
     return EXIT_DONE
 
 
@@ -139,11 +179,11 @@ def _print_summary(summary: Any, config: Config) -> None:
         ledger = summary.ledger["validation"]
         if summary.exported_step is not None and config.export.from_ == "best":
             print(f"best step        {summary.exported_step} of {summary.step}")
-        print(f"validation loss  {last['loss']:.4f} nats per token, over {last['tokens']:,} tokens")
-        print(f"perplexity       {last['perplexity']:.3f}")
+        print(f"validation loss  {shown(last['loss'])} nats per token, over {last['tokens']:,} tokens")
+        print(f"perplexity       {shown(last['perplexity'], 3)}")
         gzip = 8 * ledger["gzip_bytes"] / ledger["bytes"]
-        print(f"bits per byte    {last['bits_per_byte']:.4f} (gzip -9: {gzip:.4f})")
-        print(f"accuracy         {last['accuracy']:.4f}")
+        print(f"bits per byte    {shown(last['bits_per_byte'])} (gzip -9: {gzip:.4f})")
+        print(f"accuracy         {shown(last['accuracy'])}")
     if not summary.stopped:
         print(f"model            {summary.model_folder}" + (f" and {summary.hub}" if summary.hub else ""))
 
@@ -152,8 +192,8 @@ def evaluate(arguments: list[str]) -> int:
     """Evaluate a model exactly on the configured validation data; prints one JSON object."""
     if _wants_help(arguments, "evaluate", "--model FOLDER_OR_ID --config FILE [--section.key value ...]"):
         return EXIT_DONE
-    parser = _Parser("evaluate", add_help=False, allow_abbrev=False)
-    parser.add_argument("--model", metavar="FOLDER_OR_ID", required=True)
+    parser = Parser(evaluate, add_help=False)
+    parser.add_argument("--model", type=path_of("--model"), metavar="FOLDER_OR_ID", required=True)
     given, rest = parser.parse_known_args(arguments)
     config = config_from_arguments(rest)
     _ready_libraries()
@@ -161,30 +201,38 @@ def evaluate(arguments: list[str]) -> int:
 
     metrics = job.evaluate(given.model, config)
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(metrics))
+        print(to_json(metrics))
     return EXIT_DONE
 
 
 def sample(arguments: list[str]) -> int:
     """Continue prompts with temperature, top-k and top-p; prints the text, streamed for one prompt."""
-    parser = _Parser("sample", description=sample.__doc__, allow_abbrev=False)
+    parser = Parser(sample)
     option = parser.add_argument
-    option("--model", metavar="MODEL", required=True, help="model folder, Hub name, or a run or one of its checkpoints")
+    named = "model folder, Hub name, or a run or one of its checkpoints"
+    option("--model", type=path_of("--model"), metavar="MODEL", required=True, help=named)
     option("--prompt", action="append", default=[], help="text to continue; may be repeated")
-    option("--prompts", metavar="FILE", help="a prompt per line, or in .jsonl each line's prompt; - is standard input")
+    lines = "a prompt per line, or in .jsonl each line's prompt; - is standard input"
+    option("--prompts", type=path_of("--prompts"), metavar="FILE", help=lines)
     option("--interactive", action="store_true", help="ask for prompts")
     _, meanings = documented(Sampling)
     for each in dataclasses.fields(Sampling):
         meaning = meanings[each.name].rstrip(".")
-        kind: dict[str, Any] = {"default": each.default, "help": f"{meaning} ({each.default})", "type": each.type}
+        kind: dict[str, Any] = {
+            "default": each.default,
+            "help": f"{meaning} ({each.default})",
+            "type": number_of(each.type),
+        }
         if each.type is bool:
             kind = {"action": "store_true", "help": meaning}
         elif each.type == tuple[str, ...]:
             kind = {"action": "append", "metavar": "TEXT", "default": [], "help": meaning}
         elif each.type == tuple[int, ...]:
-            kind = {"type": int, "nargs": "+", "metavar": "ID", "default": [], "help": meaning}
+            kind = {"type": number_of(int), "nargs": "+", "metavar": "ID", "default": [], "help": meaning}
         option(f"--{each.name}", **kind)
-    option("--batch_size", type=int, default=8, help="how many texts grow together; does not change them (8)")
+    option(
+        "--batch_size", type=number_of(int), default=8, help="how many texts grow together; does not change them (8)"
+    )
     option("--json", action="store_true", help="print one JSON object per prompt")
     given = parser.parse_args(arguments)
     if given.interactive and (given.prompt or given.prompts or given.json):
@@ -229,19 +277,27 @@ def sample(arguments: list[str]) -> int:
 
 def inspect(arguments: list[str]) -> int:
     """Replay a step of a run: its documents, each token's loss, gradients and update; prints a table."""
-    parser = _Parser("inspect", description=inspect.__doc__, allow_abbrev=False)
+    parser = Parser(inspect)
     option = parser.add_argument
-    option("--run", metavar="FOLDER", required=True, help="folder of the run; nothing is written to it")
-    option("--step", type=int, required=True, help="number of the step, from 1, as in metrics.jsonl")
-    option("--compare", type=int, metavar="STEP", help="another step, to show side by side")
+    option(
+        "--run",
+        type=path_of("--run"),
+        metavar="FOLDER",
+        required=True,
+        help="folder of the run; nothing is written to it",
+    )
+    option("--step", type=number_of(int), required=True, help="number of the step, from 1, as in metrics.jsonl")
+    option("--compare", type=number_of(int), metavar="STEP", help="another step, to show side by side")
     changed = "show the step with another setting, too (optimizer.learning_rate=1e-4, dropout=0); repeat it for several"
     option("--set", action="append", default=[], metavar="KEY=VALUE", help=changed)
     option("--json", action="store_true", help="print one JSON object per step, with everything")
-    option("--html", metavar="FILE", help="also write a page")
+    option("--html", type=path_of("--html"), metavar="FILE", help="also write a page")
     given = parser.parse_args(arguments)
     if given.compare is not None and given.set:
         raise InputError("inspect: --compare shows another step, --set the same step changed; give only one of them")
     steps = [given.step] if given.compare is None else [given.step, given.compare]
+    if given.html and (reason := unwritable(Path(given.html))):
+        raise InputError(f"--html {given.html}: cannot be written ({reason})")
     _ready_libraries()
     from train_loop import job
     from train_loop.analysis import inspection
@@ -255,12 +311,12 @@ def inspect(arguments: list[str]) -> int:
     if given.html:
         title = f"{Path(given.run).resolve().name}, step {' and '.join(map(str, steps))}"
         try:
-            Path(given.html).write_text(inspection.page(found, title), encoding="utf-8")
+            write_output(Path(given.html), inspection.page(found, title))
         except OSError as error:
             raise InputError(f"--html {given.html}: cannot be written ({error.strerror})") from None
     if given.json:
         for each in found:
-            print(json.dumps(each))
+            print(to_json(each))
     else:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print(inspection.lines(found, colour))
@@ -270,12 +326,18 @@ def inspect(arguments: list[str]) -> int:
 
 def report(arguments: list[str]) -> int:
     """Show what happened in one or several runs, on one page; prints the page's path."""
-    parser = _Parser("report", description=report.__doc__, allow_abbrev=False)
+    parser = Parser(report)
     option = parser.add_argument
-    option("--run", metavar="RUN", action="append", required=True, help="folder of a run; repeat it to compare runs")
-    option("--output", metavar="FILE", help="the page (report.html in the first run's folder)")
-    option("--png", metavar="FOLDER", help="also draw each figure as a PNG into this folder; needs matplotlib")
-    option("--serve", metavar="PORT", type=int, help="serve the page on 127.0.0.1, updated while a run goes on")
+    several = "folder of a run; repeat it to compare runs"
+    option("--run", type=path_of("--run"), metavar="RUN", action="append", required=True, help=several)
+    option(
+        "--output", type=path_of("--output"), metavar="FILE", help="the page (report.html in the first run's folder)"
+    )
+    pictures = "also draw each figure as a PNG into this folder; needs matplotlib"
+    option("--png", type=path_of("--png"), metavar="FOLDER", help=pictures)
+    option(
+        "--serve", metavar="PORT", type=number_of(int), help="serve the page on 127.0.0.1, updated while a run goes on"
+    )
     given = parser.parse_args(arguments)
     if given.serve is not None and (given.output or given.png):
         raise InputError("--serve shows a page without writing it: leave out --output and --png")
@@ -287,22 +349,11 @@ def report(arguments: list[str]) -> int:
     if given.serve is not None:
         server.serve(runs, given.serve, lambda address: print(address, flush=True))
         return EXIT_DONE
-    data, path = gather(runs), Path(given.output or runs[0].folder / "report.html")
+    data, page = gather(runs), Path(given.output or runs[0].folder / "report.html")
     drawn = figures.write(data, Path(given.png)) if given.png else []
-    html_page.write(data, path)
-    print(path, *drawn, sep="\n")
+    html_page.write(data, page)
+    print(page, *drawn, sep="\n")
     return EXIT_DONE
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises mistakes as `InputError`s: one line, without a usage text."""
-
-    def __init__(self, command: str, **options: Any) -> None:
-        super().__init__(prog=f"train-loop {command}", **options)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise InputError instead of printing and exiting."""
-        raise InputError(f"{self.prog}: {message}")
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -8,6 +8,8 @@ The blocks show the loss of the whole run so far, from its first step on the lef
 import math
 import sys
 import time
+from contextlib import suppress
+from typing import Any
 
 from tqdm import tqdm
 
@@ -70,9 +72,10 @@ class Progress:
         self.last_look = 0.0
         self.started = self.last_line = time.monotonic()
         self.bar: tqdm | None = None
-        if shown and sys.stderr.isatty():
+        if shown and STDERR.isatty():
             scaled = unit == "B"
-            self.bar = tqdm(total=total, initial=start, desc=title, unit=unit, unit_scale=scaled, dynamic_ncols=True)
+            amounts: dict[str, Any] = {"total": total, "initial": start, "unit": unit, "unit_scale": scaled}
+            self.bar = tqdm(desc=title, dynamic_ncols=True, file=STDERR, **amounts)
         self.lines = shown and self.bar is None
 
     def __enter__(self) -> "Progress":
@@ -102,7 +105,7 @@ class Progress:
             self._line()
 
     def _values(self) -> str:
-        return " ".join(each for each in (self.curve.text(sys.stderr.encoding), self.values) if each)
+        return " ".join(each for each in (self.curve.text(STDERR.encoding), self.values) if each)
 
     def _line(self) -> None:
         """Print a line of progress."""
@@ -113,7 +116,14 @@ class Progress:
         if self.total and self.first < self.count < self.total:
             left = seconds / (self.count - self.first) * (self.total - self.count)
             parts.append(f"{duration(left)} left")
-        print(", ".join([*parts, self._values()] if self.values else parts), file=sys.stderr, flush=True)
+        STDERR.write(", ".join([*parts, self._values()] if self.values else parts) + "\n")
+
+
+def shown(value: float | None, digits: int = 4) -> str:
+    """A number with so many digits after the point, a very large one in powers of ten; None is "not known"."""
+    if value is None:
+        return "not known"
+    return f"{value:.{digits}f}" if abs(value) < 1e9 or math.isnan(value) else f"{value:.6g}"
 
 
 def duration(seconds: float) -> str:
@@ -134,5 +144,40 @@ def _scaled(count: int, unit: str) -> str:
 
 def say(message: str) -> None:
     """Print one line on stderr, above the bar if one is shown."""
-    tqdm.write(message, file=sys.stderr)
-    sys.stderr.flush()
+    tqdm.write(message, file=STDERR)
+
+
+class _Stderr:
+    """Standard error as it is now. What can't be written there is lost, and ends nothing: the run matters more."""
+
+    @property
+    def encoding(self) -> str:
+        """Of what is written."""
+        return getattr(sys.stderr, "encoding", None) or "ascii"
+
+    def write(self, text: str) -> None:
+        """Write and flush text; characters that the encoding lacks are escaped."""
+        with suppress(
+            OSError, ValueError, AttributeError
+        ):  # a full disk, a pipe or terminal that is gone; closed; None
+            try:
+                sys.stderr.write(text)
+            except UnicodeEncodeError:
+                sys.stderr.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+            sys.stderr.flush()
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def isatty(self) -> bool:
+        """Whether a person looks on."""
+        with suppress(ValueError, AttributeError):
+            return sys.stderr.isatty()
+        return False
+
+    def fileno(self) -> int:
+        """The descriptor, which tqdm asks for the width."""
+        return sys.stderr.fileno()
+
+
+STDERR = _Stderr()

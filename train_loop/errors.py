@@ -4,10 +4,14 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 3
+EXIT_NO_READER = 141  # 128 + SIGPIPE, as of other commands whose output nobody reads any more
 
 
 class InputError(Exception):
     """A mistake in the user's input: one line that says what is wrong, where, and what would fix it. Exit code 2."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class TrainingError(Exception):
@@ -37,3 +41,9 @@ def one_line(error: BaseException) -> str:
     """The message of a library's exception, on one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (text if len(text) <= 300 else f"{text[:297]}...").rstrip(". ")
+
+
+def printable(text: str) -> str:
+    """A text on one line, with escapes in place of whatever might move a terminal's cursor: names can hold anything."""
+    line = " ".join(text.splitlines())
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)

@@ -18,9 +18,10 @@ from train_loop.analysis.samples import Samples
 from train_loop.analysis.step_statistics import StepStatistics
 from train_loop.checkpoint import pretrained, storage
 from train_loop.checkpoint.manager import CheckpointManager
-from train_loop.checkpoint.restore import check_disk, find, restore
-from train_loop.checkpoint.run_folder import RunFolder
-from train_loop.config.load import flatten, shared_settings, to_dict
+from train_loop.checkpoint.ownership import Ownership
+from train_loop.checkpoint.restore import check_disk, check_step, find, restore
+from train_loop.checkpoint.run_folder import RunFolder, json_of
+from train_loop.config.load import checked, flatten, shared_settings, to_dict
 from train_loop.config.schema import Config
 from train_loop.console import Progress, say
 from train_loop.data import preparation
@@ -34,10 +35,12 @@ from train_loop.distributed.agreement import any_rank_stopping
 from train_loop.distributed.collectives import check_same, run_on_all_ranks
 from train_loop.distributed.heartbeat import Heartbeat, is_communication_error
 from train_loop.errors import InputError, TrainingError
-from train_loop.export.finalize import Finished, finalize
+from train_loop.export.finalize import finalize
+from train_loop.export.summary import Summary, summarize
 from train_loop.generation.decoding import check_prompt
 from train_loop.generation.sampler import prompt_ids
-from train_loop.metrics.log import MetricsLog, last_steps
+from train_loop.metrics.log import MetricsLog
+from train_loop.metrics.past import last_steps
 from train_loop.metrics.progress import ProgressLines
 from train_loop.metrics.throughput import Throughput
 from train_loop.metrics.trackers import check_trackers, start_trackers
@@ -49,31 +52,6 @@ from train_loop.training import accumulators, evaluation, optimizer
 from train_loop.training.loop import History, Loop, Save, for_study
 from train_loop.training.objective import Objective
 from train_loop.training.state import Observer, Run, StepBatches, StepContext, TrainState
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a run ended.
-
-    Attributes:
-        step: finished steps, out of `total_steps`.
-        stopped: the signal that ended it early, or None.
-        evaluation: of the exported weights, or else the last one: loss, perplexity, bits_per_byte, accuracy, tokens.
-        exported_step: the step of the exported weights, or None.
-        hub: the model's address on the Hub, if it was uploaded.
-        is_main_process: whether this process speaks for the run.
-    """
-
-    step: int
-    total_steps: int
-    stopped: str | None
-    evaluation: dict[str, Any] | None
-    exported_step: int | None
-    hub: str | None
-    folder: Path
-    model_folder: Path
-    ledger: dict[str, Any]
-    is_main_process: bool
 
 
 @dataclass
@@ -140,9 +118,8 @@ def train(
     _check_given(config, model, callbacks)
     config = configure(config, documents)
     heartbeat = Heartbeat(config.run, shared_settings(config))
-    stop = StopRequest(is_communication_error)
-    with heartbeat.naming_failures(), stop:
-        return _train(set_up(config, model, heartbeat, stop), heartbeat, callbacks)
+    with Ownership(config.output_dir) as own, heartbeat.naming_failures(), StopRequest(is_communication_error) as stop:
+        return _train(set_up(config, model, heartbeat, stop, own), heartbeat, own, callbacks)
 
 
 def _check_given(config: object, model: object, callbacks: Sequence[object]) -> None:
@@ -158,11 +135,11 @@ def _check_given(config: object, model: object, callbacks: Sequence[object]) -> 
                 raise InputError(f"callbacks: {name} has no method {method}; derive it from train_loop.Observer")
 
 
-def _train(setup: Setup, heartbeat: Heartbeat, callbacks: Sequence[Observer]) -> Summary:
+def _train(setup: Setup, heartbeat: Heartbeat, own: Ownership, callbacks: Sequence[Observer]) -> Summary:
     run, folder = setup.run, setup.folder
     config, accelerator, state, stop = run.config, run.context.accelerator, run.state, run.context.stop
     main = accelerator.is_main_process
-    _claim(setup, heartbeat)
+    _claim(setup, heartbeat, own)
     manager = finished = None
     try:
         _resume(setup)
@@ -177,7 +154,7 @@ def _train(setup: Setup, heartbeat: Heartbeat, callbacks: Sequence[Observer]) ->
         manager.step = None if setup.found is None else state.step
         if main:
             folder.set_status("running", state.step)
-        heartbeat.step = lambda: state.step
+        heartbeat.step, own.beat = (lambda: state.step), (lambda: folder.move_status(state.step))
         save = _saving(setup, manager, history, log)
         with Progress("training", "step", run.batches.total_steps, state.step, main) as progress:
             observers = [*_observers(setup, log, progress), *callbacks]
@@ -200,37 +177,22 @@ def _train(setup: Setup, heartbeat: Heartbeat, callbacks: Sequence[Observer]) ->
             folder.set_status("failed", state.step, f"{type(error).__name__}: {error}")
         raise
     accelerator.end_training()
-    return _summary(setup, history, finished)
+    return summarize(run, folder, history.evaluations, finished)
 
 
-def _summary(setup: Setup, history: History, finished: Finished | None) -> Summary:
-    run, evaluations = setup.run, history.evaluations
-    if finished is not None:
-        evaluations = [record for record in evaluations if record["step"] == finished.step]
-    return Summary(
-        step=run.state.step,
-        total_steps=run.batches.total_steps,
-        stopped=None if finished is not None else run.context.stop.name,
-        evaluation=evaluations[-1] if evaluations else None,
-        exported_step=None if finished is None else finished.step,
-        hub=None if finished is None else finished.hub,
-        folder=setup.folder.path,
-        model_folder=setup.folder.model,
-        ledger=run.data.ledger(),
-        is_main_process=run.context.accelerator.is_main_process,
-    )
-
-
-def _claim(setup: Setup, heartbeat: Heartbeat) -> None:
+def _claim(setup: Setup, heartbeat: Heartbeat, own: Ownership) -> None:
     """Measure what the run is, refuse contradictions, and mark the folder as this run's."""
     run, folder, accelerator = setup.run, setup.folder, setup.run.context.accelerator
     sheet = truth_sheet.measure(run)
     truth_sheet.check(sheet)
+
+    def lost(reason: str) -> None:
+        folder.set_status("stopped" if reason.startswith("stopped") else "failed", heartbeat.step(), reason)
+        own.release()
+
     run.context.stop.defer()  # from here on, the folder says what became of the run
     if accelerator.is_main_process:
-        heartbeat.lost = lambda reason: folder.set_status(
-            "stopped" if reason.startswith("stopped") else "failed", heartbeat.step(), reason
-        )
+        heartbeat.lost = lost
         model, tokenizer = run.state.model, run.data.tokenizer
         folder.claim(run.config, run.data.ledger(), sheet, [model.config, tokenizer, ends.settings(model, tokenizer)])
         say(truth_sheet.table(sheet))
@@ -259,7 +221,7 @@ def _observers(setup: Setup, log: MetricsLog, progress: Progress) -> list[Observ
     observers: list[Observer] = [log, ProgressLines(progress, evaluated)]
     if study.every is not None:
         steps = last_steps(setup.folder.metrics, study.every) if run.context.accelerator.is_main_process else []
-        observers.append(StepStatistics(run, study.every, log.write_study, [each["grad_norm"] for each in steps]))
+        observers.append(StepStatistics(run, study.every, log.write_study, [each.get("grad_norm") for each in steps]))
     if study.probing:
         observers.append(probe.Probe(run, log.write_study, past.probed))
     return [*observers, Samples(run, log.write, (step, past.samples))]
@@ -290,11 +252,16 @@ def _saving(setup: Setup, manager: CheckpointManager, history: History, log: Met
             "micro_batch_size": run.batches.plan.micro_batch_size,
             "loss_scale": None if scaler is None else scaler.state_dict(),
             "for_study": for_study(run.config.checkpoint.at, state.step),
-            "config": to_dict(run.config),
+            "config": json_of(run.config),
             "versions": versions.installed(),
         }
         best = [] if history.best is None else [history.best["step"]]
-        manager.save_async(state.model, state.optimizer, content, protected_steps=best, before=log.flush)
+
+        def before(step: int = state.step) -> None:
+            log.flush()
+            setup.folder.move_status(step)
+
+        manager.save_async(state.model, state.optimizer, content, protected_steps=best, before=before)
 
     def save(state: TrainState, wait: bool = False) -> None:
         begin(state)
@@ -315,8 +282,9 @@ def set_up(
     model: PreTrainedModel | None = None,
     heartbeat: Heartbeat | None = None,
     stop: StopRequest | None = None,
+    own: Ownership | None = None,
 ) -> Setup:
-    """Set up and check data, model, optimizer and processes of a run; writes nothing to the run's folder.
+    """Set up and check data, model, optimizer and processes of a run. Its folder is taken if asked to, else only read.
 
     For `model` see `train`. Raises InputError for whatever doesn't fit.
     """
@@ -324,11 +292,14 @@ def set_up(
     check_trackers(config.run.log_with)
     heartbeat = heartbeat or Heartbeat(config.run, shared_settings(config))
     accelerator = launch.start(config.run, heartbeat, folder.path)
+    if own is not None:
+        run_on_all_ranks(accelerator, "own", own.take if accelerator.is_main_process else lambda: None)
     run_on_all_ranks(accelerator, "check", lambda: folder.check(config))
     data = _data(accelerator, config)
-    language_model = run_on_all_ranks(accelerator, "build", lambda: building.build(config, data.tokenizer, model))
+    build = (config, data.tokenizer, model, folder.padded)
+    language_model = run_on_all_ranks(accelerator, "build", lambda: building.build(*build))
     check_same(accelerator, "the data", data.fingerprint, "give every host the same documents and tokenizer")
-    found, damaged = find(accelerator, folder)
+    found, damaged = find(accelerator, folder, config, data.fingerprint)
     check_same(accelerator, "the initial weights' digest", digest(language_model), "give every host the same model")
     language_model.to(accelerator.device)
     products, keep_memory = not config.model.compile, config.run.keep_memory
@@ -355,6 +326,7 @@ def set_up(
         num_workers=config.data.num_workers,
         pin_memory=pins_memory(accelerator.device),
     )
+    check_step(found, batches.total_steps)
     context = StepContext(
         accelerator,
         prepared,
@@ -410,6 +382,7 @@ def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, A
     Raises:
         InputError: if the model or the data cannot be loaded, or they don't fit together.
     """
+    config = checked(config)
     heartbeat = Heartbeat(config.run, shared_settings(config))
     with heartbeat.naming_failures():
         accelerator = launch.start(config.run, heartbeat)
@@ -427,9 +400,7 @@ def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, A
         language_model.to(accelerator.device)
         cpu.speed_up(language_model, training=False, keep_memory=config.run.keep_memory)
         objective = launch.prepare_to_evaluate(accelerator, Objective(language_model))
-        if config.data.isolate_documents and truth_sheet.documents_cross(accelerator, objective, config):
-            attention = str(language_model.config._attn_implementation)
-            raise InputError(truth_sheet.cannot_isolate(type(language_model).__name__, attention))
+        truth_sheet.check_reading(accelerator, objective, config, source)
         batch_size = config.evaluation.batch_size or config.micro_batch_size
         windows = _windows(data.validation, config, data.tokenizer)
         metrics = evaluation.evaluate(accelerator, objective, windows, batch_size)

@@ -44,14 +44,17 @@ def check_model(name: str) -> None:
         )
     if (weights := settings.get("transformers_weights")) not in (None, *WEIGHTS):
         raise InputError(f"{where}: config.json names {weights} as its weights; only {' and '.join(WEIGHTS)} are read")
-    for key, value in _implementations(settings):
-        if "/" in value:
-            raise InputError(
-                f"{where}: config.json asks for code from the Hub ({key}: {value}), which is never run; "
-                f"remove {key} from it"
-            )
+    check_implementations(settings, where)
     if str(settings.get("model_type")) not in CONFIG_MAPPING:
         _refuse_code(where, settings.get("auto_map"), "config.json")
+
+
+def check_implementations(settings: dict[str, Any], where: str) -> None:
+    """Refuse settings that choose an implementation on the Hub. Raises InputError, which names it."""
+    for key, value in _implementations(settings):
+        if "/" in value:
+            problem = f"asks for code from the Hub ({key}: {value}), which is never run"
+            raise InputError(f"{where}: {problem}; remove {key} from the configuration")
 
 
 def unused_code(name: str) -> str | None:

@@ -155,7 +155,7 @@ def test_statistics_are_those_of_a_plain_recomputation(settings: Settings, name:
             there = seen["place"] == position
             close(values["loss_by_position"][position], float(nll[there].mean()) if there.any() else None)
         assert values["position_bins"] == list(range(32))
-        counts = np.bincount(run.data.train.tokens, minlength=320)[seen["targets"]]
+        counts = np.bincount(run.data.train.tokens[:], minlength=320)[seen["targets"]]
         assert values["frequency_bins"][:3] == ["0", "1-9", "10-99"]
         edges = [0, 1, 10, 100, 1000, 10000]
         for number, label in enumerate(values["frequency_bins"]):
@@ -251,7 +251,7 @@ def test_frequencies(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> Non
     counts = np.array([0, 1, 9, 10, 99, 100, 999, 1000, 10**6])
     assert step_statistics.frequency_bins(counts).tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 7]
     train = preparation.prepare(config_from_arguments(settings()), shown=False).train
-    exact = np.bincount(train.tokens, minlength=320)
+    exact = np.bincount(train.tokens[:], minlength=320)
     assert (step_statistics.token_counts(train, 320) == exact).all()
     monkeypatch.setattr(step_statistics, "_SAMPLED_TOKENS", len(train) // 2)
     estimated = step_statistics.token_counts(train, 320)

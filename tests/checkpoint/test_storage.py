@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.support.faults import signal_in_step
 from tests.support.runs import TINY_MODELS, Command, events, names, without_speeds
-from train_loop import job
+from train_loop import files, job
 from train_loop.checkpoint import storage
 from train_loop.config.load import config_from_arguments
 from train_loop.metrics.log import MetricsLog
@@ -27,10 +27,9 @@ from train_loop.training.step import train_step
 
 def save(folder: Path, run: Run, step: int) -> None:
     """A checkpoint in one part, as a run's saver writes it."""
-    sums = storage.write_part(
-        storage.temporary_folder(folder, step), 0, 1, storage.shards(run.state.model, run.state.optimizer)
-    )
-    storage.commit(folder, {"step": step, "parts": 1}, sums)
+    temporary = files.private(storage.folder_of(folder, step))
+    sums = storage.write_part(temporary, 0, 1, storage.shards(run.state.model, run.state.optimizer))
+    storage.commit(temporary, {"step": step, "parts": 1}, sums)
 
 
 def take_steps(run: Run, first: int, last: int) -> list[float]:
@@ -99,6 +98,12 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(checkpoints: tuple[Run, P
     assert passed.keys() == {2} and "step-00000002" in passed[2] and file in passed[2]
 
 
+def vouch(checkpoint: Path) -> None:
+    """Write a manifest of the files as they are now."""
+    sums = {path.name: storage._sums(path) for path in checkpoint.iterdir() if path.name != "manifest.json"}
+    (checkpoint / "manifest.json").write_text(json.dumps({"files": sums, "sha256": storage._digest(sums)}))
+
+
 class Bomb:
     """Runs code when unpickled."""
 
@@ -112,9 +117,7 @@ def test_a_pickle_that_the_manifest_vouches_for_is_refused(checkpoints: tuple[Ru
     run, folder = checkpoints
     newest = folder / "step-00000002"
     (newest / file).write_bytes(pickle.dumps(Bomb()))
-    files = json.loads((newest / "manifest.json").read_text())["files"]
-    files[file] = storage._sums(newest / file)
-    (newest / "manifest.json").write_text(json.dumps({"files": files, "sha256": storage._digest(files)}))
+    vouch(newest)
     found, passed = storage.newest(folder)
     assert found is not None and found.step == 1
     assert f"{file} is not " in passed[2]
@@ -166,7 +169,7 @@ def test_a_pickle_under_the_name_of_a_models_weights_is_refused(
     torch.save({"transformer.wte.weight": Bomb()}, tmp_path / "model" / name)
     changes = {"model__name_or_path": tmp_path / "model", "model__architecture": "null"}
     assert command("train", *settings(**changes)) == 2
-    assert f"train-loop: model {tmp_path / 'model'}: cannot be loaded from safetensors (" in command.err
+    assert f"train-loop: model {tmp_path / 'model'}: " in command.err and "safetensors" in command.err
     assert command("evaluate", "--model", tmp_path / "model", *settings()) == 2
 
 
@@ -215,12 +218,90 @@ def test_a_half_written_checkpoint_is_never_seen(
     monkeypatch.setattr(storage, "commit", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save(folder, run, 3)
-    assert (folder / "tmp-step-00000003").is_dir()
+    assert len(list(folder.glob(".train_loop-*-step-00000003"))) == 1
+    shutil.copytree(folder / "step-00000001", folder / "tmp-step-00000001")  # what 0.1.0 had not finished
+    theirs = {"tmp-step-00000009", "tmp-notes", "step-00000003.tmp"}
+    for name in theirs:
+        (folder / name).mkdir()
+        (folder / name / "precious").write_text("x")
     found, passed = storage.newest(folder)
     assert found is not None and found.step == 2 and passed == {}
     storage.clear(folder)
     storage.prune(folder, 1, 2)
-    assert [path.name for path in folder.iterdir()] == ["step-00000002"]
+    assert {path.name for path in folder.iterdir()} == {"step-00000002"} | theirs
+    assert all((folder / name / "precious").read_text() == "x" for name in theirs)
+
+
+def with_state(checkpoint: Path, **changes: Any) -> None:
+    """Edit a checkpoint's state so that its manifest is right."""
+    path = checkpoint / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    vouch(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"step": 7}, "state.json is that of step 7"),
+        ({"step": "2"}, "state.json is not the state of a run"),
+        ({"step": -1}, "state.json is not the state of a run"),
+        ({"step": True}, "state.json is not the state of a run"),
+        ({"parts": 0}, "state.json is not the state of a run"),
+        ({"parts": 10**9}, "manifest.json does not list model-00001-of-1000000000"),
+        ({"micro_batch_size": "four"}, "state.json is not the state of a run"),
+        ({"micro_batch_size": 0}, "state.json is not the state of a run"),
+    ],
+)
+def test_a_state_that_can_t_be_is_damage(checkpoints: tuple[Run, Path], changes: dict[str, Any], problem: str) -> None:
+    """Also if the manifest vouches for it."""
+    _, folder = checkpoints
+    with_state(folder / "step-00000002", **changes)
+    found, passed = storage.newest(folder)
+    assert found is not None and found.step == 1 and problem in passed[2]
+
+
+def test_a_checkpoint_under_an_earlier_step_s_name_is_damage(checkpoints: tuple[Run, Path]) -> None:
+    _, folder = checkpoints
+    shutil.rmtree(folder / "step-00000001")
+    (folder / "step-00000002").rename(folder / "step-00000001")
+    with_state(folder / "step-00000001", step=1)
+    found, passed = storage.newest(folder)
+    assert found is None and "optimizer-00001-of-00001.safetensors is that of step 2 or later" in passed[1]
+
+
+def test_another_runs_checkpoint_is_refused_with_the_difference(
+    command: Command, settings: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Copied, edited, or of a step that the run will never take; nothing is loaded and nothing is changed."""
+    same = {"train__max_steps": 6, "checkpoint__every": 3, "evaluation__every": 6}
+    for name, changes in (("mine", {}), ("other", {"optimizer__learning_rate": 5e-3, "run__seed": 1})):
+        assert command("train", *settings(run__output_dir=tmp_path / name, **same, **changes)) == 0
+    mine, theirs = (tmp_path / name / "checkpoints" / "step-00000006" for name in ("mine", "other"))
+
+    def refused(*expected: str) -> None:
+        before = {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
+        assert command("train", *settings(run__output_dir=tmp_path / "mine", **same)) == 2
+        assert command.err.splitlines()[-1].startswith(f"train-loop: checkpoint {mine.parent}")
+        assert all(each in command.err for each in expected) and "Traceback" not in command.err, command.err
+        assert {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()} == before
+
+    kept = shutil.copytree(mine, tmp_path / "kept")
+    shutil.rmtree(mine)
+    shutil.copytree(theirs, mine)
+    refused("belongs to a different run (optimizer.learning_rate: 0.005 -> 0.01; run.seed: 1 -> 0)")
+    shutil.rmtree(mine)
+    shutil.copytree(kept, mine)
+    with_state(mine, fingerprint="f" * 64)
+    refused("belongs to a different run (data: fingerprint ffffffffffff -> ")
+    shutil.rmtree(mine)
+    shutil.copytree(kept, beyond := mine.with_name("step-00000007"))
+    with_state(beyond, step=7)
+    refused("step-00000007: is beyond the end of the run, at step 6")
+    shutil.rmtree(beyond)
+    shutil.copytree(kept, mine)
+    # Settings that may change between two starts may differ here, too.
+    other = settings(run__output_dir=tmp_path / "mine", **same | {"checkpoint__every": 2}, checkpoint__keep=1)
+    assert command("train", *other) == 0
 
 
 def test_another_models_checkpoint_changes_nothing(
@@ -319,7 +400,8 @@ def test_training_ends_when_evaluations_bring_nothing_any_more(
         before = without_speeds(tmp_path / name)
         assert command("train", *arguments) == 0 and without_speeds(tmp_path / name) == before
     assert without_speeds(tmp_path / "whole") == without_speeds(tmp_path / "cut")
-    assert command("train", *arguments, "--evaluation.every", 5) == 2  # with patience it decides about the end
+    arguments[arguments.index("--evaluation.every") + 1] = "5"
+    assert command("train", *arguments) == 2  # with patience it decides about the end
     assert "evaluation.every: 4 -> 5" in command.err
 
 

@@ -134,3 +134,42 @@ def test_only_decisions_that_change_the_result_make_a_different_run(file: Path) 
         "model.architecture.n_layer: 2 -> 3",
         "optimizer.weight_decay: 0.01 -> 0.5",
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--run.seed", "1", "--run.seed=2"], "--run.seed is given twice, as '1' and '2'"),
+        (
+            ["--data.files", "a", "--data.files", "b"],
+            "--data.files is given twice, as 'a' and 'b'; give one of them; a list",
+        ),
+        (["--model.architecture.n_layer", "1", "--model.architecture.n_layer", "2"], "n_layer is given twice"),
+        (["--config", "other.yaml"], "--config is given twice"),
+        (
+            ["--model.architecture.n_layer", "1", "--model.architecture", "{model_type: gpt2}"],
+            "--model.architecture would undo --model.architecture.n_layer, which stands before it",
+        ),
+        (["--run.output_dir", "--run.seed", "3"], "--run.output_dir needs a value"),
+        (["--train.max_steps", ""], "--train.max_steps needs a value; for none, say null"),
+        (["--train.max_steps="], "--train.max_steps needs a value"),
+        (["--model.architecture.n_layer", " "], "--model.architecture.n_layer needs a value"),
+        (
+            ["--model.architecture", "{model_type: gpt2, n_layer: 1, n_layer: 2}"],
+            "n_layer is given twice, first in line 1",
+        ),
+        (["--train.max_steps", "1_0"], "expected an integer > 0, or null, got '1_0'"),
+        (["--optimizer.learning_rate", "1e400"], "expected a number >= 0, got inf"),
+    ],
+)
+def test_nothing_is_given_twice_or_lost_on_the_command_line(file: Path, arguments: list[str], expected: str) -> None:
+    with pytest.raises(InputError, match=r"^[^\n]*$") as error:
+        config_from_arguments(["--config", str(file), *arguments])
+    assert expected in str(error.value)
+
+
+def test_the_command_line_reads_numbers_as_files_do(file: Path) -> None:
+    given = ["--train.max_steps", "010", "--data.block_size", "0x10", "--run.output_dir", "007", "--data.join", "--x"]
+    loaded = config_from_arguments(["--config", str(file), *given])
+    assert (loaded.train.max_steps, loaded.data.block_size) == (10, 16)
+    assert (loaded.run.output_dir, loaded.data.join) == ("007", "--x")

@@ -210,7 +210,7 @@ def test_a_field_that_is_not_there_is_named_with_those_that_are(row: Any, field:
         ("a.jsonl", b'{"txt": "x"}\n', "a.jsonl, line 1: no field text; did you mean txt?"),
         ("a.json", b'[{"text": "x"},]', "a.json: line 1"),
         ("a.csv", b"text\na\xff\n", "a.csv: not UTF-8 at byte 6"),
-        ("a.csv", b"body,n\na,1\n", "a.csv, row 1: no field text; valid here: body, n"),
+        ("a.csv", b"body,n\na,1\n", "a.csv, line 1 (the header): no field text; valid here: body, n"),
         ("a.parquet", b"PAR1 not really", "a.parquet: not valid Parquet"),
         ("a.pdf", b"%PDF", "a.pdf: unknown kind of file"),
     ],

@@ -1,6 +1,7 @@
 """The token store: its books add up, it is built once, and it leaves nothing half written."""
 
 import json
+import os
 import shutil
 import socket
 import threading
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from tests.support.runs import text
 from train_loop.config.load import config_from_arguments
-from train_loop.config.schema import Config
+from train_loop.config.schema import Config, DataConfig
 from train_loop.data import preparation, tokenizer
 from train_loop.data.corpus import Corpus
 from train_loop.data.token_store import VALIDATION, Ledger, Prepared, target_counts
@@ -39,6 +40,12 @@ def write(folder: Path, train: list[str], validation: list[str]) -> None:
     for name, texts in (("t", train), ("v", validation)):
         rows = "".join(json.dumps({"text": each}) + "\n" for each in texts)
         (folder / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    """Write to a file that is read-only."""
+    path.chmod(0o644)
+    path.write_bytes(content)
 
 
 DOCUMENTS = st.lists(
@@ -67,7 +74,7 @@ def test_the_ledger_adds_up(
     assert books.empty_documents == documents.count("")
     assert books.bytes == sum(len(each.encode()) for each in texts)
     assert books.text_tokens == sum(map(len, ids))
-    assert prepared.train.tokens.tolist() == stream
+    assert prepared.train.tokens[:].tolist() == stream
     assert books.trained_targets == target_counts(len(stream), block_size).sum() == len(stream) - 1
     assert (books.first_tokens, books.dropped_tokens) == (1, 0)
     assert books.text_tokens + books.eos_tokens == books.trained_targets + books.first_tokens + books.dropped_tokens
@@ -122,7 +129,8 @@ def test_memory_does_not_grow_with_a_document(
         write(tmp_path / str(copies), [], ["held out"])
         path = tmp_path / str(copies) / "t.txt"
         path.write_text("\n".join(text(1000, number) for number in range(20)) * 10 * copies, "utf-8")
-        settings = configured(path.parent, tokenizer_folder, "--data.files", str(path))
+        settings = configured(path.parent, tokenizer_folder)
+        settings.data.files = [str(path)]
         loaded = tokenizer.load(str(tokenizer_folder))
         tracemalloc.start()
         try:
@@ -132,7 +140,7 @@ def test_memory_does_not_grow_with_a_document(
         finally:
             tracemalloc.stop()
 
-    peak(1)  # imports and caches
+    peak(2)  # imports and caches
     assert peak(4) < 1.1 * peak(1) + 200_000
 
 
@@ -195,13 +203,13 @@ def test_another_host_may_be_faster_on_a_shared_disk(
 ) -> None:
     """A lock need not hold across hosts: then both build, and the later one takes what is there."""
     write(tmp_path, ["good"], ["held out"])
-    rename = preparation.os.rename
+    rename = os.rename
 
     def late(source: Path, target: Path) -> None:
         shutil.copytree(source, target)
         rename(source, target)
 
-    monkeypatch.setattr(preparation.os, "rename", late)
+    monkeypatch.setattr(os, "rename", late)
     prepared = preparation.prepare(configured(tmp_path, tokenizer_folder), shown=False)
     assert prepared.train.ledger.documents == 1
     assert [path.name for path in prepared.folder.parent.iterdir() if "tmp" in path.name] == []
@@ -220,10 +228,10 @@ def test_damage_is_named(tmp_path: Path, tokenizer_folder: Path) -> None:
     write(tmp_path, ["good text"], ["held out"])
     settings = configured(tmp_path, tokenizer_folder)
     folder = preparation.prepare(settings, shown=False).folder
-    (folder / VALIDATION / "tokens.bin").write_bytes(b"12")
-    with pytest.raises(InputError, match=r"tokens.bin: damaged, has 2 bytes instead of \d+"):
+    overwrite(folder / VALIDATION / "tokens.bin", b"12")
+    with pytest.raises(InputError, match=r"tokens.bin: damaged \(has 2 bytes instead of \d+\); remove"):
         preparation.prepare(settings, shown=False)
-    (folder / "ledger.json").write_text("{")
+    overwrite(folder / "ledger.json", b"{")
     with pytest.raises(InputError, match="damaged"):
         preparation.prepare(settings, shown=False)
 
@@ -270,3 +278,54 @@ def test_wide_ids_for_a_large_vocabulary(tmp_path: Path, tokenizer_folder: Path)
     prepared = preparation.prepare(configured(tmp_path, tokenizer_folder), large, shown=False)
     assert prepared.train.tokens.dtype == np.uint32
     assert preparation.prepare(configured(tmp_path, tokenizer_folder), shown=False).train.tokens.dtype == np.uint16
+
+
+@pytest.mark.parametrize("source", ["files", "hub", "hub, streaming"])
+def test_other_content_of_the_same_size_and_date_is_prepared_anew(
+    tmp_path: Path, tokenizer_folder: Path, source: str
+) -> None:
+    """As archives, `cp -p` and `rsync -t` leave it."""
+    write(tmp_path / "data", ["some text", "more text"], [])
+    path = tmp_path / "data" / "t.jsonl"
+    (tmp_path / "data" / "v.jsonl").unlink()
+    settings = configured(tmp_path, tokenizer_folder, "--data.validation_files", "[]", "--data.test_size", "0.5")
+    if source == "files":
+        settings.data.files = [str(path)]
+    else:
+        settings.data.source, settings.data.files, settings.data.name = "hub", [], str(tmp_path / "data")
+        settings.data.streaming = "streaming" in source
+    first, date = preparation.prepare(settings, shown=False), path.stat()
+    path.write_bytes(path.read_bytes().replace(b'text"}', b'tale"}'))
+    os.utime(path, ns=(date.st_atime_ns, date.st_mtime_ns))
+    again = preparation.prepare(settings, shown=False)
+    assert again.folder != first.folder
+    words = {first.tokenizer.decode(each.tokens[:]) for each in (again.train, again.validation)}
+    assert words == {"some tale<|endoftext|>", "more tale<|endoftext|>"}
+    path.touch()
+    assert preparation.prepare(settings, shown=False).folder == again.folder
+
+
+def test_a_stream_from_the_hub_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    class Builder:
+        hash, config_id = "commit 1", "default"
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: Builder)
+    data = DataConfig(source="hub", name="someone/something", streaming=True)
+    first = Corpus(data).key()
+    assert Corpus(data).key() == first
+    Builder.hash = "commit 2"
+    assert Corpus(data).key() != first
+
+
+def test_a_vocabulary_with_unused_ids_gets_wide_ids(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """As many entries as fit into 16 bits, but an id that does not."""
+    found = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    last = max(found["model"]["vocab"], key=found["model"]["vocab"].get)
+    found["model"]["vocab"][last] = 70_000
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    (folder / "tokenizer.json").write_text(json.dumps(found))
+    write(tmp_path, [text(500, 1)], [text(500, 2)])
+    prepared = preparation.prepare(configured(tmp_path, folder), shown=False)
+    assert prepared.train.tokens.dtype == np.uint32 and 70_000 in prepared.train.tokens[:]

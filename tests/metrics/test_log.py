@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from train_loop.metrics.log import MetricsLog, find, last_steps, read_events
+from train_loop.metrics import past
+from train_loop.metrics.log import MetricsLog
+from train_loop.metrics.past import find, last_steps, read_events
+from train_loop.records import event
 from train_loop.training.loop import History
 
 STEPS = [1, 2, 3, 4, 5, 6]
@@ -41,13 +44,13 @@ def test_a_run_goes_on_with_what_was_up_to_its_step(file: Path, step: int, torn:
         end.write(torn)
     log = MetricsLog(Accelerator(), file, step)
     kept = [line for each in STEPS if each <= step for line in lines(each)]
-    assert read_events(file) == kept and (not kept or file.read_text().endswith("\n"))
+    assert read_events(file)[0] == kept and (not kept or file.read_text().endswith("\n"))
     assert log.past.evaluations == [line for line in kept if line["event"] == "evaluation"]
     assert log.past.skipped == [0, 0, 1, 0, 1, 2, 3][min(step, 6)]
     assert log.past.samples == (2 if step in (2, 4, 6) else 0)
     log.write({"event": "step", "step": step + 1, "loss": 1.0})
     log.close()
-    assert read_events(file) == [*kept, {"event": "step", "step": step + 1, "loss": 1.0}]
+    assert read_events(file)[0] == [*kept, {"event": "step", "step": step + 1, "loss": 1.0}]
     assert [each["step"] for each in last_steps(file, 3)] == [*range(1, min(step, 6) + 1), step + 1][-3:]
 
 
@@ -56,7 +59,7 @@ def test_lines_that_something_else_has_written_are_read_as_well(file: Path) -> N
     file.write_text("\n".join(spaced) + "\n")
     log = MetricsLog(Accelerator(), file, 4)
     log.close()
-    assert [line["step"] for line in read_events(file)] == [1, 2, 2, 2, 2, 3, 4, 4, 4, 4]
+    assert [line["step"] for line in read_events(file)[0]] == [1, 2, 2, 2, 2, 3, 4, 4, 4, 4]
     assert [line["step"] for line in last_steps(file, 3)] == [2, 3, 4]
     best = History(log.past.evaluations).best
     assert best is not None and best["step"] == 4 and log.past.skipped == 1
@@ -64,10 +67,9 @@ def test_lines_that_something_else_has_written_are_read_as_well(file: Path) -> N
 
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """All that json.loads gets."""
+    """All lines that are parsed."""
     parsed: list[bytes] = []
-    parse = json.loads
-    monkeypatch.setattr(json, "loads", lambda line: parsed.append(line) or parse(line))
+    monkeypatch.setattr(past, "event", lambda line: parsed.append(line) or event(line))
     return parsed
 
 
@@ -82,7 +84,8 @@ def test_of_what_was_watched_only_the_end_and_the_probes_are_parsed(tmp_path: Pa
     events = [{"event": name, "step": step} for step, name in enumerate(names, 1)]
     written = [json.dumps(event) + "\n" for event in events]
     path.write_text("".join(written))
-    assert find(path, 3, {"probe"}) == ([events[1]], 0, len("".join(written[:3])))
+    found = find(path, 3, {"probe"})
+    assert (found.events, found.end) == ([events[1]], len("".join(written[:3])))
     assert len(parsed) == 3 + 1  # the last one, the last two that are kept, the probe
 
 

@@ -30,7 +30,14 @@ def test_an_evaluation_from_before_the_resume_is_not_shown_again(
 
 def test_what_is_not_finite_is_shown_as_such(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("training", "step", 9, 8) as progress:
-        ProgressLines(progress, None).after_evaluation(None, EVALUATION | {"loss": None, "perplexity": None})
+        nothing = dict.fromkeys(("loss", "perplexity", "bits_per_byte", "accuracy"))
+        lines = ProgressLines(progress, None)
+        lines.after_evaluation(None, EVALUATION | nothing | {"reason": "the loss is nan"})
+        lines.after_evaluation(None, EVALUATION | nothing)  # as older versions wrote it
+        huge = {"loss": 2.5e30, "perplexity": None, "reason": "exp(loss) is too large for a float"}
+        lines.after_evaluation(None, EVALUATION | huge)
         ProgressLines(progress, None).after_step(None, {"loss": None, "tokens_per_second": 1234.5})
     said = capsys.readouterr().err
-    assert "validation loss inf, perplexity inf" in said and "loss nan, 1,234 tokens/s" in said
+    assert "epoch 0.50: validation: the loss is nan\n" in said and "validation: the loss is not finite\n" in said
+    assert "loss 2.5e+30, perplexity not known" in said and "(exp(loss) is too large for a float)" in said
+    assert "loss nan, 1,234 tokens/s" in said

@@ -51,6 +51,7 @@ def test_a_folder_is_loaded_in_fp32(model_folder: Path, tmp_path: Path) -> None:
     [
         ({"model_type": "gtp2"}, "no causal language model gtp2; did you mean gpt2?"),
         ({"model_type": "zzzz"}, "for example gpt2"),
+        ({"model_type": ["gpt2"]}, "no causal language model ['gpt2']"),
         ({"model_type": "vit"}, "no causal language model vit"),
         ({"model_type": "gpt2", "n_layers": 2}, "gpt2 has no n_layers; did you mean n_layer?"),
         ({"model_type": "gpt2", "n_embd": 33, "n_head": 2}, "no such model can be built"),

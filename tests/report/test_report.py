@@ -124,7 +124,8 @@ def test_whatever_is_missing_the_rest_is_shown(tmp_path: Path, missing: str) -> 
     folder = make_run(tmp_path / "run", steps=40)
     (folder / missing).unlink()
     data = gather([RunFiles(folder)])
-    assert page(data) and data["runs"][0]["notes"] == []
+    lost = ["metrics.jsonl: ends at step 0; status.json says 40"] if missing == "metrics.jsonl" else []
+    assert page(data) and data["runs"][0]["notes"] == lost
     assert ("loss" in data["runs"][0]["curves"]) == (missing != "metrics.jsonl")
     assert (data["runs"][0]["layers"] is None) == (missing == "study.jsonl")
 
@@ -134,6 +135,7 @@ def test_what_is_damaged_is_told_and_the_rest_is_shown(tmp_path: Path) -> None:
     (folder / "truth.json").write_text('{"batch": {"st')
     (folder / "config.yaml").write_bytes(b"\xff\xfe[")
     (folder / "ledger.json").write_text("[1, 2]")
+    count = len((folder / "metrics.jsonl").read_text().splitlines()) + 1
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(
             '\x00\x00\n[]\n{"event": "step", "step": "x"}\n{"event": "evaluation", "step": 40, "loss": "high"}\n'
@@ -145,7 +147,7 @@ def test_what_is_damaged_is_told_and_the_rest_is_shown(tmp_path: Path) -> None:
         "config.yaml can't be read: it is damaged, or is being written",
         "truth.json can't be read: it is damaged, or is being written",
         "ledger.json can't be read: it is damaged, or is being written",
-        "metrics.jsonl: 3 damaged lines left out",
+        f"metrics.jsonl: lines {count} to {count + 2} can't be read and are left out",
     ]
     for shape in ({"layers": [1]}, {"layers": {"0": 3}}, {"parameters": "x", "logits": 7}, {"loss_by_position": 1}):
         append(folder / "study.jsonl", [{"event": "statistics", "step": 50, **shape}])

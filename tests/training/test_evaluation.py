@@ -87,7 +87,16 @@ def test_the_metric_adds_rows_and_needs_no_hub() -> None:
         "tokens": 6,
     }
     huge = LanguageModelMetric(keep_in_memory=True).compute(nll=[1e9], correct=[0], targets=[1], utf8_bytes=[1])
-    assert huge is not None and huge["perplexity"] == math.inf
+    assert huge is not None and huge["perplexity"] is None and huge["loss"] == 1e9
+    assert huge["reason"] == "exp(loss) is too large for a float"
+    for value in (math.nan, math.inf):
+        lost = LanguageModelMetric(keep_in_memory=True).compute(
+            nll=[1.0, value], correct=[1, 1], targets=[2, 2], utf8_bytes=[4, 4]
+        )
+        assert lost == dict.fromkeys(("loss", "perplexity", "bits_per_byte", "accuracy")) | {
+            "tokens": 4,
+            "reason": f"the loss is {value}",
+        }
 
 
 @pytest.mark.parametrize("bound", ["positions", "bytes"])

@@ -94,7 +94,7 @@ def test_transformers_takes_the_exported_model(
     arguments = settings(model__architecture=json.dumps(TINY_MODELS[name]))
     assert command("train", *arguments) == 0
     prepared = preparation.prepare(config_from_arguments(arguments), shown=False)
-    tokens = prepared.validation.tokens.astype("int64").tolist()
+    tokens = prepared.validation.tokens[:].astype("int64").tolist()
     program = """
 import sys, json, torch
 assert "train_loop" not in sys.modules

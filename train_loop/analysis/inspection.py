@@ -45,6 +45,8 @@ def lines(found: list[dict[str, Any]], colour: bool) -> str:
 
 def verdict(verification: dict[str, Any]) -> str:
     """Whether the replayed loss equals the logged one, in words."""
+    if verification["logged"] is None and verification["verdict"] == "bits":
+        return "neither the replayed loss nor the logged one is finite"
     kind = f" (the run was on {', '.join(verification['kind'])})" if verification["kind"] else ""
     if verification["verdict"] == "bits":
         return f"the replayed loss equals the logged one bit for bit, {verification['logged']}{kind}"

@@ -11,10 +11,9 @@ With other settings for that one step (`Replay.instead`), the same state shows h
 """
 
 import gc
-import json
+import math
 import os
 import socket
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,13 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 
-from train_loop import versions
+from train_loop import files, versions
+from train_loop.analysis.recorded import Recorded
 from train_loop.analysis.step_statistics import StepStatistics
 from train_loop.analysis.trial_step import evaluating
 from train_loop.checkpoint import storage
 from train_loop.checkpoint.restore import restore
-from train_loop.checkpoint.run_folder import RunFolder
-from train_loop.config.load import check_config, config_from_arguments
+from train_loop.config.load import check_config
 from train_loop.config.parsing import override
 from train_loop.config.schema import Config
 from train_loop.console import Progress, say
@@ -37,10 +36,10 @@ from train_loop.data.loader import IGNORED
 from train_loop.data.token_store import Prepared, TokenStore
 from train_loop.data.tokenizer import strings
 from train_loop.errors import InputError, one_line
-from train_loop.metrics.log import plain, read_events
 from train_loop.models.building import without_compile
 from train_loop.models.parameters import tensors_once
 from train_loop.precision import PRECISIONS
+from train_loop.records import plain
 from train_loop.rng import seed_torch
 from train_loop.training.schedule import learning_rate
 from train_loop.training.state import Run, StepBatch
@@ -61,47 +60,32 @@ class Replay:
     def __init__(self, folder: Path, steps: Sequence[int], set_up: Callable[[Config], Run]) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError("inspect: replays on one process; start it without a launcher")
-        self.folder = RunFolder(folder)
-        if not (folder / "config.yaml").is_file():
-            raise InputError(f"--run {folder}: holds no run (config.yaml is missing)")
-        self.logged = {each["step"]: each for each in read_events(self.folder.metrics) if each["event"] == "step"}
+        self.recorded = Recorded(folder)
+        self.folder = self.recorded.folder
         for step in steps:
-            if step not in self.logged:
-                known = f"steps 1 to {max(self.logged)}" if self.logged else "no step yet"
-                raise InputError(f"--step {step}: the log of {folder} has {known}")
+            self.recorded.check_step(step)
+        self.recorded.load()
         self.set_up = set_up
-        self.truth = self._read("truth.json")
         self.config = self._settings()
         self.run = self._built(self.config)
         self.at: int | None = None  # how many steps the state of `run` has finished; None if it can't go on
         self.from_step = 0  # of the checkpoint that the state came from
 
-    def _read(self, name: str) -> dict[str, Any]:
-        try:
-            return dict(json.loads((self.folder.path / name).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"--run {self.folder.path}: {name} cannot be read ({one_line(error)})") from None
-
     def _settings(self) -> Config:
-        found = config_from_arguments(["--config", str(self.folder.path / "config.yaml")])
-        try:  # the values that "auto" led to
-            found.batch.micro_batch_size = int(self.truth["batch"]["micro_batch_size"])
-            torch.set_num_threads(int(self.truth["processes"]["each"][0]["threads"]))
-        except (KeyError, IndexError, TypeError, ValueError):
-            raise InputError(f"--run {self.folder.path}: truth.json is damaged") from None
-        return found
+        if self.recorded.truth is not None:
+            torch.set_num_threads(int(self.recorded.truth["processes"]["each"][0]["threads"]))
+        return self.recorded.settings()
 
     def _built(self, settings: Config) -> Run:
         """The run's parts, on the same data, with a folder of its own that is never created."""
         settings.run.resume, settings.run.log_with, settings.sample.prompts = "auto", [], []
         settings.study.every, settings.study.probe = None, None
-        with tempfile.TemporaryDirectory() as empty:
-            settings.run.output_dir = str(Path(empty) / "none")
-            run = self.set_up(settings)
-        expected = self._read("ledger.json").get("fingerprint")
+        settings.run.output_dir = str(files.private(self.folder.path / "replayed"))
+        run = self.set_up(settings)
+        expected = self.recorded.fingerprint
         if run.data.fingerprint != expected:
             raise InputError(
-                f"--run {self.folder.path}: was trained on other data (fingerprint {str(expected)[:12]}, now "
+                f"--run {self.folder.path}: was trained on other data (fingerprint {expected[:12]}, now "
                 f"{run.data.fingerprint[:12]}): the documents or the tokenizer have changed since; put them back"
             )
         run.context.objective.train()
@@ -191,9 +175,14 @@ class Replay:
         check_config(other)
         return other, dropout
 
-    def _verified(self, step: int, loss: float | None) -> dict[str, Any]:
-        """Whether the replayed loss equals the logged one, how far apart they are, and how this process differs."""
-        logged, difference = self.logged[step]["loss"], None
+    def _verified(self, step: int, loss: float | None) -> dict[str, Any] | None:
+        """Whether the replayed loss equals the logged one, how far apart they are, and how this process differs.
+
+        None if the log has no loss for this step.
+        """
+        logged, difference = self.recorded.steps.get(step, {}).get("loss", "none"), None
+        if not isinstance(logged, int | float | None):
+            return None
         if loss is not None and logged is not None:  # both finite
             difference = abs(loss / logged - 1) if logged else abs(loss)
         close = difference is not None and difference <= PRECISIONS[self.config.run.mixed_precision].same_loss
@@ -202,7 +191,10 @@ class Replay:
 
     def _another_kind(self) -> list[str]:
         """How the run differs from this process, in words."""
-        sheet, kind = self.truth["processes"], []
+        truth, kind = self.recorded.truth, list[str]()
+        if truth is None:
+            return kind
+        sheet = truth["processes"]
         first = sheet["each"][0]
         if sheet["present"] > 1 and self.config.run.reproducible != "bitwise":
             kind.append(f"{sheet['present']} processes")
@@ -211,7 +203,7 @@ class Replay:
         if first["device"].split(":")[0] != self.run.context.accelerator.device.type:
             kind.append(f"device {first['device']}")
         now = versions.installed()
-        kind += [f"{name} {then}" for name, then in self.truth["versions"].items() if now.get(name) != then]
+        kind += [f"{name} {then}" for name, then in truth["versions"].items() if now.get(name) != then]
         return kind
 
 
@@ -322,7 +314,7 @@ def _surprising(sequences: list[dict[str, Any]]) -> list[dict[str, Any]]:
         (loss, row, column)
         for row, each in enumerate(sequences)
         for column, loss in enumerate(each["losses"])
-        if loss is not None
+        if loss is not None and math.isfinite(loss)
     ]
     found = []
     for loss, row, column in sorted(places, reverse=True)[:_SURPRISING]:

@@ -30,6 +30,10 @@ class Samples(Observer):
     def after_evaluation(self, state: TrainState, record: dict[str, Any]) -> None:
         """Sample the texts that the log doesn't have yet."""
         accelerator, main = self.context.accelerator, self.context.accelerator.is_main_process
+        if record["loss"] is None:
+            if main and self.prompts:
+                say("  sample: skipped, as the model's loss is not finite")
+            return
         # Sharded weights are gathered layer by layer, so all processes must take part in sampling.
         together = accelerator.is_fsdp2
         poll = StopPoll(accelerator, self.context.stop, alone=not together)

@@ -170,7 +170,8 @@ class StepStatistics(Observer):
         found = {name: float(value) for name, value in sums.items()}
         limit = self.context.max_grad_norm
         clip = 1.0 if limit is None else min(1.0, limit / (grad_norm + 1e-6))  # what clipping multiplied by
-        gradients = {name: found.get(f"{name}/gradient", 0.0) / clip**2 for name in self.parameters}
+        clipped = clip**2 or math.nan  # a limit so low that nothing is left of the gradient
+        gradients = {name: found.get(f"{name}/gradient", 0.0) / clipped for name in self.parameters}
 
         def norms(names: list[str]) -> dict[str, float]:
             weight = math.sqrt(sum(found[f"{name}/weight"] for name in names))

@@ -10,7 +10,6 @@ getting fresh memory from the kernel takes longer than copying.
 """
 
 import json
-import shutil
 import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from train_loop import devices
+from train_loop import devices, files
 from train_loop.checkpoint import storage
 from train_loop.checkpoint.storage import Checksums, Shards
 from train_loop.console import say
@@ -49,7 +48,7 @@ class CheckpointManager:
         self._buffers: dict[str, torch.Tensor] = {}
         if accelerator.is_main_process:
             storage.clear(folder)
-        accelerator.wait_for_everyone()
+        self._token = broadcast_from_main(accelerator, files.new_token())
 
     def save_async(
         self,
@@ -119,18 +118,18 @@ class CheckpointManager:
     ) -> None:
         """Do this process's share of writing a checkpoint. No error here ends the run, whatever it is."""
         step, parts, main = int(state["step"]), int(state["parts"]), self.accelerator.is_main_process
-        temporary = storage.temporary_folder(self.folder, step)
+        temporary = files.private(storage.folder_of(self.folder, step), self._token)
         part = self.accelerator.process_index if parts > 1 else 0
         try:
             sums = self._exchange(part, parts, lambda: storage.write_part(temporary, part, parts, held))
             if main:
                 before()
-                storage.commit(self.folder, state, sums)
+                storage.commit(temporary, state, sums)
                 self.damaged.discard(step)
         except Exception as error:
             self._problem = one_line(error)
             if main and not self._abandoned.is_set():
-                shutil.rmtree(temporary, ignore_errors=True)  # make room for other files
+                files.remove(temporary)  # make room for other files
                 say(f"step {step}: the checkpoint could not be written ({self._problem}); training goes on")
             return
         if main:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from train_loop import trust
 from train_loop.checkpoint import storage
 from train_loop.checkpoint.run_folder import RunFolder
+from train_loop.config import paths
 from train_loop.data import tokenizer
 from train_loop.errors import InputError, one_line
 from train_loop.models import ends, loading
@@ -31,6 +32,7 @@ def load(name: str, attention: str | None = None) -> tuple[PreTrainedModel, PreT
         if not run.model.exists():
             return _from_run(run, None, attention)
         name = str(run.model)
+    name = paths.find(name, "model")
     return loading.load(name, attention), tokenizer.load(name)
 
 

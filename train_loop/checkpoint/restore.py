@@ -15,7 +15,9 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from train_loop.checkpoint import storage
-from train_loop.checkpoint.run_folder import RunFolder
+from train_loop.checkpoint.run_folder import RunFolder, json_of
+from train_loop.config.load import differences
+from train_loop.config.schema import Config
 from train_loop.console import say
 from train_loop.distributed.collectives import broadcast_from_main, run_on_all_ranks
 from train_loop.errors import InputError
@@ -23,10 +25,13 @@ from train_loop.errors import InputError
 _SECONDS_TO_APPEAR = 30  # a network file system may show a new file late
 
 
-def find(accelerator: Accelerator, folder: RunFolder) -> tuple[storage.CheckpointRef | None, dict[int, str]]:
-    """The newest whole checkpoint of a run, and what is wrong with each later one, by step.
+def find(
+    accelerator: Accelerator, folder: RunFolder, config: Config, fingerprint: str
+) -> tuple[storage.CheckpointRef | None, dict[int, str]]:
+    """The newest whole checkpoint of a run on some data, and what is wrong with each later one, by step.
 
-    The main process looks, and all get the same. Raises InputError if there are checkpoints, but none is whole.
+    The main process looks, and all get the same. Raises InputError if there are checkpoints, but none is whole, or if
+    the newest one is that of another run.
     """
     main = accelerator.is_main_process
     looked = run_on_all_ranks(accelerator, "look", lambda: storage.newest(folder.checkpoints) if main else None)
@@ -38,7 +43,24 @@ def find(accelerator: Accelerator, folder: RunFolder) -> tuple[storage.Checkpoin
             f"run.output_dir {folder.path}: no checkpoint is whole ({'; '.join(damaged.values())}); put one back from "
             f"a copy, or remove {folder.checkpoints} to start again from the first step"
         )
+    if found is not None and (other := _differences(found, config, fingerprint)):
+        cure = "remove it, or name another run.output_dir"
+        raise InputError(f"checkpoint {found.folder}: belongs to a different run ({'; '.join(other)}); {cure}")
     return found, damaged
+
+
+def _differences(found: storage.CheckpointRef, config: Config, fingerprint: str) -> list[str]:
+    """What a checkpoint says of its run that is not so of this one."""
+    settings, data = found.state.get("config"), found.state.get("fingerprint", fingerprint)
+    other = differences(settings, json_of(config)) if isinstance(settings, dict) else []
+    return other + ([] if data == fingerprint else [f"data: fingerprint {str(data)[:12]} -> {fingerprint[:12]}"])
+
+
+def check_step(found: storage.CheckpointRef | None, total_steps: int) -> None:
+    """Refuse a checkpoint of a step that this run will never take."""
+    if found is not None and found.step > total_steps:
+        cure = "it is not this run's; remove it, or name another run.output_dir"
+        raise InputError(f"checkpoint {found.folder}: is beyond the end of the run, at step {total_steps}; {cure}")
 
 
 def restore(

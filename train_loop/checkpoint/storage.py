@@ -10,7 +10,7 @@ A single process, or several with DDP, write one part. If FSDP2 shards the state
 holds, so no process ever gathers the whole; "rows" in a file's header says where they belong. A process that reads
 takes the rows it needs out of the parts, so a checkpoint fits any number of processes, sharded or not.
 
-A checkpoint is written into a temporary folder, synced, completed by the manifest and renamed. Only then are older ones
+A checkpoint is written into a private folder, synced, completed by the manifest and renamed. Only then are older ones
 removed. Damaged checkpoints are named and skipped. Nothing is pickled, so reading a checkpoint cannot run any code.
 """
 
@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,15 +32,20 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from train_loop import files
 from train_loop.files import sync
 from train_loop.models.parameters import tensors_once
+from train_loop.records import to_json
 
 Optimizer: TypeAlias = torch.optim.Optimizer | AcceleratedOptimizer
 Checksums = dict[str, dict[str, Any]]
 """Sizes and checksums of files: {name: {"bytes", "sha256"}}."""
 
 KINDS = ("model", "optimizer")
-_PREFIX, _TEMPORARY = "step-", "tmp-"
+_PREFIX = "step-"
+_NAME = re.compile(r"step-\d{8,}")
+_OLD_TEMPORARY = re.compile(r"tmp-(removed-)?step-\d{8,}")  # as 0.1.0 named what it had not finished
+_FILE = re.compile(r"(model|optimizer)-\d{5}-of-\d{5}\.safetensors|state\.json|manifest\.json")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -100,40 +104,49 @@ def write_part(folder: Path, part: int, parts: int, held: Shards) -> Checksums:
         path = folder / _part_name(kind, part, parts)
         tensors = {name: piece.values.contiguous() for name, piece in held[kind].items()}
         save_file(tensors, path, {"rows": json.dumps(rows)})
+        files.share(path)
         sync(path)
         sums[path.name] = _sums(path)
     return sums
 
 
-def commit(folder: Path, state: dict[str, Any], sums: Checksums) -> Path:
-    """Turn the temporary folder with all parts in it into the checkpoint; OSError if a part is missing.
+def commit(temporary: Path, state: dict[str, Any], sums: Checksums) -> Path:
+    """Turn the private folder with all parts in it into the checkpoint beside it; OSError if a part is missing.
 
     In `state`, which holds plain values, "step" names the checkpoint and "parts" says how many there are.
     """
-    temporary, final = temporary_folder(folder, state["step"]), _folder(folder, state["step"])
+    final = folder_of(temporary.parent, state["step"])
     for name, expected in sums.items():
         if not (temporary / name).is_file() or (temporary / name).stat().st_size != expected["bytes"]:
             raise OSError(f"{name} is missing here; run.output_dir has to be on a disk that all hosts share")
     _write_json(temporary / "state.json", state)
-    files = sums | {"state.json": _sums(temporary / "state.json")}
-    _write_json(temporary / "manifest.json", {"files": files, "sha256": _digest(files)})
+    all_sums = sums | {"state.json": _sums(temporary / "state.json")}
+    _write_json(temporary / "manifest.json", {"files": all_sums, "sha256": _digest(all_sums)})
     sync(temporary)
-    if final.exists():  # a damaged one that was skipped
-        _remove(final)
-    os.rename(temporary, final)
-    sync(folder)
+    files.replace(temporary, final)  # in place of a damaged one that was skipped
     return final
 
 
-def temporary_folder(folder: Path, step: int) -> Path:
-    """Where a checkpoint is written before it is complete."""
-    return folder / f"{_TEMPORARY}{_folder(folder, step).name}"
+def folder_of(folder: Path, step: int) -> Path:
+    """The folder of a step's checkpoint."""
+    return folder / f"{_PREFIX}{step:08d}"
+
+
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """What state.json of a checkpoint holds; nothing if it is damaged."""
+    try:
+        return dict(json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
 
 
 def clear(folder: Path) -> None:
-    """Remove what a killed process left half written or half removed."""
-    for stale in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(stale, ignore_errors=True)
+    """Remove what a killed process left half written or half removed. Only the run that owns the folder may do that."""
+    files.clear(folder)
+    for stale in folder.glob("tmp-*"):
+        if _OLD_TEMPORARY.fullmatch(stale.name) and stale.is_dir() and not stale.is_symlink():
+            if all(_FILE.fullmatch(each.name) for each in stale.iterdir()):
+                files.remove(stale)
 
 
 def prune(
@@ -145,24 +158,20 @@ def prune(
     well, and those that were made for study; damaged ones are removed and don't count.
     """
     past = []
-    for each in _newest_first(folder):
+    for each in newest_first(folder):
         if _step_of(each) in damaged:
             _remove(each)
         elif _step_of(each) <= step:
             past.append(each)
     for old in past[keep:]:
-        try:
-            for_study = bool(_found(old).state.get("for_study"))
-        except (OSError, ValueError, AttributeError):
-            for_study = False
-        if _step_of(old) not in protected_steps and not for_study:
+        if _step_of(old) not in protected_steps and not state_of(old).get("for_study"):
             _remove(old)
 
 
 def newest(folder: Path) -> tuple[CheckpointRef | None, dict[int, str]]:
     """The newest whole checkpoint, and what is wrong with each later one, by step."""
     passed: dict[int, str] = {}
-    for candidate in _newest_first(folder):
+    for candidate in newest_first(folder):
         if (damage := find_damage(candidate)) is None:
             return _found(candidate), passed
         passed[_step_of(candidate)] = f"checkpoint {candidate}: {damage}"
@@ -171,7 +180,7 @@ def newest(folder: Path) -> tuple[CheckpointRef | None, dict[int, str]]:
 
 def of_step(folder: Path, step: int) -> tuple[CheckpointRef | None, str]:
     """The checkpoint of a step if it is whole, otherwise what is wrong with it."""
-    candidate = _folder(folder, step)
+    candidate = folder_of(folder, step)
     damage = find_damage(candidate) if candidate.is_dir() else "does not exist"
     return (_found(candidate), "") if damage is None else (None, f"checkpoint {candidate}: {damage}")
 
@@ -180,10 +189,10 @@ def find_damage(folder: Path) -> str | None:
     """The first thing that is wrong with a checkpoint, checked file by file; None if it is whole."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        files = manifest["files"]
-        if manifest["sha256"] != _digest(files):
+        listed = manifest["files"]
+        if manifest["sha256"] != _digest(listed):
             return "manifest.json has changed since it was written (its checksum differs)"
-        for name, expected in files.items():
+        for name, expected in listed.items():
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
@@ -191,23 +200,35 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
             if _sums(path) != expected:
                 return f"{name} has changed since it was written (its checksum differs)"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "manifest.json is missing or damaged"
     # The files that a manifest lists may still not be what their names say.
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        parts, _ = int(state["parts"]), int(state["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+        step, parts = _whole_number(state["step"], 0), _whole_number(state["parts"], 1)
+        _whole_number(state.get("micro_batch_size", 1), 1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "state.json is not the state of a run"
-    for name in (_part_name(kind, part, parts) for kind in KINDS for part in range(parts)):
-        if name not in files:
+    if _NAME.fullmatch(folder.name) and step != _step_of(folder):
+        return f"state.json is that of step {step}"
+    for kind, part in ((kind, part) for kind in KINDS for part in range(parts)):
+        if (name := _part_name(kind, part, parts)) not in listed:
             return f"manifest.json does not list {name}"
         try:
             with safe_open(folder / name, "pt") as file:
                 json.loads((file.metadata() or {})["rows"])
-        except (SafetensorError, ValueError, KeyError):
+                counts = [each for each in file.keys() if kind == "optimizer" and each.endswith(".step")]
+                if counts and (updates := int(file.get_tensor(counts[0]).max())) > step:
+                    return f"{name} is that of step {updates} or later"
+        except (SafetensorError, ValueError, KeyError, RecursionError):
             return f"{name} is not a safetensors file"
     return None
+
+
+def _whole_number(value: Any, least: int) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError
+    return int(value)
 
 
 def load(found: CheckpointRef, model: nn.Module, optimizer: Optimizer) -> None:
@@ -325,26 +346,21 @@ def _found(folder: Path) -> CheckpointRef:
     return CheckpointRef(folder, json.loads((folder / "state.json").read_text(encoding="utf-8")))
 
 
-def _folder(folder: Path, step: int) -> Path:
-    """The folder of a step's checkpoint."""
-    return folder / f"{_PREFIX}{step:08d}"
-
-
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix(_PREFIX))
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and re.fullmatch(r"step-\d{8,}", path.name)]
+def newest_first(folder: Path) -> list[Path]:
+    """The folders of all checkpoints, damaged ones too."""
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and _NAME.fullmatch(path.name)]
     return sorted(found, key=_step_of, reverse=True)
 
 
 def _remove(folder: Path) -> None:
     """Remove a checkpoint. It disappears in one go, so no reader ever sees half of it."""
-    hidden = folder.with_name(f"{_TEMPORARY}removed-{folder.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
+    hidden = files.private(folder)
     os.rename(folder, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+    files.remove(hidden)
 
 
 def _part_name(kind: str, part: int, parts: int) -> str:
@@ -352,8 +368,8 @@ def _part_name(kind: str, part: int, parts: int) -> str:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    sync(path)
+    path.unlink(missing_ok=True)  # of an attempt that failed
+    files.create(path, to_json(values, indent=2) + "\n")
 
 
 def _digest(files: Checksums) -> str:

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from train_loop.config.parsing import fill, key_of, override, read_yaml, split_arguments
+from train_loop.config import paths
+from train_loop.config.architecture import read_architecture
+from train_loop.config.parsing import fill, key_of, override, split_arguments
 from train_loop.config.sampling import sampling_of
-from train_loop.config.schema import Config
+from train_loop.config.schema import Config, DataConfig
+from train_loop.config.yaml_core import dump_yaml, read_yaml
 from train_loop.errors import InputError
 
 ONE_MODEL = "model: give exactly one of model.name_or_path and model.architecture"
@@ -29,6 +30,12 @@ KEYS_FREE_ON_RESUME = (
     *("evaluation", "sample", "checkpoint", "export", "study"),
 )
 
+PATHS = (
+    *("run.output_dir", "model.name_or_path", "tokenizer.name_or_path", "data.name"),
+    *("data.files", "data.validation_files", "data.cache_dir"),
+)
+"""Settings that are paths, or may be. They may differ between the hosts of a run."""
+
 
 def config_from_arguments(arguments: Sequence[str]) -> Config:
     """Read `--config FILE --section.key value ...` into a checked `Config`; raises InputError as `load_config` does."""
@@ -36,6 +43,7 @@ def config_from_arguments(arguments: Sequence[str]) -> Config:
     config = Config() if path is None else _read(path)
     for key, text in overrides:
         override(config, key, text)
+        _read_architecture(config)
     if config.model.name_or_path is None and config.model.architecture is None:  # a script may bring its own
         raise InputError(ONE_MODEL)
     return _completed(config, path)
@@ -59,14 +67,37 @@ def load_config(file: str | os.PathLike[str] | None = None, overrides: Mapping[s
     return _completed(config, path)
 
 
+def checked(config: Config) -> Config:
+    """A copy of what a script has made or changed: checked, and its paths expanded, as `load_config` does."""
+    copy = Config()
+    fill(copy, to_dict(config), "config: ")
+    return _completed(copy, None)
+
+
 def _read(path: str) -> Config:
     config = Config()
-    fill(config, read_yaml(path), f"{path}: ")
+    fill(config, read_yaml(paths.expand(path, "--config")), f"{path}: ")
+    _read_architecture(config)
     return config
 
 
+def _read_architecture(config: Config) -> None:
+    """Put the fields of a config.json in place of its path, so that a run's own configuration has them all."""
+    if isinstance(config.model.architecture, str):
+        config.model.architecture = read_architecture(config.model.architecture)
+
+
 def _completed(config: Config, path: str | None) -> Config:
-    """Fill in the default output folder, and check the settings."""
+    """Expand paths, read the architecture, fill in the default output folder, and check the settings."""
+    for key in PATHS:
+        section_name, _, name = key.partition(".")
+        section = getattr(config, section_name)
+        match getattr(section, name):
+            case str(given):
+                setattr(section, name, paths.expand(given, key))
+            case list(several):
+                setattr(section, name, [paths.expand(each, key) for each in several])
+    _read_architecture(config)
     if config.run.output_dir is None:
         config.run.output_dir = str(Path("runs") / (Path(path).stem if path else "train"))
     check_config(config)
@@ -131,12 +162,13 @@ def to_yaml(config: Config) -> str:
     """The resolved settings as YAML. `load_config` reads them back unchanged."""
     values = to_dict(config)
     values["optimizer"]["betas"] = list(config.optimizer.betas)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return dump_yaml(values)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What differs between two configurations, except `KEYS_FREE_ON_RESUME`, as lines `key: old -> new`."""
-    flat_old, flat_new = dict(flatten(old)), dict(flatten(new))
+    # A setting that the older version did not have yet had, in effect, its default.
+    flat_old, flat_new = dict(flatten(to_dict(Config()))) | dict(flatten(old)), dict(flatten(new))
     free = set(KEYS_FREE_ON_RESUME)
     if flat_new.get("train.patience"):  # then evaluations decide when the run ends
         free = free - {"evaluation"} | {"evaluation.batch_size"}
@@ -150,10 +182,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def shared_settings(config: Config) -> dict[str, Any]:
     """The settings that all processes of a run must share, by key. Paths may differ between hosts."""
-    per_host = (
-        *("run.output_dir", "model.name_or_path", "tokenizer.name_or_path", "data.name"),
-        *("data.files", "data.validation_files", "data.cache_dir", "data.num_workers"),
-    )
+    per_host = (*PATHS, "data.num_workers")
     return {key: value for key, value in flatten(to_dict(config)) if key not in per_host}
 
 
@@ -166,7 +195,11 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
-def cache_dir(config: Config) -> Path:
-    """The folder that holds prepared token stores."""
-    chosen = config.data.cache_dir or os.environ.get("TRAIN_LOOP_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "train_loop"
+def cache_dir(data: DataConfig) -> Path:
+    """The folder that holds prepared token stores. Raises InputError if none is named and there is no home folder."""
+    if chosen := data.cache_dir or os.environ.get("TRAIN_LOOP_CACHE"):
+        return Path(data.cache_dir or paths.expand(chosen, "$TRAIN_LOOP_CACHE"))
+    try:
+        return Path.home() / ".cache" / "train_loop"
+    except RuntimeError:
+        raise InputError("data.cache_dir: there is no home folder to put it in; set data.cache_dir or $HOME") from None

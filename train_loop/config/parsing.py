@@ -11,81 +11,52 @@ import keyword
 import re
 import types
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-import yaml
-
+from train_loop.config.yaml_core import WrittenFloat, WrittenInt, as_python, parse_yaml
 from train_loop.errors import InputError
 
 
 class Range(NamedTuple):
-    """A condition on a number: in words for the error message, and as a test."""
+    """A condition on a number: in words for the error message, and as a test.
+
+    Numbers that are not 0 and whose size is not from `least` to `most` can't be meant, and would not fit later.
+    """
 
     words: str
     holds: Callable[[float], bool]
+    least: float = 0
+    most: float = 2**53  # the last whole number that every program that reads JSON can read
 
 
-class _YamlLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads scalars as in YAML 1.2: `no` is the word no (as in mixed_precision: no), 1e-3 a number, 2024-01-01 text."""
+class _AbsurdError(InputError):
+    """A number of the right kind that can't be meant."""
 
 
-_CHANGED_TAGS = tuple(f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "timestamp"))
-_YamlLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _CHANGED_TAGS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
-    list("-+.0123456789"),
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """YAML 1.2 text as plain values; an InputError gives `where`, line and column of a mistake."""
-    try:
-        return yaml.load(text, _YamlLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise InputError(f"{where}{place}not valid YAML ({getattr(error, 'problem', error)})") from None
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """The sections of a YAML file; InputError if it cannot be read or has no sections."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--config {path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"--config {path}: not UTF-8 at byte {error.start}") from None
-    values = parse_yaml(text, f"{path}: ")
-    if not isinstance(values, dict | None):
-        raise InputError(f"{path}: expected sections such as `run:` and `data:`, found a {type(values).__name__}")
-    return values or {}
+_OPTION = re.compile(r"--(config|[a-z]+\.[\w.]+)(=|\Z)", re.ASCII)
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[str, str]]]:
     """`--config FILE --a.b 1 --c.d=2` -> (FILE, [("a.b", "1"), ("c.d", "2")])."""
-    path, overrides, queue = None, [], iter(arguments)
+    given: dict[str, str] = {}
+    queue = iter(arguments)
     for argument in queue:
         if not argument.startswith("--"):
             raise InputError(f"command line: unexpected {argument!r}; write settings as --section.key value")
         option, equals, value = argument.removeprefix("--").partition("=")
         if not equals:
             following = next(queue, None)
-            if following is None:
+            if following is None or _OPTION.match(following):
                 raise InputError(f"command line: --{option} needs a value")
             value = following
-        if option == "config":
-            path = value
-        else:
-            overrides.append((option, value))
-    return path, overrides
+        if option in given:
+            cure = "give one of them; a list is one value: '[a, b]'"
+            raise InputError(f"command line: --{option} is given twice, as {given[option]!r} and {value!r}; {cure}")
+        for other in given:
+            if other.startswith(f"{option}."):
+                raise InputError(f"command line: --{option} would undo --{other}, which stands before it; swap them")
+        given[option] = value
+    return given.pop("config", None), list(given.items())
 
 
 def keys(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -142,15 +113,22 @@ def override(settings: Any, key: str, text: str) -> None:
     mapping, _, entry = name.partition(".")
     if entry and dict in _plain_types(kinds.get(f"{section_name}.{mapping}")):  # an entry of a mapping
         section = getattr(settings, section_name)
-        setattr(section, mapping, (getattr(section, mapping) or {}) | {entry: parse_yaml(text, f"{where}: ")})
+        setattr(section, mapping, (getattr(section, mapping) or {}) | {entry: as_python(_typed(text, where))})
         return
     if key not in kinds:
         raise InputError(f"command line: unknown option --{key}; {nearest(key, list(kinds))}")
     plain = _plain_types(kinds[key])
     # Text stays as it was typed (YAML would read "def f(x):" as a mapping). Everything else is a YAML value.
-    is_text = str in plain and text != "null" and not (list in plain and text.startswith("["))
-    value = text if is_text else parse_yaml(text, f"{where}: ")
+    is_text = str in plain and text != "null" and dict not in plain and not (list in plain and text.startswith("["))
+    value = text if is_text else _typed(text, where)
     setattr(getattr(settings, section_name), _field_of(name), _convert(value, kinds[key], where))
+
+
+def _typed(text: str, where: str) -> Any:
+    """The YAML value of what was typed."""
+    if not text.strip():
+        raise InputError(f"{where} needs a value; for none, say null")
+    return parse_yaml(text, f"{where}: ")
 
 
 def _plain_types(kind: Any) -> set[Any]:
@@ -163,13 +141,18 @@ def _plain_types(kind: Any) -> set[Any]:
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
-    """`value` as the type `kind`. A whole number also passes as a float, and a string as a list of strings."""
-    problem = InputError(f"{where}: expected {describe(kind)}, got {value!r}")
+    """`value` as the type `kind`. A whole number also passes as a float, and a string as a list of strings.
+
+    A number passes as text as well, as it was written.
+    """
+    problem = InputError(f"{where}: expected {describe(kind)}, got {_shown(value)}")
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         for each in inner:
             try:
                 return _convert(value, each, where)
+            except _AbsurdError:
+                raise
             except InputError:
                 continue
     elif origin is Annotated:
@@ -178,23 +161,55 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         except InputError:
             raise problem from None
         if inner[1].holds(number):
-            return number
+            return _sensible(number, inner[1], where)
     elif (origin is Literal and value in inner) or (kind is types.NoneType and value is None):
         return value
-    elif origin is list and isinstance(value, list | str):
+    elif origin is list and isinstance(value, list | tuple | str):
         return [_convert(each, inner[0], where) for each in ([value] if isinstance(value, str) else value)]
-    elif origin is tuple and isinstance(value, list) and len(value) == len(inner):
+    elif origin is tuple and isinstance(value, list | tuple) and len(value) == len(inner):
         return tuple(_convert(each, type_, where) for each, type_ in zip(value, inner, strict=True))
     elif isinstance(value, bool) or kind is bool:  # Python takes True for the number 1
         if isinstance(value, bool) and kind is bool:
             return value
-    elif kind is int and isinstance(value, int | float) and float(value).is_integer():
+    elif kind is int and (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
         return int(value)
-    elif kind in (float, str) and isinstance(value, int | float):
-        return kind(value)
-    elif (kind is str and isinstance(value, str)) or (origin is dict and isinstance(value, dict)):
-        return value
+    elif kind is float and isinstance(value, int | float):
+        try:
+            return float(value)
+        except OverflowError:
+            raise problem from None
+    elif kind is str and isinstance(value, WrittenInt | WrittenFloat):
+        return value.written
+    elif kind is str and isinstance(value, int | float):
+        try:
+            return str(value)
+        except ValueError:  # more than 4,300 digits
+            raise problem from None
+    elif kind is str and isinstance(value, str):
+        if value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value):
+            return value
+        raise InputError(f"{where}: {value!a} is not UTF-8")
+    elif origin is dict and isinstance(value, dict):
+        return as_python(value)
     raise problem
+
+
+def _sensible(number: float, allowed: Range, where: str) -> float:
+    """The number, unless it is so large or so small that it can't be meant."""
+    if number and abs(number) > allowed.most:
+        raise _AbsurdError(f"{where}: {_shown(number)} is too large; at most {allowed.most:,}")
+    if number and abs(number) < allowed.least:
+        raise _AbsurdError(f"{where}: {_shown(number)} is too small; at least {allowed.least:,}")
+    return number
+
+
+def _shown(value: Any) -> str:
+    """A value for a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number with more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def describe(kind: Any) -> str:

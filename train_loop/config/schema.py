@@ -9,11 +9,18 @@ from typing import Annotated, Any, Literal
 
 from train_loop.config.parsing import Range
 
-PositiveInt = Annotated[int, Range("> 0", lambda value: value > 0)]
-NonNegativeInt = Annotated[int, Range(">= 0", lambda value: value >= 0)]
-PositiveFloat = Annotated[float, Range("> 0", lambda value: 0 < value < float("inf"))]
-NonNegativeFloat = Annotated[float, Range(">= 0", lambda value: 0 <= value < float("inf"))]
-Share = Annotated[float, Range("between 0 and 1, both excluded", lambda value: 0 < value < 1)]
+_POSITIVE = Range("> 0", lambda value: value > 0, most=10**15)
+_NOT_NEGATIVE = Range(">= 0", lambda value: value >= 0, most=10**15)
+PositiveInt = Annotated[int, _POSITIVE]
+NonNegativeInt = Annotated[int, _NOT_NEGATIVE]
+Seed = Annotated[int, _NOT_NEGATIVE._replace(most=2**64 - 1)]
+Seconds = Annotated[int, _POSITIVE._replace(most=10**9)]  # 31 years; C++ counts nanoseconds in 64 bits
+Tokens = Annotated[int, _POSITIVE._replace(most=2**24)]  # many times what blocks and vocabularies have
+Processes = Annotated[int, _NOT_NEGATIVE._replace(most=1024)]
+# In fp32, what is smaller becomes 0 sooner or later, and what is larger infinite.
+PositiveFloat = Annotated[float, Range("> 0", lambda value: 0 < value < float("inf"), 1e-30, 1e30)]
+NonNegativeFloat = Annotated[float, Range(">= 0", lambda value: 0 <= value < float("inf"), 1e-30, 1e30)]
+Share = Annotated[float, Range("between 0 and 1, both excluded", lambda value: 0 < value < 1, 1e-12)]
 Probability = Annotated[float, Range("> 0 and <= 1", lambda value: 0 < value <= 1)]
 Beta = Annotated[float, Range(">= 0 and < 1", lambda value: 0 <= value < 1)]
 
@@ -41,14 +48,14 @@ class RunConfig:
     """
 
     output_dir: str | None = None
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     resume: Literal["auto", "never"] = "auto"
     mixed_precision: Literal["no", "bf16", "fp16", "fp8"] = "no"
     reproducible: Literal["no", "bitwise"] = "no"
     log_with: list[str] = field(default_factory=list)
     keep_memory: bool = True
-    preflight_timeout_seconds: PositiveInt = 50
-    timeout_seconds: PositiveInt = 600
+    preflight_timeout_seconds: Seconds = 50
+    timeout_seconds: Seconds = 600
 
 
 @dataclass
@@ -57,7 +64,8 @@ class ModelConfig:
 
     Args:
         name_or_path: a model's name on the Hub, or a local folder.
-        architecture: model_type (gpt2, llama, ...) and that configuration's own fields, to train from scratch.
+        architecture: to train from scratch: model_type (gpt2, llama, ...) and that configuration's own fields, or the
+            path of a config.json. Of a pasted config.json, names that mean nothing any more are left out.
         attention: attention implementation (sdpa, eager, flash_attention_2, ...); null leaves the choice to
             Transformers.
         compile: compile the model's layers with torch.compile, which makes steps faster after a minute or more of
@@ -67,7 +75,7 @@ class ModelConfig:
     """
 
     name_or_path: str | None = None
-    architecture: dict[str, Any] | None = None
+    architecture: dict[str, Any] | str | None = None
     attention: str | None = None
     compile: bool = False
     activation_checkpointing: bool = False
@@ -83,7 +91,7 @@ class TokenizerConfig:
     """
 
     name_or_path: str | None = None
-    train_vocab_size: PositiveInt | None = None
+    train_vocab_size: Tokens | None = None
 
 
 @dataclass
@@ -92,8 +100,8 @@ class DataConfig:
 
     Args:
         source: "stdlib" (the running Python's standard library), "files", or "hub" (Hugging Face Datasets).
-        files: (files) paths or glob patterns of .txt (one document per file), .jsonl, .json, .csv or .parquet (one
-            document per row).
+        files: (files) paths or glob patterns of .txt (one document per file), .jsonl, .json, .csv, .tsv or .parquet
+            (one document per row).
         validation_files: (files) the same for validation; without them, a part of `files` is split off.
         name: (hub) name of the data set, or a local folder that `datasets.load_dataset` can read.
         subset: (hub) name of the data set's configuration.
@@ -101,6 +109,9 @@ class DataConfig:
         validation_split: (hub) split to validate on; without it, a part of `split` is split off.
         text_field: field that holds a row's text; dotted for nested fields (answers.text).
         join: string that joins the strings of a field that is a list.
+        drop_duplicates: leave out documents whose text occurs more than once, for which the data is read once more:
+            "across" leaves out training documents that are also validation documents, "all" also repetitions within
+            either side (the first one stays). The ledger counts such documents in any case.
         test_size: share of the documents that is split off for validation if no validation data is named.
         split_seed: seed of that split, separate from run.seed so that runs can share their validation set.
         block_size: tokens of a sequence, which the model sees at once.
@@ -121,14 +132,15 @@ class DataConfig:
     validation_split: str | None = None
     text_field: str = "text"
     join: str = " "
+    drop_duplicates: Literal["none", "across", "all"] = "none"
     test_size: Share = 0.1
-    split_seed: NonNegativeInt = 0
-    block_size: PositiveInt = 128
+    split_seed: Seed = 0
+    block_size: Tokens = 128
     isolate_documents: bool = False
     streaming: bool = False
     max_documents: PositiveInt | None = None
     cache_dir: str | None = None
-    num_workers: NonNegativeInt = 0
+    num_workers: Processes = 0
 
 
 @dataclass

@@ -7,13 +7,14 @@ Rows are held one at a time (a few at a time for Parquet and for data sets from 
 out depends only on its index and the split's seed, so nothing needs the number of documents or a list of them.
 """
 
-import hashlib
 import itertools
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from train_loop.config.schema import DataConfig
 from train_loop.data.formats import Document
@@ -29,6 +30,8 @@ class Corpus:
     """The documents that a configuration describes. Reading it yields the same documents every time."""
 
     data: DataConfig
+    # By split: whether each document is left out because its text occurs elsewhere [documents].
+    dropped: Mapping[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
 
     def documents(self, split: str) -> Iterator[Document]:
         """The documents of "train" or "validation" in the source's order; InputError names what can't be read."""
@@ -36,6 +39,13 @@ class Corpus:
 
     def splits(self) -> Iterator[tuple[str, Document]]:
         """Every document of the corpus and the split that it belongs to, in one pass over the source."""
+        if not self.dropped:
+            return self._every()
+        left_out = {split: iter(each) for split, each in self.dropped.items()}
+        return ((split, document) for split, document in self._every() if not next(left_out[split], False))
+
+    def _every(self) -> Iterator[tuple[str, Document]]:
+        """The documents of both splits, duplicates included."""
         data, source = self.data, _SOURCES[self.data.source]
         main = itertools.islice(source.documents(data, TRAIN), data.max_documents)
         if data.validation_files or data.validation_split:
@@ -51,10 +61,12 @@ class Corpus:
                     following = next(chosen)
 
     def key(self) -> dict[str, Any]:
-        """What this corpus is made from, cheaply (no contents); the token store is filed under it."""
+        """What this corpus is made from, without reading what was read before; the token store is filed under it."""
         data = self.data
         key: dict[str, Any] = {"source": data.source, "max_documents": data.max_documents}
         key |= _SOURCES[data.source].key(data)
+        if data.drop_duplicates != "none":
+            key["drop_duplicates"] = data.drop_duplicates
         if not (data.validation_files or data.validation_split):
             key |= {"test_size": data.test_size, "split_seed": data.split_seed}
         return key
@@ -77,8 +89,3 @@ def held_out_documents(test_size: float, seed: int) -> Iterator[int]:
         # If the length is not a whole number, strata share an index at their border. It must not be yielded twice.
         last = max(last + 1, int((stratum + uniform("split", seed, stratum)) * length))
         yield last
-
-
-def key_hash(key: Any) -> str:
-    """A short name for a key: 20 hexadecimal digits of its SHA-256."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:20]

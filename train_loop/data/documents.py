@@ -5,17 +5,18 @@
 So the commands can also resume, replay and evaluate a run that is trained on them.
 """
 
-import copy
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
-from train_loop.config.load import cache_dir
+from train_loop.config.load import cache_dir, checked
 from train_loop.config.schema import Config
-from train_loop.errors import InputError, one_line
+from train_loop.data.cache_folder import sweep, unfinished, writing
+from train_loop.errors import InputError
 
 
 class Documents(NamedTuple):
@@ -26,38 +27,46 @@ class Documents(NamedTuple):
 
 
 def configure(config: Config, documents: Documents | tuple[str, Iterable[str]] | None) -> Config:
-    """A configuration that trains on these documents; the given one if there are none.
+    """A configuration that trains on these documents, or the given one if there are none: a copy, checked.
 
     The file is named after its content, so the same documents always give the same file, on every process. Raises
-    InputError if the name can't be a file name, if a document is not text, or if the file can't be written.
+    InputError for settings that can't be, if the name can't be a file name, if a document is not text, or if the file
+    can't be written.
     """
+    config = checked(config)
     if documents is None:
         return config
     name, texts = documents
     if not re.fullmatch(r"[\w.-]+", name):
         raise InputError(f"documents: the name {name!r} becomes a file name; use only letters, digits, and . _ -")
-    folder = cache_dir(config) / "documents"
+    folder = cache_dir(config.data) / "documents"
     digest = hashlib.sha256()
-    temporary = folder / f"{name}.tmp-{os.getpid()}"
-    try:
+    with writing("documents", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            for number, text in enumerate(texts):
-                if not isinstance(text, str):
-                    raise InputError(f"documents: number {number} of {name} is a {type(text).__name__}, expected text")
-                line = json.dumps({"text": text}).encode() + b"\n"
-                digest.update(line)
-                file.write(line)
-        path = folder / f"{name}-{digest.hexdigest()[:16]}.jsonl"
-        if not path.exists():  # an existing file keeps its modification time, so what was prepared from it stays valid
-            os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"documents: {folder} cannot be written to ({one_line(error)}); set data.cache_dir") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    config = copy.deepcopy(config)
+        sweep(folder)
+        with unfinished(folder / name) as temporary:
+            with open(temporary / name, "wb") as file:
+                for number, text in enumerate(texts):
+                    if not isinstance(text, str):
+                        kind = type(text).__name__
+                        raise InputError(f"documents: number {number} of {name} is a {kind}, expected text")
+                    line = json.dumps({"text": text}).encode() + b"\n"
+                    digest.update(line)
+                    file.write(line)
+            path = folder / f"{name}-{digest.hexdigest()[:16]}.jsonl"
+            if not _holds(path, digest.digest()):
+                os.replace(temporary / name, path)
     data = config.data
     data.source, data.files, data.validation_files, data.text_field = "files", [str(path)], [], "text"
     data.name = data.subset = data.validation_split = None
     data.streaming = False
     return config
+
+
+def _holds(path: Path, digest: bytes) -> bool:
+    """Whether a file has this content (SHA-256). If so, it is left alone: another process may be reading it."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest() == digest
+    except OSError:
+        return False

@@ -1,16 +1,16 @@
-"""Documents -> token store on disk + ledger: prepared once, then memory-mapped.
+"""Documents -> token store on disk + ledger: prepared once, then only read.
 
     documents -> pieces -> token ids -> tokens.bin, one stream per split:  d0 d0 d0 EOS d1 d1 EOS d2 ... EOS
 
 Documents are read, cut into pieces and encoded as a stream. This takes the memory of a few batches of pieces, however
 many documents there are and however long they are.
 
-A store is a folder named after a hash of what it was made from (corpus, split, tokenizer). So a second run finds it
-at once, and any change makes a new one. It is written under a temporary name and renamed when it is complete. A lock
-file makes sure that processes which ask for it at the same time build it only once.
+A store is a folder named after a hash of what it was made from (the files' contents, split, tokenizer). So a second run
+finds it at once, and any change makes a new one. It is written under a temporary name and renamed when it is complete
+(`cache_folder.py`), and checked when it is opened (`store_folder.py`). If the data changes meanwhile, nothing is kept.
 
     <cache>/stores/<hash>/
-        ledger.json               what went in and what came out, per split; it adds up
+        ledger.json               what went in and what came out, per split; it adds up; and each file's digest
         tokenizer/                if one was trained
         train/ validation/
             tokens.bin            uint16, or uint32 for a vocabulary above 65,536; little-endian
@@ -20,34 +20,30 @@ file makes sure that processes which ask for it at the same time build it only o
 
 import hashlib
 import itertools
-import json
 import os
-import shutil
-import socket
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from train_loop.config.load import cache_dir
 from train_loop.config.schema import Config, DataConfig
 from train_loop.console import Progress, say
+from train_loop.data import cache_folder, duplicates, store_folder
 from train_loop.data import tokenizer as tokenizers
-from train_loop.data.corpus import Corpus, key_hash
+from train_loop.data.cache_folder import writing
+from train_loop.data.content import key_hash
+from train_loop.data.corpus import Corpus
 from train_loop.data.formats import Document
 from train_loop.data.round_trip import RoundTrip, warn
 from train_loop.data.token_store import _DOCUMENT, TRAIN, VALIDATION, Ledger, Prepared, TokenStore, target_counts
 from train_loop.errors import InputError
-from train_loop.files import sync
 
-_FORMAT = 2
 # Characters that one core encodes at once. That takes a few hundredths of a second and some megabytes.
 _BATCH_CHARACTERS = 125_000
 
@@ -57,32 +53,22 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, sh
 
     The store is the same whether documents are isolated or not; only the ledger differs. A `tokenizer` is used instead
     of the configured one, for example to evaluate another model on this data; `shown` prints progress. Raises
-    InputError if the data cannot be read, or if a split has no target.
+    InputError if the data cannot be read or changes meanwhile, if a split has no target, if the store is damaged, or if
+    the cache folder cannot be used.
     """
-    corpus = Corpus(config.data)
     vocab_size = config.tokenizer.train_vocab_size
-    key: dict[str, Any] = {"format": _FORMAT, "corpus": corpus.key()}
-    stores = cache_dir(config) / "stores"
-    folder = stores / key_hash(key | {"tokenizer": {"train_vocab_size": vocab_size}})
     if tokenizer is None and vocab_size is None:
         name = config.tokenizer.name_or_path or config.model.name_or_path
         if name is None:
             cure = "name one with tokenizer.name_or_path, or train one with tokenizer.train_vocab_size"
             raise InputError(f"tokenizer: {cure}")
         tokenizer = tokenizers.load(name)
-    if tokenizer is not None:
-        made_with = tokenizers.fingerprint(tokenizer)
-        trained = folder / "tokenizer"  # a run's own model, evaluated later, has it too
-        if not trained.is_dir() or tokenizers.fingerprint(tokenizers.load(str(trained))) != made_with:
-            folder = stores / key_hash(key | {"tokenizer": made_with})
-    if not folder.exists():
-        stores.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                _build(folder, corpus, tokenizer, vocab_size, shown)
-    elif shown:
-        say(f"data: already prepared in {folder}")
-    prepared = _open(folder, tokenizer)
+    stores = cache_dir(config.data) / "stores"
+    with writing("data.cache_dir", stores):
+        cache_folder.sweep(stores)
+        prepared = _prepared(stores, Corpus(config.data), tokenizer, vocab_size, shown)
+    for line in _notes(prepared, config.data) if shown else ():
+        say(line)
     if config.data.isolate_documents:
         for store in (prepared.train, prepared.validation):
             store.ledger = store.ledger.isolated()
@@ -90,52 +76,75 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, sh
     return prepared
 
 
-def _open(folder: Path, tokenizer: PreTrainedTokenizerFast | None) -> Prepared:
-    """Open a store that is on disk; `tokenizer` is None if the store holds its own."""
-    try:
-        found = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
-        dtype, fingerprint = np.dtype(found["dtype"]), found["fingerprint"]
-        train, validation = (TokenStore(folder / split, dtype, Ledger(**found[split])) for split in (TRAIN, VALIDATION))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: damaged ({error}); remove the folder to prepare it again") from None
-    return Prepared(folder, tokenizer or tokenizers.load(str(folder / "tokenizer")), train, validation, fingerprint)
+def _prepared(
+    stores: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFast | None, vocab_size: int | None, shown: bool
+) -> Prepared:
+    """The store in the folder `stores`, found or built."""
+    key: dict[str, Any] = {"format": store_folder.FORMAT, "corpus": corpus.key()}
+    folder = stores / key_hash(key | {"tokenizer": {"train_vocab_size": vocab_size}})
+    if tokenizer is not None:
+        # A run's own model, evaluated later, has the tokenizer that was trained for it.
+        made_with = tokenizers.fingerprint(tokenizer)
+        if (
+            not (folder / "tokenizer").is_dir()
+            or tokenizers.fingerprint(store_folder.open_store(folder).tokenizer) != made_with
+        ):
+            folder = stores / key_hash(key | {"tokenizer": made_with})
+    if os.path.lexists(folder):
+        if shown:
+            say(f"data: already prepared in {folder}")
+    else:
+        stores.mkdir(parents=True, exist_ok=True)
+        with cache_folder.alone(Path(f"{folder}.lock")):
+            if not folder.exists():
+                _build(folder, corpus, key["corpus"], tokenizer, vocab_size, shown)
+    return store_folder.open_store(folder, tokenizer)
+
+
+def _notes(prepared: Prepared, data: DataConfig) -> Iterator[str]:
+    """What is worth a look in the ledgers."""
+    train, validation = prepared.train.ledger, prepared.validation.ledger
+    for split, ledger in ((TRAIN, train), (VALIDATION, validation)):
+        empty, total = ledger.empty_documents, ledger.empty_documents + ledger.documents
+        if empty and data.source != "stdlib":  # which has empty files
+            example = f", e.g. {ledger.empty_example}" if ledger.empty_example else ""
+            share = f"{empty:,} of {total:,} {split} documents ({empty / total:.1%})"
+            yield f"data: {share} are null or empty, and left out{example}"
+    if line := duplicates.warning(train, validation):
+        yield line
 
 
 def _build(
-    folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFast | None, vocab_size: int | None, shown: bool
+    folder: Path,
+    corpus: Corpus,
+    key: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast | None,
+    vocab_size: int | None,
+    shown: bool,
 ) -> None:
     """Write a store under a temporary name and rename it when it is complete. A failure leaves nothing behind."""
-    # Named after the host: on a disk that several hosts share, a lock may only hold within one host.
-    prefix = f"{folder.name}.tmp-{socket.gethostname()}-"
-    for stale in folder.parent.glob(f"{prefix}*"):  # left by a process that was killed: we hold the lock
-        shutil.rmtree(stale)
-    temporary = folder.with_name(f"{prefix}{os.getpid()}")
-    temporary.mkdir()
-    try:
+    with cache_folder.unfinished(folder) as temporary:
+        if corpus.data.drop_duplicates != "none":
+            corpus = duplicates.without(corpus, shown)
         if tokenizer is None:
             assert vocab_size is not None
             tokenizer = _train_tokenizer(corpus, vocab_size, shown)
             tokenizer.save_pretrained(temporary / "tokenizer")
-        dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
+        dtype = np.dtype("<u2" if tokenizers.highest_id(tokenizer) < 2**16 else "<u4")
         ledgers = _write_splits(temporary, corpus, tokenizer, dtype, shown)
         _refuse_unusable(ledgers[TRAIN], ledgers[VALIDATION], corpus.data)
-        identity = [tokenizers.fingerprint(tokenizer), *(ledgers[split].sha256 for split in (TRAIN, VALIDATION))]
-        content = {
-            "format": _FORMAT,
-            "dtype": dtype.str,
-            "fingerprint": hashlib.sha256("\n".join(identity).encode()).hexdigest(),
-        } | {split: asdict(ledger) for split, ledger in ledgers.items()}
-        (temporary / "ledger.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for path in temporary.rglob("*"):
-            sync(path)
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not folder.exists():  # if it does, another host was faster: the same documents give the same store
-                raise
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if (now := corpus.key()) != key:
+            changed = min(_files(key) ^ _files(now), default=("the data",))[0]
+            raise InputError(f"{changed}: changed while it was prepared; start again when nothing writes to it")
+        store_folder.complete(temporary, folder, dtype, ledgers, tokenizers.fingerprint(tokenizer))
+
+
+def _files(key: Any) -> set[tuple[str, str]]:
+    """The files in a corpus's key, each with its digest."""
+    if isinstance(key, tuple) and len(key) == 2:
+        return {key}
+    values = key.values() if isinstance(key, dict) else key if isinstance(key, list) else ()
+    return set().union(*map(_files, values))
 
 
 def _train_tokenizer(corpus: Corpus, vocab_size: int, shown: bool) -> PreTrainedTokenizerFast:
@@ -164,6 +173,8 @@ def _refuse_unusable(train: Ledger, validation: Ledger, data: DataConfig) -> Non
             f"data.test_size is {data.test_size} of {total} documents; name separate validation data "
             "(data.validation_files or data.validation_split), change data.test_size or add documents"
         )
+    if train.dropped_documents and not train.documents:
+        cure = f"data.drop_duplicates left out {train.dropped_documents}, which are on the other side, too; name others"
     for split, ledger in ((TRAIN, train), (VALIDATION, validation)):
         if ledger.trained_targets == 0:
             raise InputError(f"data: the {split} split has {ledger.documents} documents but no target; {cure}")
@@ -181,6 +192,7 @@ class _SplitWriter:
         self.ledger = Ledger()
         self.round_trip = RoundTrip(core, self.ledger)
         self.digest = hashlib.sha256()
+        self.hashes = duplicates.Hashes()
         self.gzip = zlib.compressobj(9, wbits=31) if compress else None
         self.name_end = 0
         self.begins = True  # whether the next token is a document's first
@@ -209,6 +221,7 @@ class _SplitWriter:
         ledger.text_tokens += len(ids)
         if self.gzip is not None:
             ledger.gzip_bytes += len(self.gzip.compress(content))
+        self.hashes.update(content)
         self._write(ids)
         return len(content)
 
@@ -216,6 +229,7 @@ class _SplitWriter:
         """Add the end-of-text token to the document whose text was added, and record its name."""
         self._write([self.eos])
         self.begins = True
+        self.hashes.end()
         ledger = self.ledger
         ledger.documents += 1
         ledger.eos_tokens += 1
@@ -265,9 +279,29 @@ def _write_splits(
                 if last:
                     writers[split].end_document(name)
             progress.update(read)
+        for split, dropped in corpus.dropped.items():
+            ledger = writers[split].ledger
+            ledger.dropped_documents = int(dropped.sum())
+            ledger.read_documents += ledger.dropped_documents
+            if ledger.read_documents != len(dropped):
+                raise InputError(f"data: the {split} documents changed while they were read; start again")
         ledgers = {split: writer.finish() for split, writer in writers.items()}
+    _count_twins(folder, dtype, writers)
     warn([writer.round_trip for writer in writers.values()])
     return ledgers
+
+
+def _count_twins(folder: Path, dtype: np.dtype[Any], writers: dict[str, _SplitWriter]) -> None:
+    """Complete the ledgers of both splits with the number of documents whose text occurs more than once."""
+    found = duplicates.count(writers[TRAIN].hashes.array(), writers[VALIDATION].hashes.array())
+    for split, writer in writers.items():
+        writer.ledger.repeated_documents, writer.ledger.shared_documents = found.repeated[split], found.shared[split]
+    if found.example is not None:
+        names = []
+        for (split, writer), index in zip(writers.items(), found.example, strict=True):
+            store = TokenStore(folder / split, dtype, writer.ledger)
+            names.append(store.document_at(int(store.document_ends[index]) - 1)[0])
+        writers[VALIDATION].ledger.shared_example = f"{names[1]} = {names[0]}"
 
 
 _Piece = tuple[str, str, str, bool]  # split, name, text, whether it ends the document
@@ -281,6 +315,8 @@ def _batches(
     size = 0
     for split, (name, blocks) in documents:
         text = ""
+        ledger = writers[split].ledger
+        ledger.read_documents += 1
         for text, following in itertools.pairwise(itertools.chain(tokenizers.pieces(core, blocks), [""])):
             batch.append((split, name, text, not following))
             size += len(text)
@@ -288,6 +324,7 @@ def _batches(
                 yield batch
                 batch, size = [], 0
         if not text:
-            writers[split].ledger.empty_documents += 1
+            ledger.empty_documents += 1
+            ledger.empty_example = ledger.empty_example or name
     if batch:
         yield batch

@@ -57,17 +57,13 @@ def warn(trips: Collection[RoundTrip]) -> None:
         for name in ("text_tokens", "unknown_tokens", "checked_documents", "changed_documents", "severed_words")
     )
     if unknown:
-        say(
-            f"warning: {unknown:,} of {tokens:,} text tokens are unknown: the tokenizer has none for what they stand for"
-        )
+        say(f"warning: {unknown:,} of {tokens:,} text tokens are unknown: the tokenizer has none for that text")
     if changed:
         text, back = _difference(*next(trip.example for trip in trips if trip.example is not None))
         some = f"{changed:,} of {checked:,} documents that were looked at"
         say(f"warning: the tokenizer changes text: {some} don't come back from their tokens; {text!r} becomes {back!r}")
     if severed:
-        say(
-            f"warning: {severed:,} times, {LONGEST_WORD:,} characters without an end of a word were encoded by themselves"
-        )
+        say(f"warning: a word of more than {LONGEST_WORD:,} characters was cut {severed:,} times to be encoded")
 
 
 def _difference(text: str, back: str) -> tuple[str, str]:

@@ -1,10 +1,11 @@
-"""Prepared data, opened: a memory-mapped stream of tokens for each split, and the ledger that accounts for it.
+"""Prepared data, opened: a stream of tokens for each split, and the ledger that accounts for it.
 
 tokens   t0 t1 t2 t3 t4 t5 t6 ...          block_size = 3
 window 0 [t0 t1 t2 t3]                     predicts t1 t2 t3
 window 1          [t3 t4 t5 t6]            predicts t4 t5 t6
 """
 
+import functools
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
-from train_loop.errors import InputError
+from train_loop.data.token_file import TokenFile, damaged
+from train_loop.errors import one_line
 
 TRAIN, VALIDATION = "train", "validation"
 _DOCUMENT = np.dtype([("token_end", "<u8"), ("name_end", "<u8")])
@@ -21,10 +23,13 @@ _DOCUMENT = np.dtype([("token_end", "<u8"), ("name_end", "<u8")])
 
 @dataclass
 class Ledger:
-    """The ledger of one split: text_tokens + eos_tokens = trained_targets + first_tokens + dropped_tokens."""
+    """The ledger of one split: text_tokens + eos_tokens = trained_targets + first_tokens + dropped_tokens.
+
+    And read_documents = documents + empty_documents + dropped_documents.
+    """
 
     documents: int = 0  # with text; each ends with one end-of-text token
-    empty_documents: int = 0  # without text, which are left out
+    empty_documents: int = 0  # without text (a null counts as none), which are left out
     bytes: int = 0  # of UTF-8, of the documents
     text_tokens: int = 0
     eos_tokens: int = 0
@@ -39,6 +44,12 @@ class Ledger:
     severed_words: int = 0  # how often a word was too long to be encoded as a whole
     gzip_bytes: int = 0  # of all documents, concatenated, under gzip -9; validation only, else 0
     sha256: str = ""  # of tokens.bin
+    empty_example: str = ""  # name of the first document without text
+    read_documents: int = 0  # all that were read: those with text, empty ones and dropped ones; 0 in older ledgers
+    dropped_documents: int = 0  # left out by data.drop_duplicates
+    repeated_documents: int = 0  # whose text occurred before in the same split
+    shared_documents: int = 0  # whose text is also in the other split
+    shared_example: str = ""  # names of such a document, here and in the other split
 
     def check(self) -> None:
         """Raise ArithmeticError if the ledger does not add up: a bug in this package, not a mistake in the data."""
@@ -46,6 +57,11 @@ class Ledger:
         accounted = self.trained_targets + self.first_tokens + self.dropped_tokens
         if tokens != accounted or self.eos_tokens != self.documents:
             raise ArithmeticError(f"the ledger does not add up: {tokens} tokens against {accounted} accounted for")
+        documents = self.documents + self.empty_documents + self.dropped_documents
+        if self.read_documents not in (0, documents):
+            raise ArithmeticError(
+                f"the ledger does not add up: {self.read_documents} documents read, {documents} accounted for"
+            )
 
     def isolated(self) -> "Ledger":
         """The same ledger, for training that never predicts a document's first token from the document before it."""
@@ -60,23 +76,30 @@ class Ledger:
 
 
 class TokenStore:
-    """One split of a prepared store, memory-mapped: `tokens` are its token ids [tokens], uint16 or uint32."""
+    """One split of a prepared store: `tokens` are its token ids [tokens], uint16 or uint32, read when asked for.
 
-    def __init__(self, folder: Path, dtype: npt.DTypeLike, ledger: Ledger) -> None:
+    Raises DamagedError, which names the file, when one is not what was written.
+    """
+
+    def __init__(self, folder: Path, dtype: npt.DTypeLike, ledger: Ledger, digest: str | None = None) -> None:
         self.folder, self.ledger = folder, ledger
-        expected = (ledger.text_tokens + ledger.eos_tokens) * np.dtype(dtype).itemsize
-        path = folder / "tokens.bin"
-        found = path.stat().st_size if path.exists() else 0
-        if found != expected:
-            raise InputError(f"{path}: damaged, has {found} bytes instead of {expected}; remove {folder.parent}")
-        # A plain view of the map, because memmap's own indexing runs Python code each time.
-        self.tokens: npt.NDArray[Any] = np.asarray(np.memmap(path, dtype, "r")) if expected else np.empty(0, dtype)
-        documents = folder / "documents.bin"
-        self._documents = np.memmap(documents, _DOCUMENT, "r") if ledger.documents else np.empty(0, _DOCUMENT)
+        self.tokens = TokenFile(folder / "tokens.bin", dtype, ledger.text_tokens + ledger.eos_tokens, digest)
 
     def __len__(self) -> int:
         """Number of tokens."""
         return len(self.tokens)
+
+    @functools.cached_property
+    def _documents(self) -> npt.NDArray[Any]:
+        """Where the documents end [documents], in memory: 16 bytes each."""
+        path, expected = self.folder / "documents.bin", self.ledger.documents
+        try:
+            found = np.fromfile(path, _DOCUMENT)
+        except OSError as error:
+            raise damaged(path, error.strerror or str(error), self.folder.parent) from None
+        if len(found) != expected:
+            raise damaged(path, f"has {len(found)} documents instead of {expected}", self.folder.parent)
+        return found
 
     @property
     def document_ends(self) -> npt.NDArray[np.uint64]:
@@ -87,10 +110,14 @@ class TokenStore:
         """The name of the document that a token of the stream belongs to, and the token's place in it."""
         index = int(np.searchsorted(self.document_ends, token, side="right"))
         start, name_start = map(int, self._documents[index - 1]) if index else (0, 0)
-        with open(self.folder / "names.bin", "rb") as names:
-            names.seek(name_start)
-            name = names.read(int(self._documents["name_end"][index]) - name_start)
-        return name.decode("utf-8"), token - start
+        path = self.folder / "names.bin"
+        try:
+            with open(path, "rb") as names:
+                names.seek(name_start)
+                name = names.read(int(self._documents["name_end"][index]) - name_start).decode("utf-8")
+        except (OSError, ValueError) as error:
+            raise damaged(path, one_line(error), self.folder.parent) from None
+        return name, token - start
 
 
 @dataclass

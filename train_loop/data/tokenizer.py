@@ -25,6 +25,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from train_loop.config import paths
 from train_loop.data import in_background, tokenizer_file
 from train_loop.errors import InputError, one_line
 from train_loop.trust import check_tokenizer
@@ -49,6 +50,7 @@ _END_OF_WORD = re.compile(r".*\S(?=[ \n\r\t]\s{0,9}\S)", re.DOTALL)
 
 def load(name_or_path: str) -> PreTrainedTokenizerFast:
     """A tokenizer from the Hub or a local folder; InputError if there is none, or none that is fast and ends texts."""
+    name_or_path = paths.find(name_or_path, "tokenizer")
     check_tokenizer(name_or_path)
     tokenizer = tokenizer_file.load(name_or_path)
     if tokenizer.eos_token_id is None:
@@ -231,6 +233,11 @@ def first_token_bytes(core: Tokenizer, text: str, token: int) -> int:
     start = text[:100]  # little to encode, but more than one token
     offsets = core.encode(start, add_special_tokens=False).offsets
     return len(start[: offsets[0][1]].encode()) if offsets else 0
+
+
+def highest_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The highest token id, which is more than the number of entries allows if some ids are not used."""
+    return max(tokenizer.get_vocab().values())
 
 
 def strings(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str]:

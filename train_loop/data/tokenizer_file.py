@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from train_loop.config import paths
 from train_loop.errors import InputError, one_line
 from train_loop.trust import find, read_json
 
@@ -56,7 +57,7 @@ def load(name: str) -> PreTrainedTokenizerFast:
         if path is not None:
             _core(where, path)  # is it the file's fault?
         missing = "" if path is not None or not os.path.isdir(name) else f"has no {_FILE}, and "
-        problem = f"{missing}cannot be loaded ({one_line(error)})"
+        problem = f"{missing}cannot be loaded ({one_line(error)}){paths.no_folder(name)}"
         raise InputError(f"{where}: {problem}{'' if file is None else f'; {_cure(name)}'}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"{where}: has no fast version ({_FILE}), which train_loop needs")

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from train_loop import environment
 from train_loop.config.schema import RunConfig
 from train_loop.distributed.preflight import GOES_ON, Preflight
 from train_loop.errors import EXIT_FAILED, Interrupted, LostError, one_line
@@ -43,6 +44,7 @@ class Heartbeat:
     def __init__(self, run: RunConfig, settings: dict[str, Any]) -> None:
         self.step: Callable[[], int] = lambda: 0
         self.lost: Callable[[str], None] = lambda reason: None
+        environment.check()
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if self.world_size == 1 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             self.world_size = 1

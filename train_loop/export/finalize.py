@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
+from train_loop import files
 from train_loop.checkpoint import storage
 from train_loop.checkpoint.restore import restore
 from train_loop.checkpoint.run_folder import RunFolder
@@ -35,6 +36,7 @@ def finalize(run: Run, folder: RunFolder, evaluations: list[dict[str, Any]]) -> 
     written, or the written model is not the one that was trained; InputError if the Hub refuses it.
     """
     accelerator, state, stop = run.context.accelerator, run.state, run.context.stop
+    _check_finite(run, evaluations)
     chosen = _choose(run, folder, evaluations)
     if chosen.step != state.step:
         restore(accelerator, chosen, state.model)
@@ -56,7 +58,7 @@ def _write(
     expected: verify.Expected | None,
 ) -> Finished | None:
     """Write, verify, publish and upload the model; None if a signal came first."""
-    temporary = folder.model.with_name("model.tmp")
+    temporary = files.private(folder.model)
     try:
         weights = storage.tensors(chosen)
         model_folder.write(temporary, run, weights, evaluations, chosen.step)
@@ -67,7 +69,20 @@ def _write(
         model_folder.publish(temporary, folder.model)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"export: {one_line(error)}; start the same command again to go on from here") from None
+    finally:
+        files.remove(temporary)
     return Finished(chosen.step, model_folder.push(folder.model, run.config) if run.config.export.push_to_hub else None)
+
+
+def _check_finite(run: Run, evaluations: list[dict[str, Any]]) -> None:
+    """Raise TrainingError if the model that would be exported has no finite loss."""
+    if evaluations and evaluations[-1]["loss"] is None and run.config.export.from_ == "last":
+        best = any(each["loss"] is not None for each in evaluations)
+        cure = "--export.from best exports an earlier model, if its checkpoint is there; else t" if best else "t"
+        raise TrainingError(
+            f"step {run.state.step}: the model's loss on the validation data is not finite, so it is not exported; "
+            f"{cure}ry a lower optimizer.learning_rate or more warm-up, in another run.output_dir"
+        )
 
 
 def _choose(run: Run, folder: RunFolder, evaluations: list[dict[str, Any]]) -> storage.CheckpointRef:

@@ -4,7 +4,7 @@
 """
 
 import os
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,13 @@ import torch
 import yaml
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from train_loop import compat
+from train_loop import compat, files
 from train_loop.config.load import to_yaml
 from train_loop.config.schema import Config
-from train_loop.console import say
+from train_loop.console import say, shown
 from train_loop.data import tokenizer_file
 from train_loop.errors import InputError, one_line
 from train_loop.export import older_versions
-from train_loop.files import sync
 from train_loop.models.building import context_length
 from train_loop.models.ends import ends
 from train_loop.training.state import Run
@@ -31,19 +30,24 @@ _OTHER_TOKENIZER = f"""
 `AutoTokenizer` of Transformers 5 takes {{other}} for this kind of model, whatever tokenizer_config.json says. It splits
 text in another way than tokenizer.json, with which this model was trained: {_CURE}.
 """
+# What an earlier export of the run may have written besides the files that all have.
+_OURS = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|(vocab|added_tokens|special_tokens_map)\.json|merges\.txt|"
+    r"chat_template\.jinja"
+)
 
 
 def write(
     folder: Path, run: Run, weights: dict[str, torch.Tensor], evaluations: list[dict[str, Any]], step: int
 ) -> None:
-    """Write a model folder in place of anything that is there, with the weights of a step.
+    """Write a model folder that is not there yet, with the weights of a step.
 
     Args:
         run: has the model's configuration, its tokenizer, and what the card says.
         weights: by name, tied ones once (`storage.tensors`).
     """
     config, model, tokenizer = run.config, run.state.model, run.data.tokenizer
-    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     if config.model.activation_checkpointing:
         compat.checkpoint_activations(model, False)
     model.generation_config = generation_config(config, tokenizer, ends(model, tokenizer))
@@ -58,14 +62,19 @@ def write(
         say(f"exported model: Transformers reads its tokenizer as {other}, which gives other tokens; {_CURE}")
     (folder / "README.md").write_text(card, encoding="utf-8")
     for path in folder.iterdir():
-        sync(path)
+        files.share(path)
+        files.sync(path)
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Move a whole model folder into its place."""
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(temporary, folder)
-    sync(folder.parent)
+    """Move a whole model folder into its place. If others have put files into the one that is there, it is kept."""
+    ours = {path.name for path in temporary.iterdir()}
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if others := sorted(name for name in there - ours if not _OURS.fullmatch(name)):
+        kept = files.free(folder.with_name(f"{folder.name}-before"))
+        os.rename(folder, kept)
+        say(f"{folder}: holds {', '.join(others[:3])}, which this run did not write; it is kept as {kept.name}")
+    files.replace(temporary, folder)
 
 
 def generation_config(config: Config, tokenizer: PreTrainedTokenizerFast, ends: list[int]) -> GenerationConfig:
@@ -93,13 +102,13 @@ def model_card(config: Config, ledger: dict[str, Any], evaluations: list[dict[st
     rows = "".join(
         f"| {name.replace('_', ' ')} | {train:,} | {ledger['validation'][name]:,} |\n"
         for name, train in ledger["train"].items()
-        if name != "sha256"
+        if isinstance(train, int)
     )
     results = "".join(
-        f"| {each['step']:,} | {each['epoch']:.2f} | {each['loss']:.4f} | {each['perplexity']:.3f} | "
-        f"{each['bits_per_byte']:.4f} | {each['accuracy']:.4f} |\n"
+        f"| {each['step']:,} | {shown(each.get('epoch'), 2)} | "
+        f"{'not finite' if each['loss'] is None else shown(each['loss'])} | {shown(each.get('perplexity'), 3)} | "
+        f"{shown(each.get('bits_per_byte'))} | {shown(each.get('accuracy'))} |\n"
         for each in evaluations
-        if each["perplexity"] is not None
     )
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}

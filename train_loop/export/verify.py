@@ -10,7 +10,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from train_loop import files
 from train_loop.data.loader import Windows, loader
 from train_loop.data.order import Ids, cut
 from train_loop.errors import TrainingError
 from train_loop.precision import PRECISIONS
+from train_loop.signals import StopRequest
 from train_loop.training.state import Run
 
 MOST_TOKENS = 65_536
@@ -69,37 +70,48 @@ def verify(folder: Path, run: Run, weights: dict[str, torch.Tensor], expected: E
     # A sharded model may be larger than the memory of one device.
     accelerator = run.context.accelerator
     device = "cpu" if accelerator.is_fsdp2 or accelerator.device.type == "cpu" else str(accelerator.device)
-    with tempfile.TemporaryDirectory(prefix="train_loop-") as name:
-        probe = Path(name)
+    # Beside the model, where the run's next start finds what a kill leaves.
+    probe = files.private(folder.resolve().with_name("probe"))
+    probe.mkdir()
+    try:
         _write_probe(probe, weights, run.validation, expected, run.evaluation_batch_size)
-        out = probe / "out"
-        with open(out, "w+", encoding="utf-8") as stdout, open(probe / "err", "w+", encoding="utf-8") as stderr:
-            # -P: Python does not look for modules in the script's folder, which belongs to this package. In a session
-            # of its own, the process gets no signals to this one's group.
-            process = subprocess.Popen(
-                [sys.executable, "-P", _PROGRAM, str(folder.resolve()), str(probe), device],
-                stdout=stdout,
-                stderr=stderr,
-                cwd=probe,
-                env=_environment(),
-                start_new_session=True,
-            )
-            try:
-                while process.poll() is None:
-                    if run.context.stop.asked:
-                        return False
-                    with suppress(subprocess.TimeoutExpired):
-                        process.wait(_POLL_SECONDS)
-            finally:
-                process.kill()
-                process.wait()
-        if process.returncode:
-            lines = (probe / "err").read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
-            raise TrainingError(f"exported model {folder}: cannot be loaded and run by itself ({lines[-1][:300]})")
-        found = json.loads(out.read_text(encoding="utf-8").splitlines()[-1])
+        found = _in_clean_process(folder, probe, device, run.context.stop)
+    finally:
+        files.remove(probe)
+    if found is None:
+        return False
     if problem := _differences(found, expected, run.config.run.mixed_precision):
-        raise TrainingError(f"exported model {folder}: is not the model that was trained: {problem}")
+        raise TrainingError(f"exported model: is not the model that was trained: {problem}")
     return True
+
+
+def _in_clean_process(folder: Path, probe: Path, device: str, stop: StopRequest) -> dict[str, Any] | None:
+    """What a clean process finds, which gets the folders of the model and the probe; None if asked to stop."""
+    out, err = probe / "out", probe / "err"
+    with open(out, "w", encoding="utf-8") as stdout, open(err, "w", encoding="utf-8") as stderr:
+        # -P: Python does not look for modules in the script's folder, which belongs to this package. In a session of
+        # its own, the process gets no signals to this one's group.
+        process = subprocess.Popen(
+            [sys.executable, "-P", _PROGRAM, str(folder.resolve()), str(probe), device],
+            stdout=stdout,
+            stderr=stderr,
+            cwd=probe,
+            env=_environment(),
+            start_new_session=True,
+        )
+        try:
+            while process.poll() is None:
+                if stop.asked:
+                    return None
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+    if process.returncode:
+        lines = err.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
+        raise TrainingError(f"exported model: cannot be loaded and run by itself ({lines[-1][:300]})")
+    return dict(json.loads(out.read_text(encoding="utf-8").splitlines()[-1]))
 
 
 def _differences(found: dict[str, Any], expected: Expected, precision: str) -> str:

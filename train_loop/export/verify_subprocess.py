@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 @torch.no_grad()
 def main(model_folder: str, probe_folder: str, device: str) -> None:
     """Load, measure, print."""
-    model: Any
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
+    model, info = loaded
     AutoTokenizer.from_pretrained(model_folder, trust_remote_code=False)
     weights = model.state_dict()
     probe = json.loads((Path(probe_folder) / "probe.json").read_text(encoding="utf-8"))

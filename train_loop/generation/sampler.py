@@ -7,7 +7,6 @@ Prompts become tokens, `decoding.py` continues them together, and the tokens bec
 """
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +21,10 @@ from train_loop.data.tokenizer import encoder, pieces
 from train_loop.errors import InputError, one_line
 from train_loop.generation.decoding import Generated, check_prompt, check_tokens, generate
 from train_loop.generation.kv_cache import Decoder, Feed, StaticDecoder, recorder, takes_positions
+from train_loop.models import causality
 from train_loop.models.ends import ends
 from train_loop.ops.packed_linear import pack
+from train_loop.records import to_json
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class Sampler:
         """Sampler of a model that may be trained further: its mode (train or eval) is restored after use.
 
         Without a `feed`, the model is fed by a `Decoder`. `notice` is called with a line that the user should see.
+        InputError for a model that sees the future.
         """
+        causality.check(model, f"the {type(model).__name__}")
         self.model, self.tokenizer = model, tokenizer
         self._feed = feed or Decoder(model)
         self._notice = notice
@@ -62,6 +65,7 @@ class Sampler:
         """Sampler of a model on disk or on the Hub (see `pretrained.load`), as fast as the device allows."""
         model, tokenizer = pretrained.load(name)
         model.eval().to(accelerate.PartialState().device)
+        causality.check(model, f"model {name}")
         record = recorder(model.device)
         if record is not None and StaticDecoder.fits(model):
             return cls(model, tokenizer, StaticDecoder(model, record))
@@ -233,4 +237,4 @@ def as_json(prompt: str, continuations: Sequence[Continuation], tokenizer: PreTr
                 {"id": token, "token": tokenizer.decode([token]), "log_probability": log_p}
                 for token, log_p in zip(found.tokens, found.log_probabilities, strict=True)
             ]
-    return json.dumps({"prompt": prompt} | (shown[0] if len(shown) == 1 else {"samples": shown}))
+    return to_json({"prompt": prompt} | (shown[0] if len(shown) == 1 else {"samples": shown}))

@@ -15,7 +15,10 @@ import evaluate
 
 
 class LanguageModelMetric(evaluate.Metric):
-    """Loss, perplexity, bits per byte and next-token accuracy from sums."""
+    """Loss, perplexity, bits per byte and next-token accuracy from sums.
+
+    What is not finite is None, as in JSON; then `reason` says why.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -35,18 +38,22 @@ class LanguageModelMetric(evaluate.Metric):
         self, nll: list[float], correct: list[int], targets: list[int], utf8_bytes: list[int]
     ) -> dict[str, Any]:
         tokens, loss = sum(targets), math.fsum(nll) / sum(targets)
-        return {
+        if not math.isfinite(loss):  # then the likeliest tokens mean nothing, either
+            unknown = dict.fromkeys(("loss", "perplexity", "bits_per_byte", "accuracy"))
+            return unknown | {"tokens": tokens, "reason": f"the loss is {loss}"}
+        found = {
             "loss": loss,
             "perplexity": perplexity(loss),
             "bits_per_byte": math.fsum(nll) / math.log(2) / sum(utf8_bytes),
             "accuracy": sum(correct) / tokens,
             "tokens": tokens,
         }
+        return found if found["perplexity"] is not None else found | {"reason": "exp(loss) is too large for a float"}
 
 
-def perplexity(loss: float) -> float:
-    """exp(loss); infinite if that is too large for a float."""
+def perplexity(loss: float) -> float | None:
+    """exp(loss); None if that is too large for a float."""
     try:
         return math.exp(loss)
     except OverflowError:
-        return math.inf
+        return None

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from train_loop.console import Progress, say
+from train_loop.console import Progress, say, shown
 
 
 class ProgressLines:
@@ -18,14 +18,18 @@ class ProgressLines:
     def after_step(self, state: Any, record: dict[str, Any]) -> None:
         """Count the step, and show its loss and its speed."""
         loss = math.nan if record["loss"] is None else record["loss"]
-        self.progress.update(1, f"loss {loss:.4f}, {record['tokens_per_second']:,.0f} tokens/s", curve=loss)
+        self.progress.update(1, f"loss {shown(loss)}, {record['tokens_per_second']:,.0f} tokens/s", curve=loss)
 
     def after_evaluation(self, state: Any, record: dict[str, Any]) -> None:
         """Print the evaluation's results."""
-        if self.progress.shown and record["step"] != self.evaluated:
-            numbers = {name: math.inf if value is None else value for name, value in record.items()}
-            say(
-                f"step {record['step']}, epoch {record['epoch']:.2f}: validation loss {numbers['loss']:.4f}, "
-                f"perplexity {numbers['perplexity']:.3f}, {numbers['bits_per_byte']:.4f} bits per byte, "
-                f"accuracy {record['accuracy']:.4f}"
-            )
+        if not self.progress.shown or record["step"] == self.evaluated:
+            return
+        why = record.get("reason")
+        found = (
+            f"validation loss {shown(record['loss'])}, perplexity {shown(record['perplexity'], 3)}, "
+            f"{shown(record['bits_per_byte'])} bits per byte, accuracy {shown(record['accuracy'])}"
+            + (f" ({why})" if why else "")
+        )
+        if record["loss"] is None:
+            found = f"validation: {why or 'the loss is not finite'}"
+        say(f"step {record['step']}, epoch {record['epoch']:.2f}: {found}")

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from train_loop.config import paths
 from train_loop.console import say
 from train_loop.devices import is_out_of_memory
 from train_loop.errors import InputError, one_line
@@ -48,7 +49,7 @@ def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
 
     def build(attention: str | None) -> tuple[PreTrainedModel, dict[str, Any]]:
         check_size(settings, where)
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path,
             dtype=torch.float32,
             attn_implementation=attention,
@@ -57,6 +58,7 @@ def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `_account` names them
         )
+        return loaded[0], loaded[1]
 
     try:
         model, found = build(attention)
@@ -66,7 +68,8 @@ def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         blame_attention(attention, build, error)
-        raise InputError(f"{where}: cannot be loaded from safetensors ({one_line(error)})") from None
+        problem = f"cannot be loaded from safetensors ({one_line(error)}){paths.no_folder(name_or_path)}"
+        raise InputError(f"{where}: {problem}") from None
     _account(model, found, held, where)
     check_finite(model, where)
     if (code := unused_code(name_or_path)) is not None:
@@ -83,7 +86,7 @@ def configuration(folder: str, where: str) -> PreTrainedConfig:
     try:
         found: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a library raises if values don't fit together
-        raise InputError(f"{where}: cannot be loaded ({one_line(error)})") from None
+        raise InputError(f"{where}: cannot be loaded ({one_line(error)}){paths.no_folder(folder)}") from None
     return found
 
 
@@ -134,13 +137,16 @@ def _account(model: PreTrainedModel, found: dict[str, Any], held: dict[str, Stor
 
 def _no_floats(model: PreTrainedModel, left_out: Collection[str], held: dict[str, Stored]) -> list[str]:
     """The tensors in files that should be floating-point numbers and are not, each with its type."""
-    fine = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()} | set(left_out)
-
-    def is_fine(name: str) -> bool:  # with or without the prefix of the model inside
-        return any(name == each or name.endswith(f".{each}") or each.endswith(f".{name}") for each in fine)
-
-    others = {name: each for name, each in held.items() if not _FLOATS.match(each.dtype)}
-    return [f"{name} {each.dtype}" for name, each in others.items() if not _is_table(name, held) and not is_fine(name)]
+    # Names may begin otherwise in a file: an older version's, or those of the model inside.
+    tables = {name.rpartition(".")[2] for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
+    return [
+        f"{name} {each.dtype}"
+        for name, each in held.items()
+        if not _FLOATS.match(each.dtype)
+        and name not in left_out
+        and name.rpartition(".")[2] not in tables
+        and not _is_table(name, held)
+    ]
 
 
 def _parted(model: PreTrainedModel) -> str | None:

@@ -17,7 +17,7 @@ from train_loop.errors import InputError
 
 _MOST_TENSORS = 100_000
 """More than any model has; the largest have some 10,000, as an expert's matrices are in one tensor with the others'."""
-_MOST_LAYERS = 100_000
+_MOST_LAYERS = 10_000
 _BYTES = 4  # of a weight, in fp32
 
 
@@ -53,10 +53,12 @@ def _counted(most: int, where: str, memory: int) -> Iterator[None]:
             return
         weights, tensors = weights + tensor.numel(), tensors + 1
         if weights > most or tensors > _MOST_TENSORS:
-            size = f"{weights * _BYTES / 1e9:,.0f} GB" if weights > most else f"over {_MOST_TENSORS:,} tensors"
+            size = f"{weights * _BYTES / 1e9:,.0f} GB or more in fp32"
+            if weights <= most:
+                size = f"more than {_MOST_TENSORS:,} tensors"
             alone = f"{name} alone is {'x'.join(map(str, tensor.shape))}"
             room = f"this machine's memory is {memory / 1e9:,.0f} GB; choose smaller numbers"
-            raise InputError(f"{where}: its weights would take {size} or more in fp32 ({alone}); {room}")
+            raise InputError(f"{where}: its weights would take {size} ({alone}); {room}")
 
     hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
     try:

@@ -6,13 +6,14 @@ forbids all requests.
 """
 
 import html
-import json
 import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from train_loop.errors import InputError, one_line
+from train_loop.files import unwritable, write_output
+from train_loop.records import to_json
 
 _FILE = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 _SERVED = f"{_FILE}; connect-src 'self'"  # allows asking for newer data
@@ -27,24 +28,30 @@ def page(data: dict[str, Any], live: bool = False) -> str:
         "SCRIPT": "\n".join(_asset(name) for name in ("charts.js", "page.js")),
         "DATA": as_json(data | {"live": live}),
     }
-    return re.sub("<!--([A-Z]+)-->", lambda found: parts[found[1]], _asset("page.html"))
+    whole = re.sub("<!--([A-Z]+)-->", lambda found: parts[found[1]], _asset("page.html"))
+    return whole.encode("utf-8", "replace").decode("utf-8")  # a folder's name need not be UTF-8
 
 
 def write(data: dict[str, Any], path: Path) -> None:
     """Write the page completely or not at all; InputError if the file can't be written."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    check_place(path)
     try:
-        temporary.write_text(page(data), encoding="utf-8")
-        temporary.replace(path)
+        write_output(path, page(data))
     except OSError as error:
         raise InputError(
             f"report {path}: cannot be written ({one_line(error)}); name another file with --output"
         ) from None
 
 
+def check_place(path: Path) -> None:
+    """Raise InputError if a page can't stand here."""
+    if (reason := unwritable(path)) is not None:
+        raise InputError(f"report {path}: cannot be written ({reason}); name another file with --output")
+
+
 def as_json(data: dict[str, Any]) -> str:
     """JSON that is safe inside a script element."""
-    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return to_json(data, compact=True).replace("<", "\\u003c")
 
 
 def _asset(name: str) -> str:

@@ -410,7 +410,8 @@ const STATES = { running: "running", complete: "complete", stopped: "stopped", f
 function summary() {
   return view.data.runs.map((run, place) => {
     const { totals, status, ledger } = run;
-    const last = (key) => (run.curves[key] ? run.curves[key].value.findLast(isNumber) : undefined);
+    const last = (key) => (run.curves[key] ? run.curves[key].value.at(-1) : undefined);
+    const loss = (key) => (last(key) === null ? "not finite" : short(last(key)));
     const best = run.curves.validation_loss ? Math.min(...run.curves.validation_loss.value.filter(isNumber)) : NaN;
     const books = ledger.validation || {};
     const bytes = (8 * books.gzip_bytes) / books.bytes;
@@ -419,8 +420,8 @@ function summary() {
     const left = status && status.state === "running" && isNumber(totals.steps) ? (totals.steps - totals.step) * rate : NaN;
     const figures = [
       ["step", isNumber(totals.steps) ? `${whole(totals.step)} of ${whole(totals.steps)}` : whole(totals.step), isNumber(totals.epoch) ? `epoch ${short(totals.epoch, 3)}` : ""],
-      ["training loss", short(last("loss")), "nats per token, last step"],
-      ["validation loss", short(last("validation_loss")), isNumber(best) ? `lowest ${short(best)}` : ""],
+      ["training loss", loss("loss"), "nats per token, last step"],
+      ["validation loss", loss("validation_loss"), isNumber(best) ? `lowest ${short(best)}` : ""],
       ["perplexity", short(last("validation_perplexity")), "validation"],
       ["bits per byte", short(last("validation_bits_per_byte")), isNumber(bytes) && bytes > 0 ? `gzip -9: ${short(bytes)}` : ""],
       ["accuracy", isNumber(last("validation_accuracy")) ? percent(100 * last("validation_accuracy")) : "–", "next token, validation"],

@@ -72,7 +72,7 @@ def _run(files: RunFiles, name: str) -> dict[str, Any]:
         "name": name,
         "folder": str(files.folder),
         "notes": files.notes,
-        "status": _mapping(files.documents["status"]) or None,
+        "status": _status(files.documents["status"]),
         "totals": _totals(columns, config, truth) | {"clipped": int(clipped.sum()), "skipped": int(skipped.sum())},
         "axis": _axis(columns),
         "curves": {key: curve for key, curve in curves.items() if any(v is not None for v in curve["value"])},
@@ -89,7 +89,7 @@ def _run(files: RunFiles, name: str) -> dict[str, Any]:
             for event in _some(files.events.get("sample", []), MOST_SAMPLES)
         ],
         "ledger": {
-            split: book
+            split: _flat(book)
             for split in ("train", "validation")
             if (book := _mapping(_at(files.documents["ledger"], split)))
         },
@@ -99,6 +99,14 @@ def _run(files: RunFiles, name: str) -> dict[str, Any]:
     }
 
 
+def _status(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """State and reason as text, the step as a number."""
+    if not found:
+        return None
+    step = number(found.get("step"))
+    return {key: str(found.get(key) or "") for key in ("state", "reason")} | {"step": None if step != step else step}
+
+
 def _columns(files: RunFiles) -> Columns:
     """The columns in order of steps, each step once, with running sums of tokens and seconds."""
     columns = {name: np.array(column, dtype=np.float64) for name, column in files.steps.items()}
@@ -106,6 +114,10 @@ def _columns(files: RunFiles) -> Columns:
     if len(step) and not (np.diff(step) > 0).all():
         _, last = np.unique(step[::-1], return_index=True)  # a step's last line counts
         columns = {name: column[len(step) - 1 - last] for name, column in columns.items()}
+    if len(step := columns["step"]) and (holes := np.flatnonzero(np.diff(step, prepend=0) > 1)).size:
+        # A step without numbers breaks each curve where steps have no lines.
+        columns = {name: np.insert(column, holes, np.nan) for name, column in columns.items()}
+        columns["step"][holes + np.arange(holes.size)] = step[holes] - 1
     for name in ("tokens", "seconds"):
         columns[f"{name}_so_far"] = np.cumsum(np.nan_to_num(columns[name]))
     return columns
@@ -116,7 +128,6 @@ def _totals(columns: Columns, config: dict[str, Any], truth: dict[str, Any] | No
     last = {name: column[-1] if len(column) else math.nan for name, column in columns.items()}
     whole = number(_at(truth, "batch", "steps"))
     found = {
-        "logged": len(columns["step"]),
         "step": last["step"],
         "steps": whole if whole == whole else number(config.get("train.max_steps")),
         "epoch": last["epoch"],
@@ -257,10 +268,11 @@ def _lines(events: list[Event], key: str, bins: str) -> dict[str, Any] | None:
     chosen = _some([event for event in events if _list(event.get(key))], MOST_LINES)
     if not chosen:
         return None
+    names = [each if number(each) == each else str(each) for each in _list(chosen[-1].get(bins))]
     return {
-        "bins": [each if isinstance(each, int | float) else str(each) for each in _list(chosen[-1].get(bins))],
+        "bins": names,
         "step": [event["step"] for event in chosen],
-        "values": [rounded([number(value) for value in event[key]], 5) for event in chosen],
+        "values": [rounded([number(value) for value in event[key][: len(names)]], 5) for event in chosen],
     }
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from train_loop.config.parsing import parse_yaml
-from train_loop.errors import InputError
+from train_loop.errors import InputError, one_line
+from train_loop.records import Places, event, gaps
 from train_loop.step_parts import STEP_PARTS
 
 COLUMNS = (
@@ -37,6 +38,8 @@ class RunFiles:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        if self.folder.is_file():
+            raise InputError(f"run {folder}: is a file; name the folder of a run")
         if not self.folder.is_dir():
             raise InputError(f"run {folder}: no such folder")
         if not any((self.folder / name).exists() for name in SMALL_FILES + LOGS):
@@ -54,12 +57,12 @@ class RunFiles:
         if any(log.is_another() for log in self._logs.values()):
             self._start_over()
         for log in self._logs.values():
-            for event in log.more():
-                if event["event"] == "step":
+            for each in log.more():
+                if each["event"] == "step":
                     for name, column in self.steps.items():
-                        column.append(number(event.get(name)))
+                        column.append(number(each.get(name)))
                 else:
-                    self.events.setdefault(event["event"], []).append(event)
+                    self.events.setdefault(each["event"], []).append(each)
         self._damaged: list[str] = []
         self.documents = {Path(name).stem: self._document(name) for name in SMALL_FILES}
 
@@ -80,9 +83,30 @@ class RunFiles:
 
     @property
     def notes(self) -> list[str]:
-        """What could not be read, one line for each."""
-        damaged = {name: log.unreadable for name, log in self._logs.items() if log.unreadable}
-        return self._damaged + [f"{name}: {count} damaged lines left out" for name, count in damaged.items()]
+        """What could not be read, and what is missing, one line for each."""
+        if not self.folder.is_dir():
+            return ["the run's folder is gone"]
+        found = list(self._damaged)
+        for name, log in self._logs.items():
+            if log.damaged:
+                found.append(f"{name}: {log.damaged.named('line')} can't be read and {log.damaged.are} left out")
+            if log.problem:
+                found.append(f"{name} can't be read: {log.problem}")
+        return found + self._missing_steps()
+
+    def _missing_steps(self) -> list[str]:
+        """What the steps' lines lack or have twice."""
+        steps, found = self.steps["step"], []
+        known = {int(step) for step in steps}
+        if missing := gaps(known, max(known, default=0)):
+            found.append(f"metrics.jsonl: has no line for {missing.named('step')}")
+        if again := len(steps) - len(known):
+            found.append(f"metrics.jsonl: {again:,} lines are of steps that stand there again; the last one counts")
+        status = self.documents["status"] or {}
+        reached = number(status.get("step"))
+        if status.get("state") != "running" and reached > max(known, default=0):
+            found.append(f"metrics.jsonl: ends at step {max(known, default=0):,}; status.json says {reached:,.0f}")
+        return found
 
     def stamp(self) -> tuple[Any, ...]:
         """A value that changes whenever a file does."""
@@ -94,7 +118,9 @@ class _Followed:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.read, self.unreadable = 0, 0
+        self.read, self.lines = 0, 0  # bytes and lines that were read
+        self.damaged = Places()
+        self.problem = ""  # why the file can't be read
         self._last = b""
 
     def is_another(self) -> bool:
@@ -113,22 +139,19 @@ class _Followed:
         try:
             with self.path.open("rb") as file:
                 file.seek(self.read)
-                added = file.read()
-        except OSError:
-            return
-        whole = added[: added.rfind(b"\n") + 1].splitlines(keepends=True)
-        self.read += sum(map(len, whole))
-        self._last = whole[-1] if whole else self._last
-        for line in whole:
-            try:
-                event = json.loads(line)
-            except (ValueError, RecursionError):
-                event = None
-            known = isinstance(event, dict) and isinstance(event.get("event"), str)
-            if known and not math.isnan(number(event.get("step"))):
-                yield event
-            else:
-                self.unreadable += 1
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    self.read, self.lines, self._last = self.read + len(line), self.lines + 1, line
+                    if (found := event(line)) is not None:
+                        yield found
+                    else:
+                        self.damaged.add(self.lines)
+            self.problem = ""
+        except FileNotFoundError:
+            self.problem = ""
+        except OSError as error:
+            self.problem = one_line(error)
 
 
 def _stat(path: Path) -> tuple[int, int, int, int] | None:

@@ -41,8 +41,8 @@ def evaluate(
         stop: called after each batch, on all processes; True ends the evaluation.
 
     Returns:
-        loss (nats per target), perplexity, bits_per_byte, accuracy, tokens (the number of targets); None if the
-        evaluation ended early.
+        loss (nats per target), perplexity, bits_per_byte, accuracy, tokens (the number of targets); what is not finite
+        is None, and then there is a reason. None if the evaluation ended early.
     """
     # Imported here because the library takes seconds to load and the first evaluation comes late.
     from train_loop.metrics.language_model import LanguageModelMetric

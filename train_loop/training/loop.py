@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from train_loop.distributed.agreement import StopPoll, any_rank_stopping
 from train_loop.errors import TrainingError
-from train_loop.metrics.log import plain
+from train_loop.records import plain
 from train_loop.training.evaluation import evaluate
 from train_loop.training.schedule import learning_rate
 from train_loop.training.state import Observer, Run, StepBatch, TrainState

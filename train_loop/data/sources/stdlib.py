@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from train_loop.config.load import cache_dir
 from train_loop.config.schema import DataConfig
+from train_loop.data.content import digests
 from train_loop.data.formats import Document
 from train_loop.data.sources.files import TextFile
 from train_loop.errors import InputError
@@ -38,7 +40,8 @@ def documents(data: DataConfig, split: str) -> Iterator[Document]:
 
 def key(data: DataConfig) -> dict[str, Any]:
     """What distinguishes one Python's standard library from another's."""
-    return {"python": sys.version, "files": [(name, os.path.getsize(path)) for name, path in source_files()]}
+    names, paths = zip(*source_files(), strict=True)
+    return {"python": sys.version, "files": list(zip(names, digests(cache_dir(data)).of(paths), strict=True))}
 
 
 def size(data: DataConfig) -> int | None:

@@ -1,0 +1,162 @@
+"""What the logs of a run say about the steps so far: read when a run goes on, when it is sampled, replayed, or studied.
+
+A log may have been damaged since: half lines after a crash, lines of something else, steps that are missing or stand
+there twice. Each of these is said, and the rest counts.
+"""
+
+import itertools
+import mmap
+import re
+from array import array
+from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from train_loop.records import Places, event, gaps
+
+_BEGIN = re.compile(rb'{"event": "(\w+)", "step": (\d{1,15})[,}]')  # the beginning of a line, as we write it
+
+
+class Found(NamedTuple):
+    """What was found in a file of events, up to those of a step."""
+
+    events: Sequence[dict[str, Any]] = ()  # those that were asked for
+    skipped: int = 0  # how many steps in a row, up to and including the last, were skipped
+    end: int = 0  # where the lines of later steps begin [bytes]
+    steps: Sequence[int] = ()  # of the lines about steps, as they stand there
+    damaged: Places = Places()  # lines that are no events
+
+
+class Past(NamedTuple):
+    """What a run's logs say about the steps so far."""
+
+    evaluations: list[dict[str, Any]]  # their records, in order of steps, each step once
+    samples: int  # how many texts were sampled after the last step
+    probed: int  # the last step after which a probe was recorded, or 0
+    skipped: int  # how many steps in a row, up to and including the last, were skipped
+
+    @classmethod
+    def of(cls, kept: Found, watched: Found, step: int) -> "Past":
+        """From metrics.jsonl and study.jsonl up to a step."""
+        evaluations = {each["step"]: each for each in kept.events if each["event"] == "evaluation"}
+        return cls(
+            evaluations=[each for _, each in sorted(evaluations.items())],
+            samples=sum(each["event"] == "sample" and each["step"] == step for each in kept.events),
+            probed=max((each["step"] for each in watched.events), default=0),
+            skipped=kept.skipped,
+        )
+
+
+def find(path: Path, step: int, names: Container[str]) -> Found:
+    """Read a metrics.jsonl or study.jsonl up to the events of a step; those of later steps come after them in the file.
+
+    Only the last lines and the events with these names are parsed, because a million steps would take half a minute.
+    """
+    skipped, end, last, foreign = 0, 0, 0, 0
+    for line, line_end in _backwards(path):
+        found = event(line)
+        foreign = foreign or line_end if found is None else -1
+        if found is None or found["step"] > step:
+            continue
+        if not end:
+            end, last = line_end, found["step"]
+        if found["step"] < last - skipped:  # steps have no lines here
+            break
+        if found["event"] == "step":
+            if not found.get("skipped"):
+                break
+            skipped += 1
+    if step and foreign > 0:  # not one event: it is not ours to remove
+        end = foreign
+    return _upto(path, end, step, names)._replace(skipped=skipped, end=end)
+
+
+def _upto(path: Path, end: int, step: int, names: Container[str]) -> Found:
+    """What stands before a place in a file: the events with these names, the steps, the damaged lines."""
+    events, steps, damaged = [], array("q"), Places()
+    if end:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                name, its_step, found = _looked_at(line, names)
+                if name is None or (name == "evaluation" and found is not None and not _has_loss(found)):
+                    damaged.add(number)
+                elif its_step <= step:
+                    if name == "step":
+                        steps.append(its_step)
+                    if found is not None and name in names:
+                        events.append(found)
+                end -= len(line)
+                if end <= 0:
+                    break
+    return Found(events, steps=steps, damaged=damaged)
+
+
+def _looked_at(line: bytes, names: Container[str]) -> tuple[str | None, int, dict[str, Any] | None]:
+    """Name, step and content of the event on a line; no name if it is damaged.
+
+    A line of another name that begins and ends like one of ours is not parsed, so it has no content.
+    """
+    begin = _BEGIN.match(line)
+    # In a whole line, a quote inside a text is escaped, so this can only be where another line began.
+    if begin is not None and line.endswith(b"}\n") and line.rfind(b'{"event": ') == 0 and b"\0" not in line:
+        name = begin[1].decode()
+        if name not in names:
+            return name, int(begin[2]), None
+    found = event(line)
+    return (None, 0, None) if found is None else (found["event"], found["step"], found)
+
+
+def _has_loss(evaluation: dict[str, Any]) -> bool:
+    """Whether an evaluation says what it found; a loss that was not finite is None."""
+    loss = evaluation.get("loss", "")
+    return loss is None or (isinstance(loss, int | float) and not isinstance(loss, bool))
+
+
+def warnings(path: Path, found: Found, last: int | None = None) -> list[str]:
+    """What is wrong with a log, one line for each kind of damage; `last`: it should have each step up to this one."""
+    lines, missing = [], Places() if last is None else gaps(found.steps, last)
+    if found.damaged:
+        lines.append(f"{path}: {found.damaged.named('line')} can't be read and {found.damaged.are} left out")
+    if missing:
+        lines.append(f"{path}: has no line for {missing.named('step')}; what was evaluated there is not known any more")
+    if (again := len(found.steps) - len(set(found.steps))) > 0:
+        lines.append(f"{path}: has {again:,} lines of steps that stand there again; the last one counts")
+    return lines
+
+
+def read_events(path: Path) -> tuple[list[dict[str, Any]], Places]:
+    """The events of a metrics.jsonl or study.jsonl, and which lines hold none.
+
+    The last line does not count if it has no end: a killed process has left it half written.
+    """
+    events, damaged = [], Places()
+    if path.exists():
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if (found := event(line)) is not None:
+                    events.append(found)
+                elif line.endswith(b"\n"):
+                    damaged.add(number)
+    return events, damaged
+
+
+def last_steps(path: Path, count: int) -> list[dict[str, Any]]:
+    """The last `count` steps of a metrics.jsonl."""
+    looked_at = (_looked_at(line, {"step"}) for line, _ in _backwards(path))
+    steps = (found for name, _, found in looked_at if name == "step" and found is not None)
+    return list(itertools.islice(steps, count))[::-1]
+
+
+def _backwards(path: Path) -> Iterator[tuple[bytes, int]]:
+    """The last line of a file and where it ends [bytes], then the line before it, and so on.
+
+    Text after the last line break, which a killed process has left half written, does not count as a line.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        end = content.rfind(b"\n") + 1
+        while end:
+            start = content.rfind(b"\n", 0, end - 1) + 1
+            yield content[start:end], end
+            end = start
