@@ -44,7 +44,7 @@ from train_loop.metrics.past import last_steps
 from train_loop.metrics.progress import ProgressLines
 from train_loop.metrics.throughput import Throughput
 from train_loop.metrics.trackers import check_trackers, start_trackers
-from train_loop.models import building, loading
+from train_loop.models import building, ends, loading
 from train_loop.models.parameters import digest
 from train_loop.ops import cpu
 from train_loop.signals import StopRequest
@@ -193,7 +193,8 @@ def _claim(setup: Setup, heartbeat: Heartbeat, own: Ownership) -> None:
     run.context.stop.defer()  # from here on, the folder says what became of the run
     if accelerator.is_main_process:
         heartbeat.lost = lost
-        folder.claim(run.config, run.data.ledger(), sheet, [run.state.model.config, run.data.tokenizer])
+        model, tokenizer = run.state.model, run.data.tokenizer
+        folder.claim(run.config, run.data.ledger(), sheet, [model.config, tokenizer, ends.settings(model, tokenizer)])
         say(truth_sheet.table(sheet))
     accelerator.wait_for_everyone()
     check_disk(accelerator, folder.path / "truth.json")

@@ -22,6 +22,7 @@ from train_loop.config import paths
 from train_loop.console import say
 from train_loop.devices import is_out_of_memory
 from train_loop.errors import InputError, one_line
+from train_loop.models import ends
 from train_loop.models.parameters import tensors_once
 from train_loop.models.size import check_numbers, check_size
 from train_loop.models.weight_files import Stored, stored
@@ -41,6 +42,7 @@ def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
     """
     where = f"model {name_or_path}"
     check_model(name_or_path)
+    ends.check(name_or_path)
     settings = configuration(name_or_path, where)
     if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(f"{where}: Transformers has no causal language model of type {settings.model_type}")
