@@ -29,6 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architectures.md"
 COLUMNS = ("train", "causal", "decay", "evaluate", "export", "sample", "resume")
+ENTRIES = 300  # of the vocabulary
 SECONDS = 180  # at most, for one type
 
 # The sizes of a small model, by what configurations call them; a smaller default stays.
@@ -69,6 +70,7 @@ UNSET = {
 # What a type needs besides. (Decoders that are encoders by default get `is_decoder` where they have it.)
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 NEEDS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "codegen": {"n_head": 4, "rotary_dim": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 1, "rope_theta": 10000.0, "clip_qkv": 8.0}},
@@ -122,6 +124,7 @@ def small(model_type: str, config: Any = None) -> dict[str, Any]:
     """`model.architecture` of a small model: its default configuration, with every size in it that `SIZE` knows."""
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+    nested = config is not None
     config = config or CONFIG_MAPPING[model_type]()
     found: dict[str, Any] = {}
     defaults = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
@@ -132,6 +135,10 @@ def small(model_type: str, config: Any = None) -> dict[str, Any]:
         elif name in ("layer_types", "layers_block_type") and isinstance(value, list) and len(set(value)) > 1:
             found[name] = list(dict.fromkeys(value))  # a layer of each kind
             found["num_hidden_layers"] = len(found[name])
+        elif nested and name == "vocab_size":
+            found[name] = ENTRIES
+        elif nested and name.endswith("token_id") and isinstance(value, int) and value >= ENTRIES:
+            found[name] = 0
         elif name in SIZE and name not in found:
             if (isinstance(value, int) and value > 0) or (value is None and name in UNSET):
                 found[name] = SIZE[name] if value is None or SIZE[name] == 4 else min(value, SIZE[name])
@@ -154,7 +161,7 @@ def prepare(folder: Path) -> None:
     (folder / "text").mkdir()
     for number, text in enumerate(texts):
         (folder / "text" / f"{number:02d}.txt").write_text(text, encoding="utf-8")
-    tokenizer.train(texts, 300).save_pretrained(folder / "tokenizer")
+    tokenizer.train(texts, ENTRIES).save_pretrained(folder / "tokenizer")
 
 
 def attempt(model_type: str, folder: Path, verify: bool = True) -> dict[str, str]:
@@ -226,7 +233,7 @@ def why(architecture: dict[str, Any], err: str) -> str:
 
     ids, config_type = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}, architecture["model_type"]
     try:
-        config = AutoConfig.for_model(**({"vocab_size": 300} | ids | architecture))
+        config = AutoConfig.for_model(**({"vocab_size": ENTRIES} | ids | architecture))
         with torch.device("meta"):
             weights = sum(each.numel() for each in AutoModelForCausalLM.from_config(config).parameters())
         if weights > 10**8:

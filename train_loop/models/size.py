@@ -26,7 +26,7 @@ def check_numbers(settings: Any, where: str) -> None:
     if not isinstance(settings, dict):
         return
     for key, value in settings.items():
-        counts = "layer" in str(key) or "label" in str(key)
+        counts = ("layer" in str(key) or "label" in str(key)) and "size" not in str(key)  # vocab_size_per_layer_input
         if counts and isinstance(value, int | float) and value > _MOST_LAYERS:
             raise InputError(f"{where}: {key} {value:,} is more than any model has; use at most {_MOST_LAYERS:,}")
         check_numbers(value, where)
