@@ -44,7 +44,7 @@ from train_loop.metrics.past import last_steps
 from train_loop.metrics.progress import ProgressLines
 from train_loop.metrics.throughput import Throughput
 from train_loop.metrics.trackers import check_trackers, start_trackers
-from train_loop.models import building
+from train_loop.models import building, ends, loading
 from train_loop.models.parameters import digest
 from train_loop.ops import cpu
 from train_loop.signals import StopRequest
@@ -193,7 +193,8 @@ def _claim(setup: Setup, heartbeat: Heartbeat, own: Ownership) -> None:
     run.context.stop.defer()  # from here on, the folder says what became of the run
     if accelerator.is_main_process:
         heartbeat.lost = lost
-        folder.claim(run.config, run.data.ledger(), sheet, [run.state.model.config, run.data.tokenizer])
+        model, tokenizer = run.state.model, run.data.tokenizer
+        folder.claim(run.config, run.data.ledger(), sheet, [model.config, tokenizer, ends.settings(model, tokenizer)])
         say(truth_sheet.table(sheet))
     accelerator.wait_for_everyone()
     check_disk(accelerator, folder.path / "truth.json")
@@ -295,7 +296,8 @@ def set_up(
         run_on_all_ranks(accelerator, "own", own.take if accelerator.is_main_process else lambda: None)
     run_on_all_ranks(accelerator, "check", lambda: folder.check(config))
     data = _data(accelerator, config)
-    language_model = run_on_all_ranks(accelerator, "build", lambda: building.build(config, data.tokenizer, model))
+    build = (config, data.tokenizer, model, folder.padded)
+    language_model = run_on_all_ranks(accelerator, "build", lambda: building.build(*build))
     check_same(accelerator, "the data", data.fingerprint, "give every host the same documents and tokenizer")
     found, damaged = find(accelerator, folder, config, data.fingerprint)
     check_same(accelerator, "the initial weights' digest", digest(language_model), "give every host the same model")
@@ -386,6 +388,8 @@ def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, A
         accelerator = launch.start(config.run, heartbeat)
         if isinstance(model, PreTrainedModel):
             language_model, tokenizer, source = model, None, f"the {type(model).__name__}"
+            loading.check_present(model, source)
+            loading.check_finite(model, source)
         else:
             name, attention, source = str(model), config.model.attention, f"model {model}"
             language_model, tokenizer = run_on_all_ranks(accelerator, "load", lambda: pretrained.load(name, attention))
@@ -398,9 +402,7 @@ def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, A
         language_model.to(accelerator.device)
         cpu.speed_up(language_model, training=False, keep_memory=config.run.keep_memory)
         objective = launch.prepare_to_evaluate(accelerator, Objective(language_model))
-        if config.data.isolate_documents and truth_sheet.documents_cross(accelerator, objective, config):
-            attention = str(language_model.config._attn_implementation)
-            raise InputError(truth_sheet.cannot_isolate(type(language_model).__name__, attention))
+        truth_sheet.check_reading(accelerator, objective, config, source)
         batch_size = config.evaluation.batch_size or config.micro_batch_size
         windows = _windows(data.validation, config, data.tokenizer)
         metrics = evaluation.evaluate(accelerator, objective, windows, batch_size)

@@ -95,6 +95,18 @@ class RunFolder:
             return None
         return found if isinstance(found, dict) and found else None
 
+    @property
+    def padded(self) -> bool:
+        """Whether this run began before 0.2, which did not train the embedding of the end of a text in some models.
+
+        It goes on like that: its first half would not be that of a run that does. Its truth sheet tells.
+        """
+        try:
+            parameters = json.loads((self.path / "truth.json").read_text(encoding="utf-8"))["parameters"]
+            return bool(parameters.get("untrained_rows", True))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return False
+
     def claim(
         self, config: Config, ledger: dict[str, Any], truth: dict[str, Any], architecture: Sequence[Savable]
     ) -> None:

@@ -40,6 +40,7 @@ from train_loop.data.cache_folder import writing
 from train_loop.data.content import key_hash
 from train_loop.data.corpus import Corpus
 from train_loop.data.formats import Document
+from train_loop.data.round_trip import RoundTrip, warn
 from train_loop.data.token_store import _DOCUMENT, TRAIN, VALIDATION, Ledger, Prepared, TokenStore, target_counts
 from train_loop.errors import InputError
 
@@ -190,6 +191,7 @@ class _SplitWriter:
             open(folder / name, "wb", buffering=1 << 20) for name in ("tokens.bin", "documents.bin", "names.bin")
         )
         self.ledger = Ledger()
+        self.round_trip = RoundTrip(core, self.ledger)
         self.digest = hashlib.sha256()
         self.hashes = duplicates.Hashes()
         self.gzip = zlib.compressobj(9, wbits=31) if compress else None
@@ -207,6 +209,7 @@ class _SplitWriter:
         """Add a piece of a document's text and its token ids [tokens]; return its size in bytes of UTF-8."""
         content = text.encode()
         ledger = self.ledger
+        self.round_trip.add(text, ids, self.begins)
         if self.begins and len(ids):
             size = tokenizers.first_token_bytes(self.core, text, int(ids[0]))
             ledger.first_token_bytes += size
@@ -285,6 +288,7 @@ def _write_splits(
                 raise InputError(f"data: the {split} documents changed while they were read; start again")
         ledgers = {split: writer.finish() for split, writer in writers.items()}
     _count_twins(folder, dtype, writers)
+    warn([writer.round_trip for writer in writers.values()])
     return ledgers
 
 

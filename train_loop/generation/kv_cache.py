@@ -76,7 +76,14 @@ class Decoder:
         inputs: dict[str, Any] = {"input_ids": self._ids[:, -new:], self._cache_name: self._cache}
         if self._mask is not None:
             inputs |= {"attention_mask": self._mask, "position_ids": _positions(self._mask)[:, -new:]}
-        output: Any = self.model(**inputs, use_cache=self._use_cache, **self._options)
+        try:
+            output: Any = self.model(**inputs, use_cache=self._use_cache, **self._options)
+        except Exception as error:
+            if not self._use_cache or devices.is_out_of_memory(error):
+                raise
+            # A few models train, but cannot use their own cache: their texts are recomputed.
+            self._use_cache, self._cache = False, None
+            return self._forward()
         self._cache = output.get(self._cache_name) if self._use_cache else None
         return output.logits[:, -1].float()
 

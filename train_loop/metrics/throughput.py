@@ -117,7 +117,7 @@ class Throughput:
 
 
 def operations_per_token(model: PreTrainedModel, block_size: int) -> int | None:
-    """Operations (multiplications, additions) of one token, forward and backward; None for mixtures of experts."""
+    """Operations (multiplications, additions) of one token, forward and backward; None if layers or tokens differ."""
     config = model.config.get_text_config()
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         return None
@@ -127,7 +127,10 @@ def operations_per_token(model: PreTrainedModel, block_size: int) -> int | None:
         looked_up.discard(id(head.weight))
     weights = sum(each.numel() for each in model.parameters() if each.ndim > 1 and id(each) not in looked_up)
     heads = getattr(config, "num_attention_heads", 0) or 0
-    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    try:
+        width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    except RuntimeError:  # each layer has a width of its own
+        return None
     return 6 * weights + 12 * getattr(config, "num_hidden_layers", 0) * heads * width * block_size
 
 

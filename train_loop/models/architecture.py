@@ -34,12 +34,13 @@ def _is_causal(model_type: str) -> bool:
 
 
 def configuration(
-    architecture: dict[str, Any], tokenizer: PreTrainedTokenizerFast, block_size: int
+    architecture: dict[str, Any], tokenizer: PreTrainedTokenizerFast, block_size: int, padding: int | None = None
 ) -> PreTrainedConfig:
     """The configuration of a model from scratch; its vocabulary and context are the tokenizer's and one block's.
 
     An architecture may say otherwise. But the ids of special tokens are always the tokenizer's. Raises InputError for
-    a type that is none, and for a name that the type does not have (unless the whole was pasted).
+    a type that is none, and for a name that the type does not have (unless the whole was pasted). `padding` is the id
+    of the padding token, if there is one: its embedding would not be trained.
     """
     given = {name: value for name, value in architecture.items() if name not in _TYPES}
     model_type = str(given.pop("model_type"))
@@ -60,9 +61,10 @@ def configuration(
         given = {name: value for name, value in given.items() if name not in unknown}
         notes.append(f"{model_type} has no {', '.join(unknown)} (left out)")
     settings = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id}
-    settings |= dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    settings |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": padding}
     if other := [f"{name} {given.pop(name)}" for name in _IDS if given.get(name) not in (None, settings[name])]:
         notes.append(f"{', '.join(other)} give way to the tokenizer's own ids")
+    given = {name: value for name, value in given.items() if name not in _IDS}
     size = given.get("vocab_size")
     if pasted and isinstance(size, int) and size > len(tokenizer):
         notes.append(f"vocab_size {size:,} is kept, but the tokenizer has {len(tokenizer):,} entries")

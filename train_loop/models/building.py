@@ -5,7 +5,7 @@ Weights are fp32 whatever `run.mixed_precision` says: autocast rounds copies, th
 
 import inspect
 import textwrap
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -24,9 +24,12 @@ from train_loop.models.size import check_size
 from train_loop.rng import seed_torch
 
 
-def build(config: Config, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel | None = None) -> PreTrainedModel:
+def build(
+    config: Config, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel | None = None, padded: bool = False
+) -> PreTrainedModel:
     """The model of a configuration, or a given one, in fp32, checked against tokenizer and block size.
 
+    All rows of its embeddings are trained. (If `padded`, those of the padding token are not, as before 0.2.)
     Raises InputError if the model cannot be loaded or built, or its vocabulary or context is too small.
     """
     if model is not None:
@@ -36,13 +39,15 @@ def build(config: Config, tokenizer: PreTrainedTokenizerFast, model: PreTrainedM
         model = load(paths.find(config.model.name_or_path, "model.name_or_path"), config.model.attention)
         source = f"model {config.model.name_or_path}"
     elif config.model.architecture is not None:
-        model = initialise(config, tokenizer)
+        model = initialise(config, tokenizer, padded)
         source = "model.architecture"
     else:
         raise InputError(ONE_MODEL)
     check_fits(model, tokenizer, config.data.block_size, source)
     if config.data.isolate_documents:
         check_positions(model)
+    if not padded:
+        train_padding(model)
     fuse_activations(model)
     if config.model.activation_checkpointing:
         compat.checkpoint_activations(model, True)
@@ -60,6 +65,16 @@ def fuse_activations(model: PreTrainedModel) -> None:
         for name, child in module.named_children():
             if type(child) is NewGELUActivation:
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
+
+
+def train_padding(model: PreTrainedModel) -> None:
+    """Let the embedding of the padding token have gradients, in place.
+
+    Training pads with nothing that counts, and many models call the end of a text, which they must know, padding too.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None
 
 
 def check_positions(model: PreTrainedModel) -> None:
@@ -89,12 +104,14 @@ def without_compile(model: torch.nn.Module) -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
-def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+def initialise(config: Config, tokenizer: PreTrainedTokenizerFast, padded: bool = False) -> PreTrainedModel:
     """A model with random weights, keyed by `run.seed`; by default its context is one block."""
     attention, architecture = config.model.attention, read_architecture(config.model.architecture)
+    end = tokenizer.eos_token_id
+    assert isinstance(end, int)
 
-    def build(attention: str | None) -> PreTrainedModel:
-        model_config = configuration(architecture, tokenizer, config.data.block_size)
+    def made(attention: str | None, padding: int | None, more: int = 0) -> PreTrainedModel:
+        model_config = configuration(architecture, tokenizer, config.data.block_size + more, padding)
         check_size(model_config, "model.architecture")
         seed_torch(torch.device("cpu"), "weights", config.run.seed)
         with compat.residual_weights_scaled():
@@ -102,8 +119,16 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrained
                 model_config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
             )
         if "flash" not in (attention or ""):  # FlashAttention is for GPUs only
-            model(torch.zeros(1, 1, dtype=torch.long))  # sizes that don't fit together fail only in use
+            # Sizes that don't fit together fail only in use. Some types have no cache, or one that asks for more.
+            model(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
         return model
+
+    def build(attention: str | None) -> PreTrainedModel:
+        if not padded:
+            with suppress(Exception):
+                return made(attention, None)
+        # RoBERTa's kind counts positions from the padding token's id, and needs one; see `context_length`.
+        return made(attention, end, 0 if padded else end + 1)
 
     try:
         model = build(attention)
@@ -113,7 +138,7 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrained
         blame_attention(attention, build, error)
         shown = textwrap.shorten(str(architecture), 200, placeholder=" ...")
         raise InputError(f"model.architecture: {shown}: no such model can be built ({one_line(error)})") from None
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
     model.generation_config = GenerationConfig(**ids)
     return model
 
@@ -121,18 +146,28 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrained
 def context_length(model: PreTrainedModel) -> int | None:
     """How many tokens the model can see at once; None if its architecture sets no limit."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return context if context is None or context > 0 else None
+    if context is None or context <= 0:
+        return None
+    # RoBERTa's kind begins to count after the id of its padding token.
+    padding = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
+    return context if padding is None else context - padding - 1
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many tokens the model knows. Some keep more than tokens in the same table."""
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    return min(rows, getattr(model.config.get_text_config(), "vocab_size", rows))
 
 
 def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, block_size: int, source: str) -> None:
     """Refuse a tokenizer or a block size that the model cannot take. Raises InputError with both numbers."""
-    context, vocabulary = context_length(model), len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    context, known = context_length(model), vocabulary(model)
     if context is not None and block_size > context:
         beyond = f"exceeds the context of {source}, {context} tokens; use at most {context}"
         raise InputError(f"data.block_size {block_size} {beyond}")
-    if (highest := highest_id(tokenizer)) >= vocabulary:
+    if (highest := highest_id(tokenizer)) >= known:
         entries = len(tokenizer) if highest < len(tokenizer) else f"ids up to {highest} in its {len(tokenizer)}"
-        problem = f"has {entries} entries, but {source} has only {vocabulary} embeddings"
+        problem = f"has {entries} entries, but {source} has only {known} embeddings"
         cure = (
             "leave vocab_size out" if source == "model.architecture" else "use the tokenizer that belongs to the model"
         )

@@ -88,7 +88,9 @@ class _Product(torch.autograd.Function):
     ) -> torch.Tensor:
         context.remake, kept = (None, x) if made_from is None else made_from
         context.save_for_backward(kept, weight)
-        return product(x, weight, bias)
+        output = product(x, weight, bias)
+        # oneDNN returns a view, which autograd would not let a model change in place.
+        return torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -183,7 +183,9 @@ def head_is_plain(model: PreTrainedModel) -> bool:
     seen: list[torch.Tensor] = []
 
     def blow_up(module: nn.Module, arguments: Any, output: Any) -> Any:
-        hidden = output.last_hidden_state
+        hidden = getattr(output, "last_hidden_state", None)
+        if hidden is None or hidden.shape[-1] != head.in_features:
+            return output
         output["last_hidden_state"] = hidden * (300 / head(hidden).abs().max().clamp(min=1e-6))
         seen.append(output["last_hidden_state"])
         return output

@@ -5,7 +5,9 @@ AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization", 2019), fo
     m = b1 m + (1 - b1) g          v = b2 v + (1 - b2) g^2
     w = w - lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay * w)
 
-Decay pulls matrices, which multiply, towards zero. It makes no sense for biases and norms, which add and scale.
+Decay pulls matrices, which multiply, towards zero. It makes no sense for biases and norms, which add and scale. What a
+parameter is, tells `parameters.kind`: the type of the module that owns it, and not how many dimensions it has. So the
+biases of experts, the rates of state-space models and what RWKV mixes time with do not decay, though some are matrices.
 """
 
 from typing import Any
@@ -15,30 +17,23 @@ from torch import nn
 
 from train_loop import devices
 from train_loop.config.schema import OptimizerConfig
+from train_loop.models.parameters import EMBEDDING, MATRIX, kind
 
 
 def decay_groups(module: nn.Module, decay_embeddings: bool) -> dict[str, dict[str, nn.Parameter]]:
     """The trainable parameters, by whether they decay: {"decay": {name: parameter}, "no_decay": {...}}.
 
-    The type of the module that owns a parameter decides, not the parameter's name, which differs between
-    architectures. Norms do not decay, nor does anything with fewer than two dimensions; embeddings decay on request.
-    A tied weight counts once, where it comes first: as an embedding.
+    Matrices decay, and embeddings on request. A tied weight counts once, where it comes first: as an embedding.
     """
     groups: dict[str, dict[str, nn.Parameter]] = {"decay": {}, "no_decay": {}}
     seen: set[int] = set()
     for prefix, owner in module.named_modules():
-        norm = "norm" in type(owner).__name__.lower()
         for name, parameter in owner.named_parameters(prefix, recurse=False):
             if id(parameter) in seen or not parameter.requires_grad:
                 continue
             seen.add(id(parameter))
-            exempt = (
-                norm
-                or parameter.ndim < 2
-                or (isinstance(owner, nn.Embedding) and not decay_embeddings)
-                or getattr(parameter, "_no_weight_decay", False)  # a state-space model asks for it
-            )
-            groups["no_decay" if exempt else "decay"][name] = parameter
+            decays = kind(owner, name, parameter) in ((MATRIX, EMBEDDING) if decay_embeddings else (MATRIX,))
+            groups["decay" if decays else "no_decay"][name] = parameter
     return groups
 
 

@@ -127,22 +127,22 @@ def _tables(data: DataConfig) -> _Tables | None:
         builder = datasets.load_dataset_builder(data.name, data.subset)
     config = builder.config
     files = {str(split): list(each) for split, each in (config.data_files or {}).items()}
-    for folder in sorted({os.path.dirname(file) for each in files.values() for file in each}):
-        refuse_pointers(folder)
     homes = (each.__module__.split(".") for each in type(builder).__mro__)
     suffix = next((_KINDS.get(home[-1]) for home in homes if home[:2] == ["datasets", "packaged_modules"]), None)
-    if suffix is None or any(
-        getattr(config, each.name) != getattr(type(config)(), each.name)
-        for each in fields(config)
-        if each.name not in _NEUTRAL
-    ):
-        return None
-    read: Callable[[str, str], Rows] | None
-    if suffix == ".csv":
+    plain = all(
+        getattr(config, name) == getattr(type(config)(), name)
+        for name in {each.name for each in fields(config)} - _NEUTRAL
+    )
+    read: Callable[[str, str], Rows] | None = None
+    if plain and suffix == ".csv":
         read = partial(read_csv, separator=config.sep) if config.sep in SEPARATORS else None
-    else:
+    elif plain and suffix is not None:
         read = _read_lines if suffix == ".txt" else READERS[suffix]
-    return _Tables(files, suffix, read) if read else None
+    if read is None or suffix is None:
+        for folder in sorted({os.path.dirname(file) for each in files.values() for file in each}):
+            refuse_pointers(f"data.name {folder}", folder)
+        return None
+    return _Tables(files, suffix, read)
 
 
 def _parts(spec: str, lengths: Mapping[str, int]) -> list[tuple[str, int, int]]:

@@ -1,0 +1,162 @@
+"""A command in a process of its own, for the price of a fork: a server has imported everything already.
+
+The process gets limits of time and memory, a home and a temporary folder below its own, and is watched: what it opens
+for writing outside of its folder is listed.
+"""
+
+import functools
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+IMPORTED = (
+    *("train_loop.cli", "train_loop.job", "train_loop.generation.sampler", "train_loop.analysis.inspection"),
+    *("train_loop.report.server", "train_loop.report.figures", "datasets", "yaml"),
+    *("transformers.models.gpt2.modeling_gpt2", "transformers.models.auto.modeling_auto", "tests.support.forked"),
+    *("transformers.models.llama.modeling_llama", "transformers.models.gpt2.tokenization_gpt2"),
+)
+CLOSED = "closed"
+
+
+class Outcome(NamedTuple):
+    """How a command ended: its exit code (None if it was killed for taking too long), and what it printed."""
+
+    code: int | None
+    out: str
+    err: str
+    peak: int  # of memory beyond what the server had [bytes]
+    outside: list[str]  # files that it opened for writing, or removed, outside of its folder
+
+    @property
+    def complaints(self) -> list[str]:
+        """The lines in which the command says what is wrong."""
+        return [line for line in self.err.splitlines() if line.startswith("train-loop: ")]
+
+    def problem(self) -> str | None:
+        """Why this is not how a command should end: it runs, or says in one line what is wrong; None if it is."""
+        if self.code is None:
+            return "hangs"
+        if "Traceback" in self.err or "Exception ignored" in self.err or "Traceback" in self.out:
+            return "a traceback"
+        if self.code not in (0, 1, 2, 3, 141):
+            return f"exit code {self.code}"
+        if self.code == 2 and len(self.complaints) != 1:
+            return f"exit code 2 with {len(self.complaints)} lines"
+        if self.code == 1 and not self.complaints:
+            return "exit code 1 without a word"
+        return f"writes {self.outside[0]}" if self.outside else None
+
+
+@functools.cache
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    return context
+
+
+def run(
+    arguments: Sequence[object], folder: Path, seconds: float = 60, memory: int = 4 << 30, **options: Any
+) -> Outcome:
+    """`train-loop ARGUMENTS` with `folder` as its own, in which it starts.
+
+    Options are `stdin`, `stdout`, `stderr` (paths, or CLOSED), `encoding` of the output, `environment` (additions).
+    """
+    folder.mkdir(exist_ok=True)
+    outputs = [folder / ".out", folder / ".err", folder / ".watch"]
+    for path in outputs:
+        path.unlink(missing_ok=True)
+    child = _context().Process(target=_child, args=([str(each) for each in arguments], str(folder), memory, options))
+    child.start()
+    child.join(seconds)
+    code = child.exitcode
+    if code is None:
+        child.kill()
+        child.join()
+    out, err, watched = (path.read_text("utf-8", "replace") if path.exists() else "" for path in outputs)
+    notes = watched.splitlines()
+    peak = int(notes.pop()) if notes and notes[-1].isdigit() else 0
+    return Outcome(code, out, err, peak, sorted(set(notes)))
+
+
+def _child(arguments: list[str], folder: str, memory: int, options: dict[str, Any]) -> None:
+    own = os.path.realpath(folder)
+    watched = os.open(f"{own}/.watch", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    given = (
+        options.get("stdin", os.devnull),
+        options.get("stdout", f"{own}/.out"),
+        options.get("stderr", f"{own}/.err"),
+    )
+    for number, path in enumerate(given):
+        if path != CLOSED:
+            opened = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(opened, number)
+            os.close(opened)
+    for number, path in enumerate(given):
+        if path == CLOSED:
+            os.close(number)
+    encoding = options.get("encoding", "utf-8")
+    sys.stdin, sys.stdout, sys.stderr = (
+        None if path == CLOSED else open(number, "rw"[number > 0], encoding=encoding, errors=errors, closefd=False)
+        for number, (path, errors) in enumerate(zip(given, ("strict", "strict", "backslashreplace"), strict=True))
+    )
+    os.chdir(own)
+    for name in ("home", "tmp", "cache"):
+        os.makedirs(name, exist_ok=True)
+    os.environ |= {"HOME": f"{own}/home", "TMPDIR": f"{own}/tmp", "TRAIN_LOOP_CACHE": f"{own}/cache"}
+    os.environ |= options.get("environment", {})
+    tempfile.tempdir = None  # what the server found
+    _watch(own, watched)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + memory, size + memory))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    from train_loop.cli import main
+
+    try:
+        code = main(arguments)
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else 1
+    except BaseException:
+        if sys.stderr is not None:
+            traceback.print_exc()
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            code = 120  # as Python's own end
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    os.write(watched, f"{peak * 1024}\n".encode())
+    os._exit(code)
+
+
+def _watch(own: str, notes: int) -> None:
+    """Note what Python opens for writing, makes or removes outside of the folder."""
+    elsewhere = (own, "/dev/", "/proc/", os.environ.get("HF_HOME", own))
+    changing = (
+        "os.mkdir",
+        "os.remove",
+        "os.rename",
+        "os.rmdir",
+        "os.symlink",
+        "os.link",
+        "os.truncate",
+        "shutil.rmtree",
+    )
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        path: Any = None
+        if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            path = arguments[0]
+        elif event in changing:
+            path = arguments[0]
+        if isinstance(path, str | bytes) and not os.path.realpath(os.fsdecode(path)).startswith(elsewhere):
+            os.write(notes, os.fsencode(f"{os.fsdecode(path)!r}\n"))
+
+    sys.addaudithook(hook)
