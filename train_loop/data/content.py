@@ -71,16 +71,16 @@ class Digests:
 
     def of(self, paths: Iterable[str | Path]) -> list[str]:
         """The digest of each file. Raises InputError for one that can't be read, or that is written to meanwhile."""
-        paths = [os.path.abspath(path) for path in paths]
-        looks = list(map(_look, paths))
-        names = [_name(path, look) for path, look in zip(paths, looks, strict=True)]
+        places = [os.path.abspath(path) for path in paths]
+        looks = list(map(_look, places))
+        names = [_name(place, look) for place, look in zip(places, looks, strict=True)]
         if not self._known.keys() >= set(names):
             self._recall()
         if not self._known.keys() >= set(names):
             # Of several processes of a host, one reads, and the others then find what it remembers.
             with alone(self._memory.with_suffix(".lock")):
                 self._recall()
-                new = [each for each in zip(names, paths, looks, strict=True) if each[0] not in self._known]
+                new = [each for each in zip(names, places, looks, strict=True) if each[0] not in self._known]
                 now = time.time()
                 found = dict(zip((name for name, _, _ in new), self._read(new), strict=True))
                 self._remember({name: found[name] for name, _, look in new if look.settled(now)})
