@@ -283,10 +283,12 @@ def set_up(
     heartbeat: Heartbeat | None = None,
     stop: StopRequest | None = None,
     own: Ownership | None = None,
+    padded: bool | None = None,
 ) -> Setup:
     """Set up and check data, model, optimizer and processes of a run. Its folder is taken if asked to, else only read.
 
-    For `model` see `train`. Raises InputError for whatever doesn't fit.
+    For `model` see `train`, for `padded` `RunFolder`, which tells if it is None. Raises InputError for whatever doesn't
+    fit.
     """
     folder = RunFolder(config.output_dir)
     check_trackers(config.run.log_with)
@@ -296,7 +298,7 @@ def set_up(
         run_on_all_ranks(accelerator, "own", own.take if accelerator.is_main_process else lambda: None)
     run_on_all_ranks(accelerator, "check", lambda: folder.check(config))
     data = _data(accelerator, config)
-    build = (config, data.tokenizer, model, folder.padded)
+    build = (config, data.tokenizer, model, folder.padded if padded is None else padded)
     language_model = run_on_all_ranks(accelerator, "build", lambda: building.build(*build))
     check_same(accelerator, "the data", data.fingerprint, "give every host the same documents and tokenizer")
     found, damaged = find(accelerator, folder, config, data.fingerprint)
@@ -344,7 +346,8 @@ def set_up(
 
 def replay(folder: Path, steps: Sequence[int]) -> Replay:
     """Get ready to replay steps of a run; see `Replay`."""
-    return Replay(folder, steps, lambda config: set_up(config).run)
+    padded = RunFolder(folder).padded
+    return Replay(folder, steps, lambda config: set_up(config, padded=padded).run)
 
 
 def _data(accelerator: Accelerator, config: Config, tokenizer: PreTrainedTokenizerFast | None = None) -> Prepared:

@@ -144,4 +144,5 @@ def test_a_run_that_began_before_goes_on_as_it_began(
         shutil.rmtree(run / "checkpoints" / "step-00000004")
         shutil.rmtree(run / "model")
         assert command("train", *arguments) == 0, command.err
+        assert command("inspect", "--run", run, "--step", 3, "--json") == 0, command.err  # 1: another loss
         assert not row().any() and [path.read_bytes() for path in sorted(run.rglob("model.safetensors"))] == whole

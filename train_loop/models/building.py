@@ -82,8 +82,8 @@ def check_positions(model: PreTrainedModel) -> None:
     """Refuse a model that cannot be told where documents begin. Raises InputError, which names the model."""
     if "position_ids" not in inspect.signature(model.forward).parameters or first_position(model) > 0:
         raise InputError(
-            f"data.isolate_documents: {type(model).__name__} takes no positions, so it cannot be told where documents "
-            "begin; choose another model, or set --data.isolate_documents false"
+            f"data.isolate_documents: {type(model).__name__} takes no positions that count from 0, so it cannot be "
+            "told where documents begin; choose another model, or set --data.isolate_documents false"
         )
 
 
