@@ -66,7 +66,7 @@ def test_module_and_script_are_the_same() -> None:
         (["sample", "--model", "m", "--prompt", "a", "--top_k", "few"], "argument --top_k: invalid int value: 'few'"),
         (["evaluate", "--config", "a.yaml"], "--model"),
         (["evaluate", "--model", "a", "--model", "b"], "--model is given twice, as 'a' and 'b'"),
-        (["evaluate", "--model", "a", "--run.seed", "1", "--run.seed=1"], "--run.seed is given twice"),
+        (["evaluate", "--model", "a", "--run.seed=1", "--run.seed=1"], "--run.seed is given twice"),
         (["sample", "--model", "m", "--prompt", "a", "--seed", "1", "--seed=2"], "--seed is given twice, as 1 and 2"),
         (["sample", "--model", "m", "--banned_tokens", "1", "--banned_tokens", "2"], "--banned_tokens is given twice"),
         (["sample", "--model", "m", "--json", "--prompt", "a", "--json"], "--json is given twice"),

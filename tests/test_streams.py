@@ -180,3 +180,15 @@ def test_a_tests_or_notebooks_streams_stay_as_they_are(capsys: pytest.CaptureFix
     before = sys.stdout, sys.stderr
     with streams.unbreakable(strict=True) as rest:
         assert (sys.stdout, sys.stderr) == before and rest() is None
+
+
+def test_a_case_can_write_only_into_its_folder(tmp_path: Path, trained: tuple[Outcome, Path]) -> None:
+    """What tests of commands rely on: as root, too, nothing outside is made, moved or replaced."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for place in (victim, tmp_path / "new", tmp_path / "folder" / "new"):
+        found = run(["report", "--run", trained[1], "--output", place], tmp_path / "case")
+        assert found.code == 2 and found.outside and "outside of the test's folder" in found.err, found
+    os.symlink(victim, tmp_path / "case" / "link")
+    run(["report", "--run", trained[1], "--output", "link"], tmp_path / "case")
+    assert victim.read_text() == "mine" and sorted(path.name for path in tmp_path.iterdir()) == ["case", "victim"]

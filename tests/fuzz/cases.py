@@ -41,6 +41,7 @@ sample: {prompts: ["the"], max_new_tokens: 4}
 checkpoint: {every: 2}
 export: {verify: false}
 """
+# No path here leads out of the case's folder to anything that exists: a case may be written to, also by root.
 WORDS = (
     *(
         "",
@@ -96,13 +97,7 @@ WORDS = (
         "@",
     ),
     *(
-        "../x",
-        "/",
-        "/dev/null",
-        "/dev/full",
-        "/dev/zero",
-        "/proc/self/mem",
-        "/nowhere/x",
+        "/dev/null/x",
         "~",
         "~x/y",
         "$HOME",
