@@ -127,7 +127,8 @@ def _columns(files: RunFiles) -> Columns:
         columns = {name: np.insert(column, holes, np.nan) for name, column in columns.items()}
         columns["step"][holes + np.arange(holes.size)] = step[holes] - 1
     for name in ("tokens", "seconds"):
-        columns[f"{name}_so_far"] = np.cumsum(np.nan_to_num(columns[name]))
+        values = columns[name]
+        columns[f"{name}_so_far"] = np.cumsum(np.where((values >= 0) & (values < 1e15), values, 0.0))
     return columns
 
 

@@ -62,6 +62,7 @@ class _Server(ThreadingHTTPServer):
     """A thread for each connection. If there are too many, the oldest ends; no client's mistake is shown."""
 
     daemon_threads = True
+    request_queue_size = 2 * MOST_CONNECTIONS  # or a burst of connections waits for seconds
 
     def __init__(self, port: int, source: Live) -> None:
         self._open: deque[socket.socket] = deque()
