@@ -69,7 +69,8 @@ def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
-    in_background.train(tokenizer, trainer, (part for text in texts for part in _short_words(tokenizer, text)))
+    words = untrained()  # of its own: whoever asks a tokenizer that is being trained waits until it is
+    in_background.train(tokenizer, trainer, (part for text in texts for part in _short_words(words, text)))
     if (size := tokenizer.get_vocab_size()) < vocab_size:
         only = f"the training documents yield only {size} entries; use at most {size}"
         raise InputError(f"tokenizer.train_vocab_size {vocab_size}: {only}")
