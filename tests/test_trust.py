@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 import train_loop
 from tests.support.runs import Command, configured
+from train_loop.checkpoint import pretrained
 from train_loop.data import tokenizer
 from train_loop.errors import InputError
 from train_loop.models import building, loading
@@ -130,6 +132,31 @@ def test_a_tokenizer_may_lie_beside_a_model_that_needs_code(strange: Path, tmp_p
 def test_a_file_is_no_folder(model_folder: Path) -> None:
     with pytest.raises(InputError, match="is a file; name the folder that holds it"):
         loading.load(str(model_folder / "model.safetensors"))
+
+
+def test_a_repository_in_the_hub_s_cache_is_like_a_folder(strange: Path, tmp_path: Path) -> None:
+    place = Path(os.environ["HF_HOME"], "hub", f"models--{tmp_path.name}--strange")
+    blobs, commit = place / "blobs", "0" * 40
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+
+    def publish() -> None:  # the files are links out of their folder
+        shutil.rmtree(place / "snapshots", ignore_errors=True)
+        for file in (path for path in strange.rglob("*") if path.is_file()):
+            link = place / "snapshots" / commit / file.relative_to(strange)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            blobs.mkdir(exist_ok=True)
+            link.symlink_to(shutil.copy(file, blobs / file.name))
+
+    publish()
+    name = f"{tmp_path.name}/strange"
+    model, _ = pretrained.load(name)
+    assert torch.equal(model.lm_head.weight, loading.load(str(strange)).lm_head.weight)
+    needs_code(strange)
+    publish()
+    with pytest.raises(InputError, match=f"model {name}: needs code of its own"):
+        pretrained.load(name)
+    assert not (tmp_path / "marker").exists()
 
 
 def test_a_data_set_with_a_script_is_refused(strange: Path, tmp_path: Path, command: Command) -> None:

@@ -44,7 +44,7 @@ from train_loop.metrics.past import last_steps
 from train_loop.metrics.progress import ProgressLines
 from train_loop.metrics.throughput import Throughput
 from train_loop.metrics.trackers import check_trackers, start_trackers
-from train_loop.models import building
+from train_loop.models import building, ends, loading
 from train_loop.models.parameters import digest
 from train_loop.ops import cpu
 from train_loop.signals import StopRequest
@@ -193,7 +193,8 @@ def _claim(setup: Setup, heartbeat: Heartbeat, own: Ownership) -> None:
     run.context.stop.defer()  # from here on, the folder says what became of the run
     if accelerator.is_main_process:
         heartbeat.lost = lost
-        folder.claim(run.config, run.data.ledger(), sheet, [run.state.model.config, run.data.tokenizer])
+        model, tokenizer = run.state.model, run.data.tokenizer
+        folder.claim(run.config, run.data.ledger(), sheet, [model.config, tokenizer, ends.settings(model, tokenizer)])
         say(truth_sheet.table(sheet))
     accelerator.wait_for_everyone()
     check_disk(accelerator, folder.path / "truth.json")
@@ -282,10 +283,12 @@ def set_up(
     heartbeat: Heartbeat | None = None,
     stop: StopRequest | None = None,
     own: Ownership | None = None,
+    padded: bool | None = None,
 ) -> Setup:
     """Set up and check data, model, optimizer and processes of a run. Its folder is taken if asked to, else only read.
 
-    For `model` see `train`. Raises InputError for whatever doesn't fit.
+    For `model` see `train`, for `padded` `RunFolder`, which tells if it is None. Raises InputError for whatever doesn't
+    fit.
     """
     folder = RunFolder(config.output_dir)
     check_trackers(config.run.log_with)
@@ -293,7 +296,7 @@ def set_up(
     accelerator = launch.start(config.run, heartbeat, folder.path)
     run_on_all_ranks(accelerator, "own", lambda: _take(folder, config, own) if accelerator.is_main_process else None)
     data = _data(accelerator, config)
-    build = (config, data.tokenizer, model, folder.padded)
+    build = (config, data.tokenizer, model, folder.padded if padded is None else padded)
     language_model = run_on_all_ranks(accelerator, "build", lambda: building.build(*build))
     check_same(accelerator, "the data", data.fingerprint, "give every host the same documents and tokenizer")
     found, damaged = find(accelerator, folder, config, data.fingerprint)
@@ -348,7 +351,8 @@ def _take(folder: RunFolder, config: Config, own: Ownership | None) -> None:
 
 def replay(folder: Path, steps: Sequence[int]) -> Replay:
     """Get ready to replay steps of a run; see `Replay`."""
-    return Replay(folder, steps, lambda config: set_up(config).run)
+    padded = RunFolder(folder).padded
+    return Replay(folder, steps, lambda config: set_up(config, padded=padded).run)
 
 
 def _data(accelerator: Accelerator, config: Config, tokenizer: PreTrainedTokenizerFast | None = None) -> Prepared:
@@ -392,6 +396,8 @@ def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, A
         accelerator = launch.start(config.run, heartbeat)
         if isinstance(model, PreTrainedModel):
             language_model, tokenizer, source = model, None, f"the {type(model).__name__}"
+            loading.check_present(model, source)
+            loading.check_finite(model, source)
         else:
             name, attention, source = str(model), config.model.attention, f"model {model}"
             language_model, tokenizer = run_on_all_ranks(accelerator, "load", lambda: pretrained.load(name, attention))

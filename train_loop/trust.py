@@ -32,6 +32,7 @@ def check_model(name: str) -> None:
         raise InputError(f"{where}: is a file; name the folder that holds it with its config.json")
     refuse_pointers(where, name)
     settings = read_json(where, name, "config.json") or {}
+    read_json(where, name, "generation_config.json")  # which Transformers would pass over if it is damaged
     if (adapter := read_json(where, name, "adapter_config.json")) is not None:
         base = adapter.get("base_model_name_or_path")
         cure = f"merge it into its base{f' {base}' if base else ''} (peft's merge_and_unload), and save the result"

@@ -90,7 +90,7 @@ def test_what_follows_from_the_rest_is_mended(stopped: list[str], tmp_path: Path
     ledger, truth = run.read("ledger.json"), run.read("truth.json")
     assert ledger is not None and truth is not None
     whole = {path: path.read_bytes() for path in run.path.rglob("*.json") if path.name != "status.json"}
-    parts = [Saved(run.architecture, "config.json"), Saved(run.architecture, "tokenizer*.json")]
+    parts = [Saved(run.architecture, "*config.json"), Saved(run.architecture, "tokenizer*.json")]
     (run.path / name).write_bytes(DAMAGE[damage])
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:

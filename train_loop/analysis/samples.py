@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from train_loop.config.sampling import Sampling
+from train_loop.config.sampling import sampling_of
 from train_loop.console import say
 from train_loop.distributed.agreement import StopPoll
 from train_loop.distributed.collectives import unsharded
-from train_loop.errors import InputError, TrainingError
+from train_loop.generation.decoding import NotFiniteError
 from train_loop.generation.sampler import Sampler
 from train_loop.models.building import without_compile
 from train_loop.training.state import Observer, Run, TrainState
@@ -24,9 +24,7 @@ class Samples(Observer):
         settings, tokenizer = run.config.sample, run.data.tokenizer
         begins = tokenizer.bos_token_id is not None
         self.prompts = ([""] if begins else []) if settings.prompts is None else settings.prompts
-        self.sampling = Sampling(
-            settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p, seed=run.config.run.seed
-        )
+        self.sampling = sampling_of(run.config)
         self.sampler = Sampler(run.state.model, tokenizer, notice=lambda line: None)
 
     def after_evaluation(self, state: TrainState, record: dict[str, Any]) -> None:
@@ -44,10 +42,10 @@ class Samples(Observer):
             for prompt in self.prompts[done:] if main or together else []:
                 try:
                     text = next(self.sampler.sample([prompt], self.sampling, stop=poll))[0].text
-                except (InputError, TrainingError) as error:  # logits that are not finite
+                except NotFiniteError as error:  # the same on all processes
                     if main:
-                        say(f"  sample: {error}; skipped")
-                    break
+                        say(f"  sample: {prompt!r} is skipped: {error}")
+                    continue
                 if poll():
                     break
                 self.write({"event": "sample", "step": state.step, "prompt": prompt, "continuation": text})

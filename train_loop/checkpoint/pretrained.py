@@ -13,7 +13,7 @@ from train_loop.checkpoint.run_folder import RunFolder
 from train_loop.config import paths
 from train_loop.data import tokenizer
 from train_loop.errors import InputError, one_line
-from train_loop.models import loading
+from train_loop.models import ends, loading
 from train_loop.models.size import check_size
 
 
@@ -56,6 +56,7 @@ def _from_run(
         except ValueError as error:
             raise InputError(f"run {run.path}: {error}: they don't fit {run.architecture.name}/config.json") from None
         loading.check_finite(built, f"checkpoint {found.folder}")
+        ends.restore(built, run.architecture)
         return built.eval(), tokenizer.load(str(run.architecture))
     raise InputError(f"run {run.path}: new checkpoints replace old ones faster than they can be read; try again")
 

@@ -13,7 +13,7 @@ from typing import Any
 from train_loop.config import paths
 from train_loop.config.architecture import read_architecture
 from train_loop.config.parsing import fill, key_of, override, split_arguments
-from train_loop.config.sampling import Sampling
+from train_loop.config.sampling import sampling_of
 from train_loop.config.schema import Config, DataConfig
 from train_loop.config.yaml_core import dump_yaml, read_yaml
 from train_loop.errors import InputError
@@ -148,11 +148,7 @@ def check_config(config: Config) -> None:
         ):
             if chosen:
                 raise InputError(f"run.reproducible bitwise does not work with {key}; drop one of the two")
-    sample = config.sample
-    try:
-        Sampling(sample.max_new_tokens, sample.temperature, sample.top_k, sample.top_p)
-    except InputError as error:
-        raise InputError(f"sample.{error}") from None
+    sampling_of(config)  # refuses what cannot be sampled with
     if config.export.hub_model_id and not config.export.push_to_hub:
         raise InputError("export.hub_model_id only works with export.push_to_hub true")
 

@@ -112,7 +112,7 @@ def warning(train: Ledger, validation: Ledger) -> str | None:
     documents = f"{shared:,} of {total:,} validation documents ({shared / total:.1%}) are also training documents"
     example = f", e.g. {validation.shared_example}" if validation.shared_example else ""
     cure = "data.drop_duplicates: across leaves them out of training"
-    return f"data: {documents}{example}: the validation loss is too good to be true; {cure}"
+    return f"data: {documents}{example}, which lowers the validation loss; {cure}"
 
 
 def _found(hashes: npt.NDArray[Any], ordered: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

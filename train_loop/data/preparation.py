@@ -40,6 +40,7 @@ from train_loop.data.cache_folder import writing
 from train_loop.data.content import key_hash
 from train_loop.data.corpus import Corpus
 from train_loop.data.formats import Document
+from train_loop.data.round_trip import RoundTrip, warn
 from train_loop.data.token_store import _DOCUMENT, TRAIN, VALIDATION, Ledger, Prepared, TokenStore, target_counts
 from train_loop.errors import InputError
 
@@ -64,7 +65,8 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, sh
         tokenizer = tokenizers.load(name)
     stores = cache_dir(config.data) / "stores"
     with writing("data.cache_dir", stores):
-        cache_folder.sweep(stores)
+        for folder in (stores, stores.parent):
+            cache_folder.sweep(folder)
         prepared = _prepared(stores, Corpus(config.data), tokenizer, vocab_size, shown)
     for line in _notes(prepared, config.data) if shown else ():
         say(line)
@@ -131,10 +133,10 @@ def _build(
             tokenizer.save_pretrained(temporary / "tokenizer")
         dtype = np.dtype("<u2" if tokenizers.highest_id(tokenizer) < 2**16 else "<u4")
         ledgers = _write_splits(temporary, corpus, tokenizer, dtype, shown)
-        _refuse_unusable(ledgers[TRAIN], ledgers[VALIDATION], corpus.data)
         if (now := corpus.key()) != key:
             changed = min(_files(key) ^ _files(now), default=("the data",))[0]
             raise InputError(f"{changed}: changed while it was prepared; start again when nothing writes to it")
+        _refuse_unusable(ledgers[TRAIN], ledgers[VALIDATION], corpus.data)
         store_folder.complete(temporary, folder, dtype, ledgers, tokenizers.fingerprint(tokenizer))
 
 
@@ -189,6 +191,7 @@ class _SplitWriter:
             open(folder / name, "wb", buffering=1 << 20) for name in ("tokens.bin", "documents.bin", "names.bin")
         )
         self.ledger = Ledger()
+        self.round_trip = RoundTrip(core, self.ledger)
         self.digest = hashlib.sha256()
         self.hashes = duplicates.Hashes()
         self.gzip = zlib.compressobj(9, wbits=31) if compress else None
@@ -206,6 +209,7 @@ class _SplitWriter:
         """Add a piece of a document's text and its token ids [tokens]; return its size in bytes of UTF-8."""
         content = text.encode()
         ledger = self.ledger
+        self.round_trip.add(text, ids, self.begins)
         if self.begins and len(ids):
             size = tokenizers.first_token_bytes(self.core, text, int(ids[0]))
             ledger.first_token_bytes += size
@@ -284,6 +288,7 @@ def _write_splits(
                 raise InputError(f"data: the {split} documents changed while they were read; start again")
         ledgers = {split: writer.finish() for split, writer in writers.items()}
     _count_twins(folder, dtype, writers)
+    warn([writer.round_trip for writer in writers.values()])
     return ledgers
 
 

@@ -38,6 +38,10 @@ class Ledger:
     dropped_tokens: int = 0  # in no window
     predicted_bytes: int = 0  # without those of the first tokens: what bits per byte are measured on
     first_token_bytes: int = 0  # of all documents
+    unknown_tokens: int = 0  # text tokens that stand for what the tokenizer has no token for
+    checked_documents: int = 0  # of which it was looked at whether their text comes back from their tokens
+    changed_documents: int = 0  # of those, whose text does not come back
+    severed_words: int = 0  # how often a word was too long to be encoded as a whole
     gzip_bytes: int = 0  # of all documents, concatenated, under gzip -9; validation only, else 0
     sha256: str = ""  # of tokens.bin
     empty_example: str = ""  # name of the first document without text

@@ -6,6 +6,9 @@ end-of-text token that the store adds after each document.
 
 A document is encoded in pieces, cut where the cut changes no token. So it takes little memory, however long it is, and
 all cores share the work. Small pieces are also faster, because what the Rust core needs for them stays in the caches.
+Only where 131,072 characters have no end of a word among them (as in base64) is a word itself cut, and counted.
+
+The Rust core hears no signals. So it works in threads of its own, and whoever waits for them can be interrupted.
 """
 
 import hashlib
@@ -14,15 +17,16 @@ import re
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from train_loop.config import paths
+from train_loop.data import in_background, tokenizer_file
 from train_loop.errors import InputError, one_line
 from train_loop.trust import check_tokenizer
 
@@ -31,6 +35,11 @@ _LONGEST_CHARACTER = 4  # bytes of UTF-8
 # Sizes of pieces [characters]: if a place is known to be safe to cut, and if it has to be tried first, which costs
 # the encoding of some 2,000 characters. Then how much text is looked at before and after a place.
 _PIECE, _TRIED_PIECE, _MARGIN = 1 << 11, 1 << 17, 500
+LONGEST_WORD = 1 << 17
+"""Characters without an end of a word before a word is cut."""
+# Training takes quadratic time in the length of a word. So in a text of so many characters without an end of a word,
+# words of more than so many characters count as several.
+_LONG_TEXT, _LONG_WORD = 1 << 12, 1 << 8
 # Batches that wait for each thread, and the most threads: a sixteenth of the time goes into making arrays of ids, which
 # holds Python's lock, so more threads would wait for each other.
 _AHEAD, _MOST_WORKERS = 4, 16
@@ -43,13 +52,7 @@ def load(name_or_path: str) -> PreTrainedTokenizerFast:
     """A tokenizer from the Hub or a local folder; InputError if there is none, or none that is fast and ends texts."""
     name_or_path = paths.find(name_or_path, "tokenizer")
     check_tokenizer(name_or_path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"cannot be loaded ({one_line(error)}){paths.no_folder(name_or_path)}"
-        raise InputError(f"tokenizer {name_or_path}: {problem}") from None
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise InputError(f"tokenizer {name_or_path}: has no fast version (tokenizer.json), which train_loop needs")
+    tokenizer = tokenizer_file.load(name_or_path)
     if tokenizer.eos_token_id is None:
         raise InputError(f"tokenizer {name_or_path}: has no end-of-text token (eos_token) to end documents with")
     return tokenizer
@@ -66,11 +69,24 @@ def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    in_background.train(tokenizer, trainer, (part for text in texts for part in _short_words(tokenizer, text)))
     if (size := tokenizer.get_vocab_size()) < vocab_size:
         only = f"the training documents yield only {size} entries; use at most {size}"
         raise InputError(f"tokenizer.train_vocab_size {vocab_size}: {only}")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
+
+
+def _short_words(core: Tokenizer, text: str) -> Iterator[str]:
+    """A text in parts, so that no word is too long to learn from. It stays whole if none is, as in all prose."""
+    start = 0
+    splitter = core.pre_tokenizer
+    if len(text) > _LONG_TEXT and splitter is not None:
+        for _, (begin, end) in splitter.pre_tokenize_str(text):
+            for place in range(begin + _LONG_WORD, end, _LONG_WORD):
+                yield text[start:place]
+                start = place
+    if start < len(text):
+        yield text[start:]
 
 
 def untrained() -> Tokenizer:
@@ -84,11 +100,7 @@ def untrained() -> Tokenizer:
 
 def encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """A copy of the tokenizer's Rust core that encodes the spellings of special tokens as ordinary text."""
-    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    core.no_truncation()
-    core.no_padding()
-    core.encode_special_tokens = True
-    return core
+    return tokenizer_file.for_data(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
 
 
 def encode_batches(core: Tokenizer, batches: Iterable[list[str]]) -> Iterator[list[npt.NDArray[np.uint32]]]:
@@ -106,14 +118,19 @@ def encode_batches(core: Tokenizer, batches: Iterable[list[str]]) -> Iterator[li
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cores, _MOST_WORKERS)
-    with _one_thread_a_call(), ThreadPoolExecutor(max_workers=workers) as ahead:
+    with _one_thread_a_call(), in_background.Workers(encode, workers) as ahead:
         pending: deque[Future[list[npt.NDArray[np.uint32]]]] = deque()
-        for texts in batches:
-            pending.append(ahead.submit(encode, texts))
-            if len(pending) > _AHEAD * workers:
+        try:
+            for texts in batches:
+                pending.append(ahead.submit(texts))
+                if len(pending) > _AHEAD * workers:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        except (InputError, OSError):  # of whoever reads the texts
+            raise
+        except Exception as error:  # the core raises plain exceptions
+            raise InputError(f"tokenizer: cannot encode the texts ({one_line(error)})") from None
 
 
 @contextmanager
@@ -130,12 +147,19 @@ def _one_thread_a_call() -> Iterator[None]:
             os.environ[_CORE_THREADS] = before
 
 
+class Severed(str):
+    """A piece of a text that ends inside a word, which is too long to be encoded as a whole."""
+
+    __slots__ = ()
+
+
 def pieces(core: Tokenizer, blocks: Iterable[str], size: int | None = None) -> Iterator[str]:
     """Cut a text into pieces of about `size` characters. Their tokens, put together, are those of the whole text.
 
     A text is only cut at the end of a word, where the cut does not change the tokens around it. If there is no such
-    place nearby, the piece grows. No piece is empty. The pieces don't depend on where the blocks end; at most a piece
-    and a block are held. By default, `size` is so large that looking for places to cut costs little.
+    place nearby, the piece grows. If `LONGEST_WORD` characters have no end of a word at all, they become a piece: a
+    `Severed` one, since the cut may change tokens. No piece is empty. The pieces don't depend on where the blocks end;
+    at most a piece and a block are held. By default, `size` is so large that looking for places to cut costs little.
     """
     known = _splits_at_words(core)
     size = size or (_PIECE if known else _TRIED_PIECE)
@@ -150,11 +174,14 @@ def pieces(core: Tokenizer, blocks: Iterable[str], size: int | None = None) -> I
         text, start = "".join(held), 0
         while len(text) - start > near + _MARGIN:
             place = _cut(core, text, start + near // 2, start + near, known)
-            if place is None:
+            if place is not None:
+                yield text[start:place]
+                start, near = place, size
+            elif near < LONGEST_WORD or _END_OF_WORD.match(text, start, start + LONGEST_WORD + 10):
                 near *= 2
-                continue
-            yield text[start:place]
-            start, near = place, size
+            else:
+                yield Severed(text[start : start + LONGEST_WORD])
+                start, near = start + LONGEST_WORD, size
         held, length = [text[start:]], len(text) - start
     if length:
         yield "".join(held)

@@ -17,6 +17,7 @@ from train_loop.export import model_folder, verify
 from train_loop.generation.decoding import generate
 from train_loop.generation.kv_cache import Decoder
 from train_loop.models.building import without_compile
+from train_loop.models.ends import ends
 from train_loop.training.evaluation import measure
 from train_loop.training.state import Run
 
@@ -126,5 +127,5 @@ def _expected(run: Run) -> verify.Expected | None:
     with unsharded(accelerator, objective), without_compile(model):
         if new and (accelerator.is_main_process or accelerator.is_fsdp2):
             greedy = Sampling(max_new_tokens=new, temperature=0)
-            continuation = generate(Decoder(model), [prompt], greedy, run.data.tokenizer.eos_token_id)[0].tokens
+            continuation = generate(Decoder(model), [prompt], greedy, ends(model, run.data.tokenizer))[0].tokens
     return verify.Expected(blocks, sums[0] / sums[2], prompt, continuation)

@@ -16,10 +16,20 @@ from train_loop import compat, files
 from train_loop.config.load import to_yaml
 from train_loop.config.schema import Config
 from train_loop.console import say, shown
+from train_loop.data import tokenizer_file
 from train_loop.errors import InputError, one_line
+from train_loop.export import older_versions
 from train_loop.models.building import context_length
+from train_loop.models.ends import ends
 from train_loop.training.state import Run
 
+_CURE = "load it with PreTrainedTokenizerFast.from_pretrained"
+_OTHER_TOKENIZER = f"""
+## Tokenizer
+
+`AutoTokenizer` of Transformers 5 takes {{other}} for this kind of model, whatever tokenizer_config.json says. It splits
+text in another way than tokenizer.json, with which this model was trained: {_CURE}.
+"""
 # What an earlier export of the run may have written besides the files that all have.
 _OURS = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|(vocab|added_tokens|special_tokens_map)\.json|merges\.txt|"
@@ -40,12 +50,17 @@ def write(
     folder.mkdir()
     if config.model.activation_checkpointing:
         compat.checkpoint_activations(model, False)
-    model.generation_config = generation_config(config, tokenizer)
+    model.generation_config = generation_config(config, tokenizer, ends(model, tokenizer))
     model.save_pretrained(folder, state_dict=dict(weights))  # a copy, because this empties it
     if (context := context_length(model)) is not None:
         tokenizer.model_max_length = context
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(config, run.data.ledger(), evaluations, step), encoding="utf-8")
+    older_versions.add_old_names(folder)
+    card = model_card(config, run.data.ledger(), evaluations, step)
+    if (other := tokenizer_file.misread(str(folder), tokenizer)) is not None:
+        card += _OTHER_TOKENIZER.format(other=other)
+        say(f"exported model: Transformers reads its tokenizer as {other}, which gives other tokens; {_CURE}")
+    (folder / "README.md").write_text(card, encoding="utf-8")
     for path in folder.iterdir():
         files.share(path)
         files.sync(path)
@@ -62,14 +77,14 @@ def publish(temporary: Path, folder: Path) -> None:
     files.replace(temporary, folder)
 
 
-def generation_config(config: Config, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
-    """The configured sampling as defaults for Transformers' `generate`."""
+def generation_config(config: Config, tokenizer: PreTrainedTokenizerFast, ends: list[int]) -> GenerationConfig:
+    """The configured sampling as defaults for Transformers' `generate`; a text ends at any of the tokens `ends`."""
     sample = config.sample
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
+    last = {"eos_token_id": ends if len(ends) > 1 else tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
     begins = {} if tokenizer.bos_token_id is None else {"bos_token_id": tokenizer.bos_token_id}
     draws = {name: getattr(sample, name) for name in ("temperature", "top_k", "top_p") if sample.temperature}
     return GenerationConfig(
-        do_sample=sample.temperature > 0, max_new_tokens=sample.max_new_tokens, **draws, **ends, **begins
+        do_sample=sample.temperature > 0, max_new_tokens=sample.max_new_tokens, **draws, **last, **begins
     )
 
 

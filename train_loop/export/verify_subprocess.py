@@ -25,7 +25,7 @@ def main(model_folder: str, probe_folder: str, device: str) -> None:
         model_folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
     model, info = loaded
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=False)
+    AutoTokenizer.from_pretrained(model_folder, trust_remote_code=False)
     weights = model.state_dict()
     probe = json.loads((Path(probe_folder) / "probe.json").read_text(encoding="utf-8"))
     other = sorted(info["missing_keys"]) + [
@@ -52,7 +52,8 @@ def main(model_folder: str, probe_folder: str, device: str) -> None:
         ids, new = torch.tensor([prompt], device=device), probe["max_new_tokens"]
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new)
         greedy = whole[0, len(prompt) :].tolist()
-    if greedy and greedy[-1] == tokenizer.eos_token_id:
+    ends = model.generation_config.eos_token_id
+    if greedy and greedy[-1] in (ends if isinstance(ends, list) else [ends]):
         greedy.pop()
     # How far each expected token is from being the likeliest: of two equally likely ones, either may win.
     logits = model(input_ids=torch.tensor([prompt + expected], device=device), use_cache=False).logits[0].float()

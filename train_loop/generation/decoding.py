@@ -6,7 +6,7 @@ Every draw has its own random number, keyed by (seed, prompt, sample, position).
 alone, in any batch and in any order, as long as rounding leaves the logits the same.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +19,14 @@ from train_loop.generation import logits_processors
 from train_loop.generation.kv_cache import Feed
 from train_loop.models.building import context_length
 from train_loop.rng import key, uniform
+
+NOT_FINITE = (
+    "the model's logits are not finite numbers, so there is no next token; take weights from before it diverged"
+)
+
+
+class NotFiniteError(InputError):
+    """A model whose training diverged, or whose numbers are too large, has no next token."""
 
 
 @dataclass
@@ -35,7 +43,7 @@ def generate(  # noqa: PLR0913  what a text needs to grow, each of it apart
     feed: Feed,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
-    eos: int | None,
+    eos: int | Collection[int] | None,
     samples: Sequence[int] | None = None,
     on_token: Callable[[int, int], bool] = lambda row, token: False,
     notice: Callable[[str], None] = lambda line: None,
@@ -46,16 +54,20 @@ def generate(  # noqa: PLR0913  what a text needs to grow, each of it apart
         feed: decoder of a model that is already in the right mode (train or eval).
         prompts: token ids, at least one each; InputError for one longer than the model's context.
         sampling: how tokens are chosen; InputError for tokens that are not in the model's vocabulary.
-        eos: id of the end-of-text token, which ends a text; None if there is none.
+        eos: the token that ends a text, or several; None if there is none. `sampling.stop_tokens` end it, too.
         samples: each row's sample number, from 0, among those of its prompt; None: all are 0.
         on_token: called with each row's number and new token; True ends the text there.
         notice: called with a line that the user should see.
+
+    Raises:
+        NotFiniteError: if the model's logits are no numbers.
     """
-    check_tokens(feed.model, sampling)
+    eos = () if eos is None else [eos] if isinstance(eos, int) else eos
+    check_tokens(feed.model, sampling, eos)
     for prompt in prompts:
         check_prompt(feed.model, prompt)
     context = context_length(feed.model)
-    ends = {*sampling.stop_tokens} | ({eos} if eos is not None else set())
+    ends = {*sampling.stop_tokens, *_drawable(feed.model, eos)}
     numbers = samples if samples is not None else [0] * len(prompts)
     rows = [_Row(*each, sampling) for each in zip(range(len(prompts)), prompts, numbers, strict=True)]
     active = rows
@@ -63,6 +75,8 @@ def generate(  # noqa: PLR0913  what a text needs to grow, each of it apart
     choice = _Choice(sampling, active, ends, logits)
     said = False
     while True:
+        if not bool(logits.amax(dim=-1).isfinite().all()):  # NaN if there is one, else the largest
+            raise NotFiniteError(NOT_FINITE)
         tokens, log_p = choice.make(logits, active)
         going = [
             place
@@ -86,20 +100,33 @@ def generate(  # noqa: PLR0913  what a text needs to grow, each of it apart
 
 
 def check_prompt(model: PreTrainedModel, prompt: Sequence[int]) -> None:
-    """Refuse a prompt (token ids) that is longer than the model's context. Raises InputError with both lengths."""
+    """Refuse a prompt (token ids) that the model cannot take. Raises InputError with both lengths, or both ids."""
+    vocabulary = model.config.get_text_config().vocab_size
+    if prompt and max(prompt) >= vocabulary:
+        problem = f"has the token {max(prompt)}, but the model knows only those from 0 to {vocabulary - 1}"
+        raise InputError(f"prompt: {problem}; use the tokenizer that belongs to it")
     context = context_length(model)
     if context is not None and len(prompt) > context:
         raise InputError(f"prompt: {len(prompt)} tokens exceed the model's context of {context}; shorten it")
 
 
-def check_tokens(model: PreTrainedModel, sampling: Sampling) -> None:
-    """Raise InputError for tokens to ban or to stop at that a model does not have, and if all are banned."""
+def check_tokens(model: PreTrainedModel, sampling: Sampling, ends: Collection[int] = ()) -> None:
+    """Raise InputError for tokens to ban or to stop at that a model does not have, and if no other token is left."""
     vocabulary = model.config.get_text_config().vocab_size
     for name, ids in (("banned_tokens", sampling.banned_tokens), ("stop_tokens", sampling.stop_tokens)):
         if outside := [token for token in ids if not 0 <= token < vocabulary]:
             raise InputError(f"{name} {outside}: not in the vocabulary, whose ids are 0 to {vocabulary - 1}")
     if len({*sampling.banned_tokens}) == vocabulary:
         raise InputError("banned_tokens: leave no token to draw; ban fewer")
+    early = {*sampling.banned_tokens, *sampling.stop_tokens, *_drawable(model, ends)}
+    if sampling.min_new_tokens and len(early) == vocabulary:
+        raise InputError(f"min_new_tokens {sampling.min_new_tokens}: every token is banned or ends the text; ban fewer")
+
+
+def _drawable(model: PreTrainedModel, tokens: Collection[int]) -> set[int]:
+    """Those tokens that are in a model's vocabulary. Some models name an end that is not: it never comes."""
+    vocabulary = model.config.get_text_config().vocab_size
+    return {token for token in tokens if 0 <= token < vocabulary}
 
 
 def slid_out(length: int, context: int | None) -> int:

@@ -18,8 +18,10 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     found = list(prompts)
     if file is not None:
         found += _lines(file)
-    elif not found and not sys.stdin.isatty() and (text := _text("-")):
-        found = [text.removesuffix("\n")]
+    elif not found and not _is_terminal() and (text := _text("-")):
+        found = [text.removesuffix("\n").removesuffix("\r")]
+    if not found and file is not None:
+        raise InputError(f"--prompts {file}: has no prompt; write one on each line")
     if not found:
         cure = "give --prompt TEXT, --prompts FILE, text on standard input, or --interactive"
         raise InputError(f"no prompt to continue; {cure}")
@@ -27,17 +29,33 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
 
 
 def _text(file: str) -> str:
+    """The text of a file, or of standard input, without the mark (BOM) that some programs put before it."""
+    name = "standard input" if file == "-" else f"--prompts {file}"
     try:
-        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        if file == "-" and isinstance(error, OSError):  # standard input is closed
-            return ""
-        name = "standard input" if file == "-" else file
-        raise InputError(f"--prompts {name}: cannot be read as text ({one_line(error)})") from None
+        content = _standard_input() if file == "-" else Path(file).read_bytes()
+        text = content if isinstance(content, str) else content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: not UTF-8 at byte {error.start}; convert it, e.g. with iconv -t UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: no path can have a NUL in it
+        raise InputError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or one_line(error)})") from None
+    if (at := text.find("\0")) >= 0:
+        raise InputError(f"{name}: character {at + 1} is NUL, so this is no text")
+    return text.removeprefix("\ufeff")
+
+
+def _standard_input() -> bytes | str:
+    """All of standard input; nothing if it is closed."""
+    if sys.stdin is None or sys.stdin.closed:
+        return b""
+    try:
+        return sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read()
+    except OSError:
+        return b""
 
 
 def _lines(file: str) -> Iterator[str]:
-    for number, line in enumerate(_text(file).splitlines(), 1):
+    # Only line feeds end lines, also after carriage returns: str.splitlines would cut at form feeds and U+2028, too.
+    for number, line in enumerate(_text(file).replace("\r\n", "\n").split("\n"), 1):
         if not line.strip():
             continue
         if not file.endswith(".jsonl"):
@@ -52,6 +70,10 @@ def _lines(file: str) -> Iterator[str]:
         yield prompt
 
 
+def _is_terminal() -> bool:
+    return sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
+
+
 def converse(answer: Callable[[str], None]) -> None:
     """Answer what is typed, line by line, until the end of the input.
 
@@ -62,10 +84,10 @@ def converse(answer: Callable[[str], None]) -> None:
         import readline  # noqa: F401  (importing it gives `input` editing and history)
     except ImportError:  # not on every platform
         pass
-    terminal = sys.stdin.isatty()
+    terminal = _is_terminal()
     if terminal:
         say("type a prompt (\\n is a line break); Ctrl-C stops a text, Ctrl-D quits")
-    while True:
+    while sys.stdin is not None and not sys.stdin.closed:
         try:
             with StopRequest():
                 prompt = input("> " if terminal else "").replace("\\n", "\n")
@@ -79,3 +101,5 @@ def converse(answer: Callable[[str], None]) -> None:
             print()
         except InputError as error:
             say(f"train-loop: {error}")
+        except UnicodeDecodeError as error:
+            say(f"train-loop: prompt: not UTF-8 ({error.reason})")

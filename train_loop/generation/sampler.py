@@ -17,11 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from train_loop.checkpoint import pretrained
 from train_loop.config.sampling import Sampling
 from train_loop.console import say
-from train_loop.data.tokenizer import encoder
-from train_loop.errors import InputError
+from train_loop.data.tokenizer import encoder, pieces
+from train_loop.errors import InputError, one_line
 from train_loop.generation.decoding import Generated, check_prompt, check_tokens, generate
 from train_loop.generation.kv_cache import Decoder, Feed, StaticDecoder, recorder, takes_positions
 from train_loop.models import causality
+from train_loop.models.ends import ends
+from train_loop.models.loading import check_present
 from train_loop.ops.packed_linear import pack
 from train_loop.records import to_json
 
@@ -52,11 +54,13 @@ class Sampler:
         Without a `feed`, the model is fed by a `Decoder`. `notice` is called with a line that the user should see.
         InputError for a model that sees the future.
         """
+        check_present(model, f"the {type(model).__name__}")
         causality.check(model, f"the {type(model).__name__}")
         self.model, self.tokenizer = model, tokenizer
         self._feed = feed or Decoder(model)
         self._notice = notice
         self._encoder = encoder(tokenizer)
+        self._ends = ends(model, tokenizer)
 
     @classmethod
     def load(cls, name: str) -> "Sampler":
@@ -86,11 +90,15 @@ class Sampler:
         """Continuations of each prompt, prompt by prompt, `batch_size` texts at a time.
 
         All prompts are checked before the first is continued; InputError for one that is longer than the model's
-        context, or empty if the tokenizer has no token to begin with. `on_text` is called with each new stretch of text
-        as soon as its characters are whole, which is useful for one text; `stop` after each token: True ends all texts
-        there.
+        context, no valid Unicode, or empty if the tokenizer has no token to begin with. Later, NotFiniteError if the
+        model's logits are not finite. A text ends at any of the model's ends (see `models.ends`). `on_text` is called
+        with each new stretch of text as soon as its characters are whole, which is useful for one text; `stop` after
+        each token: True ends all texts there.
         """
-        check_tokens(self.model, sampling)
+        check_tokens(self.model, sampling, self._ends)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size {batch_size}: must be a whole number, at least 1")
+        size = min(batch_size, len(prompts) * sampling.samples)
         ids = []
         for number, prompt in enumerate(prompts, 1):
             try:
@@ -101,12 +109,12 @@ class Sampler:
                 raise InputError(f"{which}{str(error).removeprefix('prompt')}") from None
 
         def continuations() -> Iterator[list[Continuation]]:
-            wanted = [(prompt, sample) for prompt in ids for sample in range(sampling.samples)]
+            wanted = ((prompt, sample) for prompt in ids for sample in range(sampling.samples))
             # A model that takes no positions gets only rows of one length at a time.
             alike = (lambda each: 0) if takes_positions(self.model) else (lambda each: len(each[0]))
             done: list[Continuation] = []
             for _, group in itertools.groupby(wanted, alike):
-                while batch := list(itertools.islice(group, batch_size)):
+                while batch := list(itertools.islice(group, size)):
                     done += self._together(batch, sampling, on_text, stop)
                     while len(done) >= sampling.samples:
                         yield done[: sampling.samples]
@@ -124,14 +132,14 @@ class Sampler:
         """Continue one batch of (prompt, sample number)."""
         prompts, samples = zip(*batch, strict=True)
         texts = [Text(self.tokenizer, prompt, sampling.stop, on_text) for prompt in prompts]
-        eos, training = self.tokenizer.eos_token_id, self.model.training
+        training = self.model.training
         self.model.eval()
         try:
             found = generate(
                 self._feed,
                 prompts,
                 sampling,
-                eos if isinstance(eos, int) else None,
+                self._ends,
                 samples,
                 on_token=lambda row, token: texts[row].add(token) or stop(),
                 notice=self._notice,
@@ -200,10 +208,20 @@ class Text:
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, core: Any = None) -> list[int]:
     """A prompt's token ids; the spelling of a special token counts as ordinary text.
 
-    An empty prompt becomes the token that begins texts; InputError if there is none. `core` is `encoder(tokenizer)`, if
-    it already exists.
+    An empty prompt becomes the token that begins texts; InputError if there is none, and if the prompt is no valid
+    Unicode. `core` is `encoder(tokenizer)`, if it already exists.
     """
-    ids: list[int] = (core or encoder(tokenizer)).encode(prompt, add_special_tokens=False).ids
+    core = core or encoder(tokenizer)
+    try:
+        prompt.encode()
+        # In pieces, so that Ctrl-C is heard between them.
+        encoded = [core.encode(piece, add_special_tokens=False).ids for piece in pieces(core, [prompt])]
+    except UnicodeEncodeError as error:
+        problem = f"character {error.start + 1} is half of a surrogate pair, which is no text"
+        raise InputError(f"prompt: {problem}") from None
+    except Exception as error:  # the core raises plain exceptions
+        raise InputError(f"prompt: cannot be encoded by the tokenizer ({one_line(error)})") from None
+    ids = list(itertools.chain.from_iterable(encoded))
     start = tokenizer.bos_token_id
     if not ids and not isinstance(start, int):
         raise InputError("prompt: is empty, and the tokenizer has no token to begin a text with (bos_token)")

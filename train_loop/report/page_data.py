@@ -71,7 +71,7 @@ def _run(files: RunFiles, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "folder": str(files.folder),
-        "notes": files.notes,
+        "notes": files.notes + _not_finite(evaluations),
         "status": _status(files.documents["status"]),
         "totals": _totals(columns, config, truth) | {"clipped": int(clipped.sum()), "skipped": int(skipped.sum())},
         "axis": _axis(columns),
@@ -105,6 +105,14 @@ def _status(found: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
     step = number(found.get("step"))
     return {key: str(found.get(key) or "") for key in ("state", "reason")} | {"step": None if step != step else step}
+
+
+def _not_finite(evaluations: list[Event]) -> list[str]:
+    """Why the last evaluation has no loss, if it has none."""
+    if not evaluations or evaluations[-1].get("loss", 0.0) is not None:
+        return []
+    reason = evaluations[-1].get("reason") or "the loss is not finite"
+    return [f"validation after step {evaluations[-1]['step']:,}: {reason}"]
 
 
 def _columns(files: RunFiles) -> Columns:

@@ -26,7 +26,7 @@ HOST = "127.0.0.1"
 # Who asks under another name may be a stranger's web page, whose name was made to lead here (DNS rebinding). The port
 # may be another one, that of a tunnel.
 _OWN_NAME = re.compile(r"(localhost\.?|127\.0\.0\.1|\[::1\])(:\d*)?", re.IGNORECASE)
-_MOST_CONNECTIONS = 64  # a client that says nothing holds one of them
+MOST_CONNECTIONS = 64  # a client that says nothing holds one of them
 _IDLE_SECONDS = 10  # before a client has asked
 _SLOW_SECONDS = 300  # for an answer to arrive, such as through a slow tunnel
 
@@ -70,7 +70,7 @@ class _Server(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer a client on a thread of its own."""
         self._open.append(request)
-        if len(self._open) > _MOST_CONNECTIONS:
+        if len(self._open) > MOST_CONNECTIONS:
             with suppress(OSError):  # its thread may be closing it
                 self._open[0].shutdown(socket.SHUT_RDWR)
             self._open.popleft()

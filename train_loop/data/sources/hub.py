@@ -18,7 +18,9 @@ from typing import Any
 
 from train_loop import versions
 from train_loop.config import paths
+from train_loop.config.load import cache_dir
 from train_loop.config.schema import DataConfig
+from train_loop.data.cache_folder import unfinished
 from train_loop.data.content import key_hash
 from train_loop.data.formats import ROWS_AT_ONCE, Document, refuse_field, text_of
 from train_loop.data.sources.files import stamps
@@ -87,18 +89,23 @@ class _Tables:
         return next((file for file in self.files[other] if os.path.realpath(file) in train), None)
 
     def _all(self, data: DataConfig, split: str) -> Rows:
-        from datasets import DownloadManager
+        from datasets import DownloadConfig, DownloadManager
 
-        manager = DownloadManager()  # only unpacks here, for example .csv.gz
-        for file in self.files[split]:
-            with _worded(data, split, file):
-                unpacked = list(manager.iter_files(manager.download_and_extract(file)))
-            for path in unpacked:
-                try:
-                    for place, row in rows(path, data.text_field, self.suffix, self.read):
-                        yield f"{file}, {place}", row
-                except InputError as error:
-                    raise InputError(str(error).replace(path, file)) from None
+        cache = cache_dir(data)
+        cache.mkdir(parents=True, exist_ok=True)
+        with unfinished(cache / "unpacked") as folder:
+            # A local file, for example .csv.gz, is unpacked anew: `datasets` would take what it unpacked from that path
+            # before, although the file may be another by now, or the process that unpacked it was killed.
+            manager = DownloadManager(download_config=DownloadConfig(cache_dir=folder) if _is_local(data) else None)
+            for file in self.files[split]:
+                with _worded(data, split, file):
+                    unpacked = list(manager.iter_files(manager.download_and_extract(file)))
+                for path in unpacked:
+                    try:
+                        for place, row in rows(path, data.text_field, self.suffix, self.read):
+                            yield f"{file}, {place}", row
+                    except InputError as error:
+                        raise InputError(str(error).replace(path, file)) from None
 
 
 def _read_lines(path: str, text_field: str) -> Rows:
