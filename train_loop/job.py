@@ -294,9 +294,7 @@ def set_up(
     check_trackers(config.run.log_with)
     heartbeat = heartbeat or Heartbeat(config.run, shared_settings(config))
     accelerator = launch.start(config.run, heartbeat, folder.path)
-    if own is not None:
-        run_on_all_ranks(accelerator, "own", own.take if accelerator.is_main_process else lambda: None)
-    run_on_all_ranks(accelerator, "check", lambda: folder.check(config))
+    run_on_all_ranks(accelerator, "own", lambda: _take(folder, config, own) if accelerator.is_main_process else None)
     data = _data(accelerator, config)
     build = (config, data.tokenizer, model, folder.padded if padded is None else padded)
     language_model = run_on_all_ranks(accelerator, "build", lambda: building.build(*build))
@@ -342,6 +340,13 @@ def set_up(
     run = Run(config, data, batches, _windows(data.validation, config, data.tokenizer), context, state)
     _choose_compiled(run)
     return Setup(run, folder, found, damaged)
+
+
+def _take(folder: RunFolder, config: Config, own: Ownership | None) -> None:
+    """Refuse a folder that is another run's, or that another process owns."""
+    if own is not None:
+        own.take()
+    folder.check(config)
 
 
 def replay(folder: Path, steps: Sequence[int]) -> Replay:

@@ -219,7 +219,7 @@ def test_a_folder_of_another_run_is_refused(
     for number in range(40):
         (tmp_path / f"{number:02d}.txt").write_text(text(50, number + 100), encoding="utf-8")
     assert command("train", *settings(**same)) == 2
-    assert "step-00000035: belongs to a different run (data: fingerprint " in command.err
+    assert "checkpoints/step-" in command.err and "belongs to a different run (data: fingerprint " in command.err
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert command("train", *settings(**same)) == 2
     assert "belongs to a run on other data" in command.err
