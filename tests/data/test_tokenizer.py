@@ -1,7 +1,10 @@
 """Tokenizers: trained here, loaded, and what text that spells a special token becomes."""
 
 import os
+import random
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -177,6 +180,92 @@ def test_no_more_than_a_piece_and_a_block_are_held(tokenizer_folder: Path) -> No
         assert len(piece) <= size + tokenizer._MARGIN
         assert read - given <= 2 * (block + size + tokenizer._MARGIN)
     assert given == read == 500 * block
+
+
+ENDLESS = {"letter": "x", "spaces": " ", "lines": "\n", "digits": "17", "base64": "aB3+/", "han": "\u4f60\u597d"}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+@pytest.mark.parametrize("core", [byte_level, composed])
+def test_a_word_without_an_end_is_cut_at_a_stated_length(
+    tokenizer_folder: Path, kind: str, core: Callable[[Path], Tokenizer]
+) -> None:
+    endless = (ENDLESS[kind] * 300_000)[:300_000]
+    content = f"the cat. {endless} and so on"
+    for block in (1 << 16, 99_999):
+        blocks = (content[start : start + block] for start in range(0, len(content), block))
+        pieces = list(tokenizer.pieces(core(tokenizer_folder), blocks))
+        assert "".join(pieces) == content
+        assert max(map(len, pieces)) <= tokenizer.LONGEST_WORD + tokenizer._MARGIN
+        cut = [piece for piece in pieces if isinstance(piece, tokenizer.Severed)]
+        assert len(cut) == 2 and {*map(len, cut)} == {tokenizer.LONGEST_WORD}
+
+
+def test_a_text_whose_words_end_is_never_severed(tokenizer_folder: Path) -> None:
+    """Also where no place to cut keeps the tokens, as with tokenizers that put a space before each text."""
+    core = byte_level(tokenizer_folder)
+    core.normalizer = normalizers.Prepend("_")
+    content = "word " * 80_000
+    assert list(tokenizer.pieces(core, [content])) == [content]
+
+
+def test_training_takes_a_word_without_an_end_and_prose_as_before() -> None:
+    prose, endless = text(3000, 5), "qz" * 100_000
+    whole = tokenizer.untrained()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[tokenizer.END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    whole.train_from_iterator([prose], trainer)
+    assert tokenizer.train([prose], 300).backend_tokenizer.get_vocab() == whole.get_vocab()
+    began = time.monotonic()
+    found = tokenizer.train([prose, endless, "\n" * 100_000], 320)
+    assert time.monotonic() - began < 20 and "qz" in found.get_vocab()  # it took minutes
+
+
+@pytest.mark.parametrize("work", ["reading", "learning", "encoding"])
+def test_an_interrupt_is_heard_while_the_core_works(tokenizer_folder: Path, work: str) -> None:
+    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=400_000)
+    words = ["".join(letters[start : start + 200]) for start in range(0, len(letters), 200)] * 2
+
+    def endless() -> Iterator[str]:
+        while True:
+            yield "the same words"
+
+    class Core:
+        def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> list[Encoding]:
+            time.sleep(20)
+            return []
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    timer = threading.Timer(0.5, interrupt)
+    began = time.monotonic()
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        if work == "encoding":
+            list(tokenizer.encode_batches(cast(Tokenizer, Core()), [["a"]] * 3))
+        else:
+            tokenizer.train(endless() if work == "reading" else words, 100_000)
+    assert time.monotonic() - began < 5
+
+
+def test_what_the_core_cannot_encode_is_one_line() -> None:
+    core = Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    with pytest.raises(InputError, match="tokenizer: cannot encode the texts"):
+        list(tokenizer.encode_batches(core, [["b"]]))
+
+
+def test_an_error_of_whoever_reads_the_texts_is_passed_on() -> None:
+    def texts() -> Iterator[str]:
+        yield "some text"
+        raise InputError("this file is damaged")
+
+    with pytest.raises(InputError, match="this file is damaged"):
+        tokenizer.train(texts(), 300)
 
 
 def test_a_text_without_a_place_to_cut_stays_whole(tokenizer_folder: Path) -> None:

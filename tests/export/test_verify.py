@@ -110,3 +110,14 @@ def test_a_model_that_cannot_be_exported_is_one_line_and_the_run_goes_on_there(
     assert command.err.splitlines()[-1].startswith("train-loop: export: ") and "to go on from here" in command.err
     monkeypatch.undo()
     assert command("train", *settings(train__max_steps=5)) == 0 and (tmp_path / "run" / "model").is_dir()
+
+
+def test_a_folder_whose_tokenizer_others_misread_says_so(
+    command: Command, settings: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    qwen2 = json.dumps({"model_type": "qwen2", "num_key_value_heads": 1} | small)
+    assert command("train", *settings(model__architecture=qwen2, train__max_steps=2)) == 0
+    assert "Transformers reads its tokenizer as Qwen2Tokenizer, which gives other tokens" in command.err
+    assert "`AutoTokenizer` of Transformers 5 takes Qwen2Tokenizer" in (tmp_path / "run/model/README.md").read_text()
+    assert command("sample", "--model", tmp_path / "run", "--prompt", "the ", "--max_new_tokens", 3) == 0

@@ -12,7 +12,7 @@ from train_loop import compat
 from train_loop.config.sampling import Sampling
 from train_loop.data import tokenizer
 from train_loop.errors import InputError
-from train_loop.generation.decoding import Generated, generate, slid_out
+from train_loop.generation.decoding import Generated, NotFiniteError, generate, slid_out
 from train_loop.generation.kv_cache import Decoder, StaticDecoder, takes_positions
 from train_loop.models import building
 from train_loop.ops.packed_linear import pack
@@ -239,3 +239,17 @@ def test_what_slides_out() -> None:
 def test_tokens_that_the_model_does_not_have(gpt2: Any, sampling: Sampling, expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         one(gpt2, PROMPT, sampling)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_no_text(gpt2: Any, value: float, temperature: float) -> None:
+    with torch.no_grad():
+        gpt2.transformer.wte.weight[7] = value
+    with pytest.raises(NotFiniteError, match="logits are not finite"):
+        generate(Decoder(gpt2), [PROMPT], Sampling(5, temperature=temperature), None)
+
+
+def test_a_token_that_the_model_does_not_know_is_refused(gpt2: Any) -> None:
+    with pytest.raises(InputError, match="has the token 320, but the model knows only those from 0 to 319"):
+        generate(Decoder(gpt2), [[5, 320]], Sampling(5), None)

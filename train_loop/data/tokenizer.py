@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,19 +70,18 @@ def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
-    words = untrained()  # of its own: whoever asks a tokenizer that is being trained waits until it is
-    in_background.train(tokenizer, trainer, (part for text in texts for part in _short_words(words, text)))
+    splitter = untrained().pre_tokenizer  # not the tokenizer's own, which is locked while it learns
+    in_background.train(tokenizer, trainer, (part for text in texts for part in _short_words(splitter, text)))
     if (size := tokenizer.get_vocab_size()) < vocab_size:
         only = f"the training documents yield only {size} entries; use at most {size}"
         raise InputError(f"tokenizer.train_vocab_size {vocab_size}: {only}")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
 
 
-def _short_words(core: Tokenizer, text: str) -> Iterator[str]:
+def _short_words(splitter: Any, text: str) -> Iterator[str]:
     """A text in parts, so that no word is too long to learn from. It stays whole if none is, as in all prose."""
     start = 0
-    splitter = core.pre_tokenizer
-    if len(text) > _LONG_TEXT and splitter is not None:
+    if len(text) > _LONG_TEXT:
         for _, (begin, end) in splitter.pre_tokenize_str(text):
             for place in range(begin + _LONG_WORD, end, _LONG_WORD):
                 yield text[start:place]
