@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from train_loop.records import Places, complaints, event, plain, to_json
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    st.sampled_from([math.nan, math.inf, -math.inf]) | st.none() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3) | st.tuples(inner),
     max_leaves=8,
 )

@@ -385,7 +385,7 @@ def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, A
         config: its section data, and whatever in the others says how to compute.
 
     Returns:
-        loss (nats per target), perplexity, bits_per_byte, accuracy, tokens (the number of targets).
+        loss (nats per target), perplexity, bits_per_byte, accuracy, tokens (of targets); a `reason` if one is None.
 
     Raises:
         InputError: if the model or the data cannot be loaded, or they don't fit together.

@@ -72,9 +72,8 @@ class _Server(ThreadingHTTPServer):
         """Answer a client on a thread of its own."""
         self._open.append(request)
         if len(self._open) > MOST_CONNECTIONS:
-            with suppress(OSError):  # its thread may be closing it
-                self._open[0].shutdown(socket.SHUT_RDWR)
-            self._open.popleft()
+            with suppress(OSError, IndexError):  # their threads may be closing them
+                self._open.popleft().shutdown(socket.SHUT_RDWR)
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
