@@ -15,10 +15,10 @@ import contextlib
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -310,21 +310,31 @@ def contents(run: Path) -> dict[Path, str]:
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in run.rglob("*.safetensors")}
 
 
-def in_own_process(model_type: str, folder: Path, *more: str) -> dict[str, str]:
-    """`attempt` in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--one", model_type, "--folder", str(folder), *more]
-    paths = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    try:
-        done = subprocess.run(
-            command, env=os.environ | paths, capture_output=True, text=True, timeout=SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
+PRELOADED = ["accelerate", "scripts.architectures", "train_loop.job", "train_loop.metrics.language_model"]
+"""What takes seconds to import, and the processes of all types need."""
+
+
+def in_own_process(model_type: str, folder: Path, verify: bool) -> dict[str, str]:
+    """`attempt` in a process of its own, forked from one that has imported everything."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(PRELOADED)
+    result = folder / f"{model_type}.json"
+    child = processes.Process(target=write_row, args=(model_type, folder, verify, result))
+    child.start()
+    child.join(SECONDS)
+    if child.is_alive():
+        child.kill()
         return {"train": f"took more than {SECONDS} seconds"}
     shutil.rmtree(folder / model_type, ignore_errors=True)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        return {"train": f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['no output'])[-1]}"}
-    return dict(json.loads(lines[-1]))
+    if not result.exists():
+        return {"train": f"exit code {child.exitcode}"}
+    return dict(json.loads(result.read_text(encoding="utf-8")))
+
+
+def write_row(model_type: str, folder: Path, verify: bool, result: Path) -> None:
+    """`attempt`, into a file."""
+    row = attempt(model_type, folder, verify)
+    result.write_text(json.dumps(row), encoding="utf-8")
 
 
 def works(row: dict[str, str]) -> bool:
@@ -377,19 +387,14 @@ def main() -> int:
     options.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
     options.add_argument("--processes", type=int, default=2, help="how many at once (2)")
     options.add_argument("--unverified", action="store_true", help="leave out the verification, which takes longest")
-    options.add_argument("--one", help=argparse.SUPPRESS)
-    options.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = options.parse_args()
-    if given.one:
-        print(json.dumps(attempt(given.one, given.folder, not given.unverified)))
-        return 0
     wanted = given.types or types()
     with tempfile.TemporaryDirectory(prefix="architectures-") as scratch:
         folder = Path(scratch)
         prepare(folder)
 
         def row(name: str) -> dict[str, str]:
-            found = in_own_process(name, folder, *(["--unverified"] if given.unverified else []))
+            found = in_own_process(name, folder, not given.unverified)
             print(f"{name}: {found['train'] if len(found) == 1 else found}", file=sys.stderr, flush=True)
             return found
 
@@ -404,4 +409,8 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    sys.exit(main())
+    alone = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    os.environ.update(alone)
+    from scripts import architectures
+
+    sys.exit(architectures.main())
