@@ -13,6 +13,7 @@ without, and whether a run that is resumed from step 2 ends in the same bits.
 import argparse
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import multiprocessing
@@ -411,6 +412,5 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     alone = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     os.environ.update(alone)
-    from scripts import architectures
-
-    sys.exit(architectures.main())
+    # Under its own name, which the processes that are forked know.
+    sys.exit(importlib.import_module("scripts.architectures").main())

@@ -13,7 +13,8 @@ from typing import Any, Generic, TypeVar
 
 from tokenizers import Tokenizer
 
-Task, Result = TypeVar("Task"), TypeVar("Result")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 _PATIENCE_SECONDS = 0.5  # for threads that are about to finish
 _BATCH_CHARACTERS = 1 << 17  # of texts that are handed over together
 _BATCHES = 8  # that wait to be learned from
