@@ -46,8 +46,8 @@ NO_EVENTS = {
     "another kind of name": b'{"event": 5, "step": 4}',
     "no step": b'{"event": "step"}',
     **{
-        f"step {step}": b'{"event": "step", "step": %s}' % step
-        for step in (b"null", b'"4"', b"-1", b"1.5", b"true", b"[4]", b"NaN", b"Infinity", b"1e999", b"1e300")
+        f"step {step}": b'{"event": "step", "step": %s}' % step.encode()
+        for step in ("null", '"4"', "-1", "1.5", "true", "[4]", "NaN", "Infinity", "1e999", "1e300")
     },
     "more digits than Python reads": b'{"event": "step", "step": 4, "tokens": ' + b"9" * 5000 + b"}",
 }

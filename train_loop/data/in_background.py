@@ -68,7 +68,10 @@ def train(core: Tokenizer, trainer: Any, texts: Iterable[str]) -> None:
         if left:
             raise InterruptedError  # nobody waits for the tokenizer any more
 
-    with Workers(lambda _: core.train_from_iterator(feed(), trainer), 1) as learner:
+    def learn(_: None) -> None:
+        core.train_from_iterator(feed(), trainer)
+
+    with Workers(learn, 1) as learner:
         learned = learner.submit(None)
         try:
             for batch in _batches(texts):
