@@ -1,6 +1,7 @@
 """Puts one run together: set up, resume, train, finish. This is the only module that knows all the others."""
 
 import os
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -175,6 +176,8 @@ def _train(setup: Setup, heartbeat: Heartbeat, own: Ownership, callbacks: Sequen
             manager.abandon()
         if main:
             folder.set_status("failed", state.step, f"{type(error).__name__}: {error}")
+        # An error of a DataLoader's worker holds on to the loader, and the process would wait for its workers forever.
+        traceback.clear_frames(error.__traceback__)
         raise
     accelerator.end_training()
     return summarize(run, folder, history.evaluations, finished)
