@@ -28,7 +28,7 @@ _PASTED = ("transformers_version", "architectures")  # nobody writes these by ha
 _TYPES = ("dtype", "torch_dtype")  # weights are in fp32 in any case
 
 
-def _is_causal(model_type: str) -> bool:
+def is_causal(model_type: str) -> bool:
     """Whether Transformers has a causal language model of this type."""
     return model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -45,8 +45,8 @@ def configuration(
     given = {name: value for name, value in architecture.items() if name not in _TYPES}
     model_type = str(given.pop("model_type"))
     # Ask about one type only: going through all of them loads a module for each, which takes longer than all else here.
-    if not _is_causal(model_type):
-        close = nearest(model_type, [name for name in CONFIG_MAPPING if _is_causal(name)])
+    if not is_causal(model_type):
+        close = nearest(model_type, [name for name in CONFIG_MAPPING if is_causal(name)])
         hint = close if close.startswith("did") else "for example gpt2, llama, qwen3 or gpt_neox"
         raise InputError(f"model.architecture.model_type: no causal language model {model_type}; {hint}")
     check_numbers(given, "model.architecture")

@@ -18,7 +18,7 @@ from train_loop.config.load import ONE_MODEL
 from train_loop.config.schema import Config
 from train_loop.data.tokenizer import highest_id
 from train_loop.errors import InputError, one_line
-from train_loop.models.architecture import configuration
+from train_loop.models.architecture import configuration, is_causal
 from train_loop.models.loading import blame_attention, check_given, load
 from train_loop.models.size import check_size
 from train_loop.rng import seed_torch
@@ -139,6 +139,9 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast, padded: bool 
         blame_attention(attention, build, error)
         shown = textwrap.shorten(str(architecture), 200, placeholder=" ...")
         raise InputError(f"model.architecture: {shown}: no such model can be built ({one_line(error)})") from None
+    if not is_causal(model.config.model_type):
+        problem = f"Transformers makes a model of type {model.config.model_type} of it, which it could not load again"
+        raise InputError(f"model.architecture: {problem}; choose another model_type")
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
     model.generation_config = GenerationConfig(**ids)
     return model
