@@ -13,7 +13,8 @@ from typing import Any, Generic, TypeVar
 
 from tokenizers import Tokenizer
 
-Task, Result = TypeVar("Task"), TypeVar("Result")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 _PATIENCE_SECONDS = 0.5  # for threads that are about to finish
 _BATCH_CHARACTERS = 1 << 17  # of texts that are handed over together
 _BATCHES = 8  # that wait to be learned from
@@ -67,7 +68,10 @@ def train(core: Tokenizer, trainer: Any, texts: Iterable[str]) -> None:
         if left:
             raise InterruptedError  # nobody waits for the tokenizer any more
 
-    with Workers(lambda _: core.train_from_iterator(feed(), trainer), 1) as learner:
+    def learn(_: None) -> None:
+        core.train_from_iterator(feed(), trainer)
+
+    with Workers(learn, 1) as learner:
         learned = learner.submit(None)
         try:
             for batch in _batches(texts):
