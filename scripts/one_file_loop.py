@@ -4,8 +4,8 @@
     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 scripts/one_file_loop.py --config FILE.yaml
 
 To be read from top to bottom. It takes the package's settings, as far as `SETTINGS` has them, and gives its losses, on
-any number of processes. Left out are speed, half precision, and what long runs need, such as checkpoints. (On a CPU the
-package has a faster dropout, with other masks, for tensors of 8,192 numbers or more: there, losses are others.)
+any number of processes. Left out are speed, half precision and checkpoints. (On a CPU the package draws other dropout
+masks for tensors of 8,192 numbers or more: there, losses are others.)
 """
 
 import argparse
@@ -42,10 +42,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def read_settings(path: str) -> Any:
     given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    for section, keys in given.items():
-        for key, value in keys.items():
-            if key not in SETTINGS.get(section, {}) or value in ("auto", "hub", "stdlib", "wsd"):
-                raise SystemExit(f"{path}: {section}.{key} {value}: only the whole package has this")
+    for section, key, value in ((section, *each) for section, keys in given.items() for each in keys.items()):
+        if key not in SETTINGS.get(section, {}) or value in ("auto", "hub", "stdlib", "wsd"):
+            raise SystemExit(f"{path}: {section}.{key} {value}: only the whole package has this")
     return argparse.Namespace(**{name: argparse.Namespace(**SETTINGS[name] | given.get(name, {})) for name in SETTINGS})
 
 
@@ -144,10 +143,12 @@ def main() -> None:
     if config.model.name_or_path:
         model = AutoModelForCausalLM.from_pretrained(config.model.name_or_path, dtype=torch.float32)
     else:
-        fields = {"vocab_size": len(tokenizer), "max_position_embeddings": size, "pad_token_id": tokenizer.eos_token_id}
-        fields |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+        fields = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")} | {"pad_token_id": None}
+        fields |= {"vocab_size": len(tokenizer), "max_position_embeddings": size}
         torch.manual_seed(key_of("weights", seed))
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields | config.model.architecture))
+    for embedding in (each for each in model.modules() if isinstance(each, nn.Embedding)):
+        embedding.padding_idx = None  # some models take the end of a text for padding, and would not train its row
     adamw = torch.optim.AdamW(decay_groups(model, config.optimizer.weight_decay), betas=config.optimizer.betas)
     parallel, optimizer = accelerator.prepare(model.train(), adamw)
     n, per_step = train.shape[1] - 1, config.batch.sequences_per_step
@@ -191,9 +192,8 @@ def main() -> None:
                 text = sample(model, tokenizer, prompt, config.sample, seed)
                 accelerator.print(json.dumps({"event": "sample", "prompt": prompt, "continuation": text}))
         model.train()
-    if config.run.output_dir and accelerator.is_main_process:
-        model.save_pretrained(Path(config.run.output_dir) / "model")
-        tokenizer.save_pretrained(Path(config.run.output_dir) / "model")
+    for part in (model, tokenizer) if config.run.output_dir and accelerator.is_main_process else ():
+        part.save_pretrained(Path(config.run.output_dir) / "model")
 
 
 if __name__ == "__main__":

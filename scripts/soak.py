@@ -145,11 +145,11 @@ def moment(kind: str, victim: Victim, draw: random.Random, total: int) -> bool:
     if kind == "preparation":
         found = wait_until(victim, lambda: any((victim.cache / "stores").glob("*.tmp-*")))
     elif kind == "finish":
-        found = wait_until(victim, (victim.folder / "model.tmp").exists)
+        found = wait_until(victim, lambda: any(victim.folder.glob(".train_loop-*-model")))
     elif kind == "save":
         after = first + draw.randrange(0, max(1, total // 10))
         found = wait_until(
-            victim, lambda: victim.step() > after and any((victim.folder / "checkpoints").glob("tmp-step-*"))
+            victim, lambda: victim.step() > after and any((victim.folder / "checkpoints").glob(".train_loop-*-step-*"))
         )
     elif kind == "evaluation":
         every = int(victim.settings["evaluation.every"])

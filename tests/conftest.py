@@ -25,7 +25,16 @@ from hypothesis import settings as hypothesis_settings
 
 from tests.support.runs import TINY_MODELS, Command, arguments_for, forget_accelerator, text
 
-RUNS = {"test_gpu_day.py", "test_soak.py", "test_versions.py", "test_devices.py", "test_golden.py", "test_old_runs.py"}
+RUNS = {
+    "test_fuzz.py",
+    "test_streams.py",
+    "test_gpu_day.py",
+    "test_soak.py",
+    "test_versions.py",
+    "test_devices.py",
+    "test_golden.py",
+    "test_old_runs.py",
+}
 """Files whose tests start whole runs in ways of their own."""
 
 # The machines are shared: how long an example takes says nothing.

@@ -132,6 +132,9 @@ def test_own_documents_and_an_own_model(
         ({"model.architecture": None}, None, "give exactly one of model.name_or_path"),
         ({}, ("a/b", []), "documents: the name 'a/b'"),
         ({}, ("notes", ["text", 3]), "documents: number 1 of notes is a int, expected text"),
+        ({}, ("notes", ["text", "\ud800"]), "documents: number 1 of notes: character 1 of the text is \\ud800"),
+        ({}, ("notes", "text"), "documents: notes: expected an iterable of texts, got a str"),
+        ({}, "notes", "documents: expected a pair, a name and texts"),
         ({}, ("notes", ["", ""]), "no document with text"),
     ],
 )
@@ -188,3 +191,14 @@ def test_a_notebook_trains_on_two_processes(settings: Callable[..., list[str]], 
     assert [step["loss"] for step in two] == pytest.approx([step["loss"] for step in one], rel=1e-5)
     truth = json.loads((tmp_path / "two" / "truth.json").read_text())
     assert truth["processes"]["present"] == 2
+
+
+def test_absurd_settings_of_a_script_are_refused_before_anything_happens(tmp_path: Path) -> None:
+    config = train_loop.load_config(
+        None, {"model.architecture": TINY_MODELS["gpt2"], "tokenizer.train_vocab_size": 300}
+    )
+    config.run.output_dir, config.data.block_size = str(tmp_path / "run"), 10**9
+    for act in (train_loop.prepare, train_loop.train, lambda config: train_loop.evaluate("x", config)):
+        with pytest.raises(train_loop.InputError, match=r"^config: data.block_size: 1000000000 is too large"):
+            act(config)
+    assert list(tmp_path.iterdir()) == []

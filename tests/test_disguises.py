@@ -52,8 +52,8 @@ def test_a_file_that_is_what_it_says(content: bytes, suffix: str) -> None:
 
 def test_pointers_in_a_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"{}")
-    refuse_pointers(tmp_path)
-    refuse_pointers("gpt2")  # a name on the Hub
+    refuse_pointers("model x", tmp_path)
+    refuse_pointers("model gpt2", "gpt2")  # a name on the Hub
     (tmp_path / "model.safetensors").write_bytes(POINTER)
-    with pytest.raises(InputError, match=r"model.safetensors: is a Git LFS pointer.*git lfs pull"):
-        refuse_pointers(tmp_path)
+    with pytest.raises(InputError, match=r"^model x: model.safetensors is a Git LFS pointer.*git lfs pull"):
+        refuse_pointers("model x", tmp_path)

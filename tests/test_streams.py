@@ -180,3 +180,32 @@ def test_a_tests_or_notebooks_streams_stay_as_they_are(capsys: pytest.CaptureFix
     before = sys.stdout, sys.stderr
     with streams.unbreakable(strict=True) as rest:
         assert (sys.stdout, sys.stderr) == before and rest() is None
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_lost_output_is_told_once(monkeypatch: pytest.MonkeyPatch, strict: bool) -> None:
+    with open(FULL, "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with streams.unbreakable(strict) as rest:
+            lost = 0
+            for _ in range(3):
+                try:
+                    print("a", flush=True)
+                except streams.OutputError:
+                    lost += 1
+            assert lost == strict
+            failure = rest()
+            assert failure is not None and failure.strerror == "No space left on device"
+        assert sys.stdout is full
+
+
+def test_a_case_can_write_only_into_its_folder(tmp_path: Path, trained: tuple[Outcome, Path]) -> None:
+    """What tests of commands rely on: as root, too, nothing outside is made, moved or replaced."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for place in (victim, tmp_path / "new"):
+        found = run(["report", "--run", trained[1], "--output", place], tmp_path / "case")
+        assert found.code == 2 and found.outside and "outside of the test's folder" in found.err, found
+    os.symlink(victim, tmp_path / "case" / "link")
+    run(["report", "--run", trained[1], "--output", "link"], tmp_path / "case")
+    assert victim.read_text() == "mine" and sorted(path.name for path in tmp_path.iterdir()) == ["case", "victim"]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 import train_loop
 from tests.support.runs import Command, configured
+from train_loop.checkpoint import pretrained
 from train_loop.data import tokenizer
 from train_loop.errors import InputError
 from train_loop.models import building, loading
@@ -132,6 +134,31 @@ def test_a_file_is_no_folder(model_folder: Path) -> None:
         loading.load(str(model_folder / "model.safetensors"))
 
 
+def test_a_repository_in_the_hub_s_cache_is_like_a_folder(strange: Path, tmp_path: Path) -> None:
+    place = Path(os.environ["HF_HOME"], "hub", f"models--{tmp_path.name}--strange")
+    blobs, commit = place / "blobs", "0" * 40
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+
+    def publish() -> None:  # the files are links out of their folder
+        shutil.rmtree(place / "snapshots", ignore_errors=True)
+        for file in (path for path in strange.rglob("*") if path.is_file()):
+            link = place / "snapshots" / commit / file.relative_to(strange)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            blobs.mkdir(exist_ok=True)
+            link.symlink_to(shutil.copy(file, blobs / file.name))
+
+    publish()
+    name = f"{tmp_path.name}/strange"
+    model, _ = pretrained.load(name)
+    assert torch.equal(model.lm_head.weight, loading.load(str(strange)).lm_head.weight)
+    needs_code(strange)
+    publish()
+    with pytest.raises(InputError, match=f"model {name}: needs code of its own"):
+        pretrained.load(name)
+    assert not (tmp_path / "marker").exists()
+
+
 def test_a_data_set_with_a_script_is_refused(strange: Path, tmp_path: Path, command: Command) -> None:
     (tmp_path / "rows").mkdir()
     shutil.copy(strange / "modeling_own.py", tmp_path / "rows" / "rows.py")
@@ -140,3 +167,12 @@ def test_a_data_set_with_a_script_is_refused(strange: Path, tmp_path: Path, comm
         assert command("prepare", "--data.source", "hub", "--data.name", name, *given) == 2
         assert command.err.count("\n") == 1, command.err
     assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_a_pointer_in_place_of_any_file_is_named(model_folder: Path, tmp_path: Path, file: str) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "cloned"))
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    for load in (tokenizer.load, lambda name: loading.load(name)):
+        with pytest.raises(InputError, match=rf"{file} is a Git LFS pointer.*git lfs pull"):
+            load(str(folder))

@@ -295,6 +295,9 @@ def inspect(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     if given.compare is not None and given.set:
         raise InputError("inspect: --compare shows another step, --set the same step changed; give only one of them")
+    keys = [each.partition("=")[0] for each in given.set]
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise InputError(f"inspect: --set {repeated[0]} is given twice; drop one of the two")
     steps = [given.step] if given.compare is None else [given.step, given.compare]
     if given.html and (reason := unwritable(Path(given.html))):
         raise InputError(f"--html {given.html}: cannot be written ({reason})")

@@ -157,9 +157,8 @@ class _Stderr:
 
     def write(self, text: str) -> None:
         """Write and flush text; characters that the encoding lacks are escaped."""
-        with suppress(
-            OSError, ValueError, AttributeError
-        ):  # a full disk, a pipe or terminal that is gone; closed; None
+        # A full disk, a pipe or terminal that is gone; a closed stream; None.
+        with suppress(OSError, ValueError, AttributeError):
             try:
                 sys.stderr.write(text)
             except UnicodeEncodeError:

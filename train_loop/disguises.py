@@ -10,9 +10,9 @@ from train_loop.errors import InputError
 
 HEAD_BYTES = 512  # how much of a file is looked at
 _POINTER_BYTES = 1024  # a pointer of Git LFS is smaller
-_POINTER = b"version https://git-lfs.github.com/spec/"
+POINTER = b"version https://git-lfs.github.com/spec/"
 _SIGNS = (  # how a file begins, and what it is
-    (_POINTER, "is a Git LFS pointer, not the file itself; fetch it with git lfs pull"),
+    (POINTER, "is a Git LFS pointer, not the file itself; fetch it with git lfs pull"),
     (b"\x1f\x8b", "is compressed with gzip; unpack it with gunzip"),
     (b"\xfd7zXZ\x00", "is compressed with xz; unpack it with unxz"),
     (b"\x28\xb5\x2f\xfd", "is compressed with Zstandard; unpack it with unzstd"),
@@ -58,8 +58,8 @@ def refuse_disguised(path: str, suffix: str, name: str) -> None:
         raise InputError(f"{name}: {what}")
 
 
-def refuse_pointers(folder: str | Path) -> None:
-    """Raise InputError if a local folder of a model, tokenizer or data set holds a Git LFS pointer in place of a file.
+def refuse_pointers(where: str, folder: str | Path) -> None:
+    """Raise InputError, which begins with `where`, if a local folder holds a Git LFS pointer in place of a file.
 
     The name of a repository on the Hub is no local folder, and passes.
     """
@@ -70,8 +70,8 @@ def refuse_pointers(folder: str | Path) -> None:
     except OSError:  # whoever loads the folder says what can't be read
         return
     if pointers:
-        raise InputError(f"{pointers[0]}: {_SIGNS[0][1]}")
+        raise InputError(f"{where}: {pointers[0].name} {_SIGNS[0][1]}")
 
 
 def _is_pointer(path: Path) -> bool:
-    return path.read_bytes().startswith(_POINTER)
+    return path.read_bytes().startswith(POINTER)

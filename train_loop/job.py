@@ -1,6 +1,7 @@
 """Puts one run together: set up, resume, train, finish. This is the only module that knows all the others."""
 
 import os
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ from train_loop.metrics.past import last_steps
 from train_loop.metrics.progress import ProgressLines
 from train_loop.metrics.throughput import Throughput
 from train_loop.metrics.trackers import check_trackers, start_trackers
-from train_loop.models import building, ends
+from train_loop.models import building, ends, loading
 from train_loop.models.parameters import digest
 from train_loop.ops import cpu
 from train_loop.signals import StopRequest
@@ -175,6 +176,8 @@ def _train(setup: Setup, heartbeat: Heartbeat, own: Ownership, callbacks: Sequen
             manager.abandon()
         if main:
             folder.set_status("failed", state.step, f"{type(error).__name__}: {error}")
+        # An error of a DataLoader's worker holds on to the loader, and the process would wait for its workers forever.
+        traceback.clear_frames(error.__traceback__)
         raise
     accelerator.end_training()
     return summarize(run, folder, history.evaluations, finished)
@@ -283,20 +286,20 @@ def set_up(
     heartbeat: Heartbeat | None = None,
     stop: StopRequest | None = None,
     own: Ownership | None = None,
+    padded: bool | None = None,
 ) -> Setup:
     """Set up and check data, model, optimizer and processes of a run. Its folder is taken if asked to, else only read.
 
-    For `model` see `train`. Raises InputError for whatever doesn't fit.
+    For `model` see `train`, for `padded` `RunFolder`, which tells if it is None. Raises InputError for whatever doesn't
+    fit.
     """
     folder = RunFolder(config.output_dir)
     check_trackers(config.run.log_with)
     heartbeat = heartbeat or Heartbeat(config.run, shared_settings(config))
     accelerator = launch.start(config.run, heartbeat, folder.path)
-    if own is not None:
-        run_on_all_ranks(accelerator, "own", own.take if accelerator.is_main_process else lambda: None)
-    run_on_all_ranks(accelerator, "check", lambda: folder.check(config))
+    run_on_all_ranks(accelerator, "own", lambda: _take(folder, config, own) if accelerator.is_main_process else None)
     data = _data(accelerator, config)
-    build = (config, data.tokenizer, model, folder.padded)
+    build = (config, data.tokenizer, model, folder.padded if padded is None else padded)
     language_model = run_on_all_ranks(accelerator, "build", lambda: building.build(*build))
     check_same(accelerator, "the data", data.fingerprint, "give every host the same documents and tokenizer")
     found, damaged = find(accelerator, folder, config, data.fingerprint)
@@ -342,9 +345,17 @@ def set_up(
     return Setup(run, folder, found, damaged)
 
 
+def _take(folder: RunFolder, config: Config, own: Ownership | None) -> None:
+    """Refuse a folder that is another run's, or that another process owns."""
+    if own is not None:
+        own.take()
+    folder.check(config)
+
+
 def replay(folder: Path, steps: Sequence[int]) -> Replay:
     """Get ready to replay steps of a run; see `Replay`."""
-    return Replay(folder, steps, lambda config: set_up(config).run)
+    padded = RunFolder(folder).padded
+    return Replay(folder, steps, lambda config: set_up(config, padded=padded).run)
 
 
 def _data(accelerator: Accelerator, config: Config, tokenizer: PreTrainedTokenizerFast | None = None) -> Prepared:
@@ -377,7 +388,7 @@ def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, A
         config: its section data, and whatever in the others says how to compute.
 
     Returns:
-        loss (nats per target), perplexity, bits_per_byte, accuracy, tokens (the number of targets).
+        loss (nats per target), perplexity, bits_per_byte, accuracy, tokens (of targets); a `reason` if one is None.
 
     Raises:
         InputError: if the model or the data cannot be loaded, or they don't fit together.
@@ -388,6 +399,8 @@ def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, A
         accelerator = launch.start(config.run, heartbeat)
         if isinstance(model, PreTrainedModel):
             language_model, tokenizer, source = model, None, f"the {type(model).__name__}"
+            loading.check_present(model, source)
+            loading.check_finite(model, source)
         else:
             name, attention, source = str(model), config.model.attention, f"model {model}"
             language_model, tokenizer = run_on_all_ranks(accelerator, "load", lambda: pretrained.load(name, attention))

@@ -4,9 +4,10 @@ JSON has no NaN and no infinity: a number that is not finite is written as null.
 crash, a full disk, another program) or written by something that does know NaN; what is no event counts as damaged.
 """
 
+import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -66,6 +67,11 @@ class Places:
         """The verb for them."""
         return "is" if len(self) == 1 else "are"
 
+    @property
+    def have(self) -> str:
+        """Another verb for them."""
+        return "has" if len(self) == 1 else "have"
+
     def add(self, first: int, last: int | None = None) -> None:
         """Add a number, or all from `first` to `last`; they are larger than those before."""
         last = first if last is None else last
@@ -83,11 +89,27 @@ class Places:
         return f"{noun}{'s' if len(self) > 1 else ''} {together}"
 
 
-def gaps(steps: Iterable[int], last: int) -> Places:
-    """The steps from 1 to the last one that are not among `steps`."""
-    missing, before = Places(), 0
-    for step in [*sorted({*steps}), last + 1]:
+def complaints(damaged: Places, steps: Sequence[int], last: int) -> list[str]:
+    """What is wrong with a log of steps, in words, one line for each kind of damage.
+
+    Args:
+        damaged: its lines that are no events.
+        steps: the steps that it has lines for, as they stand there.
+        last: it should have a line for each step up to this one.
+    """
+    missing, again, before, found = Places(), Places(), 0, list[str]()
+    for step in [*sorted(steps), last + 1]:
         if step > before + 1:
             missing.add(before + 1, step - 1)
+        elif step == before > 0 and not (again and again.stretches[-1][1] == step):
+            again.add(step)
         before = step
-    return missing
+    if damaged:
+        found.append(f"{damaged.named('line')} can't be read and {damaged.are} left out")
+    if missing:
+        found.append(f"{missing.named('step')} {missing.have} no line")
+    if again:
+        found.append(f"{again.named('step')} {again.have} more than one line; the last one counts")
+    elif any(one > other for one, other in itertools.pairwise(steps)):
+        found.append("its lines are not in the order of their steps")
+    return found

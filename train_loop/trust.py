@@ -15,9 +15,9 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.utils import cached_file
 
+from train_loop.disguises import POINTER, refuse_pointers
 from train_loop.errors import InputError, one_line
 
-_POINTER = b"version https://git-lfs.github.com/spec/"
 _GENERATE = "custom_generate/generate.py"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """The files that weights are read from: all of them, or where to find each."""
@@ -30,7 +30,9 @@ def check_model(name: str) -> None:
     where = f"model {name}"
     if os.path.isfile(name):
         raise InputError(f"{where}: is a file; name the folder that holds it with its config.json")
+    refuse_pointers(where, name)
     settings = read_json(where, name, "config.json") or {}
+    read_json(where, name, "generation_config.json")  # which Transformers would pass over if it is damaged
     if (adapter := read_json(where, name, "adapter_config.json")) is not None:
         base = adapter.get("base_model_name_or_path")
         cure = f"merge it into its base{f' {base}' if base else ''} (peft's merge_and_unload), and save the result"
@@ -67,6 +69,7 @@ def unused_code(name: str) -> str | None:
 def check_tokenizer(name: str) -> None:
     """Refuse a tokenizer that needs code of its own. Raises InputError, which names the code."""
     where = f"tokenizer {name}"
+    refuse_pointers(where, name)
     settings = read_json(where, name, "tokenizer_config.json") or {}
     code, kind = settings.get("auto_map"), settings.get("tokenizer_class")
     if not (isinstance(kind, str) and hasattr(transformers, kind)):
@@ -109,7 +112,7 @@ def read_json(where: str, name: str, file: str) -> dict[str, Any] | None:
 def refuse_pointer(where: str, path: str) -> None:
     """Refuse what Git LFS leaves in place of a file that it has not downloaded. Raises InputError with the cure."""
     with open(path, "rb") as opened:
-        if opened.read(len(_POINTER)) == _POINTER:
+        if opened.read(len(POINTER)) == POINTER:
             raise InputError(
                 f"{where}: {os.path.basename(path)} is a Git LFS pointer, not the file itself; git lfs pull"
             )

@@ -48,7 +48,7 @@ def main() -> None:
     settings = [
         *("--model.architecture", SHAPES[given.shape], "--tokenizer.train_vocab_size", "4096"),
         *("--data.block_size", "128", "--batch.sequences_per_step", "8", "--train.max_steps", str(2 * FAR)),
-        *("--evaluation.every", str(FAR * 2), "--checkpoint.every", "1"),
+        *("--evaluation.every", str(FAR * 2), "--checkpoint.every", "1", "--checkpoint.keep", "9"),
     ]
     needed = (
         "import torch, accelerate, safetensors.torch; "
@@ -143,7 +143,7 @@ def _move_to(near: Path, far: Path, step: int, lines: int) -> None:
 
 def _renumber(checkpoint: Path, step: int) -> None:
     """Let a checkpoint be of another step: state.json, its checksum, and the folder's name."""
-    from train_loop.checkpoint.storage import _digest, _folder, _sums
+    from train_loop.checkpoint.storage import _digest, _sums, folder_of
 
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
     (checkpoint / "state.json").write_text(json.dumps(state | {"step": step}))
@@ -151,7 +151,7 @@ def _renumber(checkpoint: Path, step: int) -> None:
     manifest["files"]["state.json"] = _sums(checkpoint / "state.json")
     manifest["sha256"] = _digest(manifest["files"])
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    checkpoint.rename(_folder(checkpoint.parent, step))
+    checkpoint.rename(folder_of(checkpoint.parent, step))
 
 
 def _cut(folder: Path, step: int) -> None:

@@ -236,10 +236,6 @@ def test_damage_is_named(command: Command, run: Path, tmp_path: Path, texts: Pat
     (copy / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in changed))
     assert command("inspect", "--run", copy, "--step", 3) == 1
     assert "THE REPLAYED LOSS IS NOT THE LOGGED ONE" in command.out
-    (copy / "truth.json").write_text("{")
-    shutil.rmtree(copy / "checkpoints")
-    assert command("inspect", "--run", copy, "--step", 3) == 2 and "truth.json is missing or damaged" in command.err
-    shutil.copy(run / "truth.json", copy)
     other = tmp_path / "texts"
     shutil.copytree(texts, other)
     (other / "39.txt").write_text("something else", encoding="utf-8")
@@ -247,6 +243,55 @@ def test_damage_is_named(command: Command, run: Path, tmp_path: Path, texts: Pat
     (copy / "config.yaml").write_text(settings)
     assert command("inspect", "--run", copy, "--step", 3) == 2
     assert "was trained on other data" in command.err.splitlines()[-1]
+
+
+def test_a_damaged_run_is_replayed_from_what_is_left(command: Command, run: Path, tmp_path: Path) -> None:
+    """The settings, the data's fingerprint and the micro-batches' size also stand in checkpoints."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    log = copy / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([lines[0], lines[1][:30], "\n[]\n", *lines[3:]]))
+    for name, content in (("truth.json", "[]"), ("ledger.json", '{"fingerprint": NaN}'), ("config.yaml", "a: [1")):
+        (copy / name).write_text(content)
+    (found,) = inspected(command, "--run", copy, "--step", 60)
+    assert found["verification"]["verdict"] == "bits" and found["from_step"] == 50
+    for said in (
+        "metrics.jsonl: lines 2 to 3 can't be read",
+        "truth.json: missing",
+        "ledger.json: missing",
+        "not valid",
+    ):
+        assert said in command.err, said
+    (found,) = inspected(command, "--run", copy, "--step", 2)  # lost from the log
+    assert found["verification"] is None and found["loss"] == json.loads(lines[1])["loss"]
+    assert "has no line for step 2, so there is no loss to compare with" in command.err
+    log.unlink()
+    last = max(int(path.name.removeprefix("step-")) for path in (copy / "checkpoints").iterdir())
+    for step in (0, -1, last + 1):
+        assert command("inspect", "--run", copy, "--step", step) == 2
+        assert f"has steps 1 to {last}" in command.err and command.err.count("\n") == 1
+    shutil.rmtree(copy / "checkpoints")
+    assert command("inspect", "--run", copy, "--step", 1) == 2 and "no step yet" in command.err
+    log.write_text("".join(lines))
+    assert command("inspect", "--run", copy, "--step", 1) == 2
+    assert "neither its files nor a checkpoint say its fingerprint" in command.err.splitlines()[-1]
+
+
+def test_a_step_that_is_not_finite_is_shown(run: Path) -> None:
+    found = {"step": 2, "from_step": 0, "sequences": [], "surprising": [], "statistics": None, "taken": False}
+    found |= dict.fromkeys(("loss", "learning_rate", "grad_norm", "loss_before", "loss_after"))
+    found |= {"targets": 3, "clipped": False}
+    found["verification"] = {"verdict": "bits", "logged": None, "difference": None, "kind": []}
+    assert "neither the replayed loss nor the logged one is finite" in inspection.lines([found], colour=False)
+    assert "neither the replayed loss" in inspection.page([found], "title")
+
+
+def test_a_page_without_a_place_is_refused_before_the_replay(command: Command, run: Path, tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "no" / "page.html"):
+        assert command("inspect", "--run", run, "--step", 1, "--html", place) == 2
+        assert f"--html {place}: cannot be written" in command.err and command.err.count("\n") == 1
+        assert command.out == ""
 
 
 @pytest.mark.slow

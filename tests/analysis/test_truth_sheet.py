@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.runs import TINY_MODELS, Command, events
+from tests.support.runs import TINY_MODELS, Command, events, last_of_each
 from train_loop import job
 from train_loop.analysis import truth_sheet
 from train_loop.config.load import config_from_arguments
@@ -37,7 +37,8 @@ def test_a_sheet_says_what_is(command: Command, settings: Settings, tmp_path: Pa
     assert sheet["processes"]["asked"] == sheet["processes"]["present"] == len(sheet["processes"]["each"]) == 1
     assert sheet["processes"]["each"][0]["device"] == "cpu"
     precision = sheet["precision"]
-    built = job.set_up(config_from_arguments([*arguments, "--run.output_dir", str(tmp_path / "other")])).run.state.model
+    elsewhere = last_of_each([*arguments, "--run.output_dir", tmp_path / "other"])
+    built = job.set_up(config_from_arguments(elsewhere)).run.state.model
     tensors = len(list(built.parameters()))
     assert precision["compute"] == "float32" and precision["moments"] == {"float32": 2 * tensors}
     assert precision["parameters"] == precision["gradients"] == {"float32": tensors}

@@ -1,6 +1,7 @@
 """One run owns its folder: real processes that start at the same moment, are killed, stopped, forked, or elsewhere."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import re
@@ -181,6 +182,18 @@ def test_an_owner_on_another_host_that_shows_no_life_is_replaced(tmp_path: Path,
         own.take()
         assert time.monotonic() - began < 0.9
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_counts_whatever_the_record_says(tmp_path: Path, quick: None) -> None:
+    elsewhere(tmp_path)
+    silent_for(tmp_path / RECORD, 70)
+    handle = os.open(tmp_path / LOCK, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with Ownership(tmp_path) as own, pytest.raises(InputError, match="in use by another run"):
+        own.take()
+    os.close(handle)
+    with Ownership(tmp_path) as own:
+        own.take()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"token": 3}', "null", "\x00\x01"])

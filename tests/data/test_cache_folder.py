@@ -152,3 +152,13 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path, error: Excepti
     with pytest.raises(InputError) as found, writing("data.cache_dir", tmp_path):
         raise error
     assert str(found.value).startswith(f"data.cache_dir: {tmp_path} cannot be used ") and expected in str(found.value)
+
+
+def test_another_files_error_is_not_the_folders(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputError, match=r"^/data/t.txt: cannot be used \(Permission denied\)$"),
+        writing("x", tmp_path),
+    ):
+        raise PermissionError(13, "Permission denied", "/data/t.txt")
+    with pytest.raises(InputError, match=r"^x: the server has gone$"), writing("x", tmp_path):
+        raise OSError("the server has gone")

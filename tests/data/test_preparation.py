@@ -1,5 +1,6 @@
 """The token store: its books add up, it is built once, and it leaves nothing half written."""
 
+import gzip
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
@@ -88,8 +90,6 @@ def test_a_ledger_that_does_not_add_up_is_refused() -> None:
 
 
 def test_gzip_bytes_are_those_of_gzip(tmp_path: Path, tokenizer_folder: Path) -> None:
-    import gzip
-
     write(tmp_path, ["a b c"], [text(300, 1), text(200, 2)])
     prepared = preparation.prepare(configured(tmp_path, tokenizer_folder), shown=False)
     expected = len(gzip.compress((text(300, 1) + text(200, 2)).encode(), compresslevel=9))
@@ -280,29 +280,57 @@ def test_wide_ids_for_a_large_vocabulary(tmp_path: Path, tokenizer_folder: Path)
     assert preparation.prepare(configured(tmp_path, tokenizer_folder), shown=False).train.tokens.dtype == np.uint16
 
 
-@pytest.mark.parametrize("source", ["files", "hub", "hub, streaming"])
+def as_lines(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": each}) + "\n" for each in texts))
+
+
+def as_packed_lines(path: Path, texts: list[str]) -> None:
+    content = "".join(json.dumps({"text": each}) + "\n" for each in texts)
+    path.write_bytes(gzip.compress(content.encode(), compresslevel=0, mtime=0))
+
+
+def as_arrow(path: Path, texts: list[str]) -> None:
+    """Which `datasets` reads by itself, by way of its own cache."""
+    table = pyarrow.table({"text": texts})
+    with pyarrow.ipc.new_stream(path, table.schema) as file:
+        file.write_table(table)
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "save"),
+    [
+        ("files", "t.jsonl", as_lines),
+        ("hub", "t.jsonl", as_lines),
+        ("hub, streaming", "t.jsonl", as_lines),
+        ("hub", "t.jsonl.gz", as_packed_lines),
+        ("hub", "t.arrow", as_arrow),
+    ],
+)
 def test_other_content_of_the_same_size_and_date_is_prepared_anew(
-    tmp_path: Path, tokenizer_folder: Path, source: str
+    tmp_path: Path, tokenizer_folder: Path, source: str, name: str, save: Callable[..., None]
 ) -> None:
     """As archives, `cp -p` and `rsync -t` leave it."""
-    write(tmp_path / "data", ["some text", "more text"], [])
-    path = tmp_path / "data" / "t.jsonl"
-    (tmp_path / "data" / "v.jsonl").unlink()
-    settings = configured(tmp_path, tokenizer_folder, "--data.validation_files", "[]", "--data.test_size", "0.5")
+    path = tmp_path / "data" / name
+    path.parent.mkdir()
+    save(path, ["some text", "more text"])
+    settings = configured(tmp_path, tokenizer_folder, "--data.test_size", "0.5")
+    settings.data.validation_files = []
     if source == "files":
         settings.data.files = [str(path)]
     else:
         settings.data.source, settings.data.files, settings.data.name = "hub", [], str(tmp_path / "data")
         settings.data.streaming = "streaming" in source
-    first, date = preparation.prepare(settings, shown=False), path.stat()
-    path.write_bytes(path.read_bytes().replace(b'text"}', b'tale"}'))
-    os.utime(path, ns=(date.st_atime_ns, date.st_mtime_ns))
+    first, before = preparation.prepare(settings, shown=False), path.stat()
+    save(path, ["some tale", "more tale"])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     again = preparation.prepare(settings, shown=False)
     assert again.folder != first.folder
     words = {first.tokenizer.decode(each.tokens[:]) for each in (again.train, again.validation)}
     assert words == {"some tale<|endoftext|>", "more tale<|endoftext|>"}
     path.touch()
     assert preparation.prepare(settings, shown=False).folder == again.folder
+    assert {each.name for each in (tmp_path / "cache").iterdir()} <= {"stores", "digests"}
 
 
 def test_a_stream_from_the_hub_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,8 +119,9 @@ REFUSED: list[tuple[str, bytes, str]] = [
     (
         "a.jsonl",
         b'{"text": "a"}{"text": "b"}\n',
-        "line 1, column 14: more than one value on the line; put each on a line",
+        "line 1, column 14: another value after the end of the first; expected",
     ),
+    ("a.jsonl", b'{"text": "a"},\n{"text": "b"}\n', "line 1, column 14: ',' after the end of the first; expected one"),
     ("a.jsonl", b'{"text": "a"}\n{"text": "b",}\n', "line 2, column 14: not valid JSON"),
     ("a.jsonl", b'{"text": "a", "x": ' + DEEP + b"}\n", "line 1: nested too deeply to be read"),
     ("a.json", DEEP, "nested too deeply to be read"),
@@ -271,7 +272,7 @@ def arrow_file(path: Path, columns: Any) -> None:
     ("name", "content", "expected"),
     [
         ("a.arrow", b"no Arrow at all", "a.arrow|File is too small|not an Arrow"),
-        ("a.arrow", b"version https://git-lfs.github.com/spec/v1\n", "a.arrow: is a Git LFS pointer"),
+        ("a.arrow", b"version https://git-lfs.github.com/spec/v1\n", "a.arrow is a Git LFS pointer"),
         ("a.tar", b"no archive", "ReadError"),
         ("a.zip", b"PK\x03\x04no archive", "BadZipFile"),
         ("a.py", b"pass", "data files found"),
@@ -312,5 +313,8 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"pipe.txt: is no regular file"):
         files.expand([str(tmp_path / "pipe.txt")])
     (tmp_path / "broken.txt").symlink_to("nowhere")
-    with pytest.raises(InputError, match=r"broken.txt: no such file"):
-        files.expand([str(tmp_path / "broken.txt")], "data.validation_files")
+    (tmp_path / "pipe.txt").unlink()
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8")
+    for pattern in ("broken.txt", "*.txt"):  # also among others, which would be read
+        with pytest.raises(InputError, match=r"^data.validation_files: .*broken.txt: is a link to nothing"):
+            files.expand([str(tmp_path / pattern)], "data.validation_files")

@@ -23,9 +23,9 @@ from train_loop.errors import InputError
 @pytest.fixture
 def settings(tmp_path: Path, tokenizer_folder: Path) -> Config:
     write(tmp_path, [text(50, 1), text(60, 2)], [text(40, 3)])
-    return configured(
-        tmp_path, tokenizer_folder, "--tokenizer.name_or_path", "null", "--tokenizer.train_vocab_size", "270"
-    )
+    config = configured(tmp_path, tokenizer_folder)
+    config.tokenizer.name_or_path, config.tokenizer.train_vocab_size = None, 270
+    return config
 
 
 @pytest.fixture
@@ -208,7 +208,7 @@ def test_data_that_changes_while_it_is_prepared_is_refused(
         elif change == "another file":
             (tmp_path / "u.jsonl").write_text('{"text": "more"}\n')
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     monkeypatch.setattr(Corpus, "splits", changing)
     with pytest.raises(InputError, match=r"[tu].jsonl: changed while it was prepared; start again"):

@@ -274,6 +274,16 @@ def test_a_text_without_a_place_to_cut_stays_whole(tokenizer_folder: Path) -> No
     assert list(tokenizer.pieces(core, [], size=1000)) == list(tokenizer.pieces(core, [""], size=1000)) == []
 
 
+def test_texts_are_split_while_others_are_learned_from() -> None:
+    """With more text than is handed over at once; the tokenizer being trained must not be asked for anything."""
+    trained: list[object] = []
+    texts = [text(40_000, seed) for seed in range(6)]
+    learning = threading.Thread(target=lambda: trained.append(tokenizer.train(texts, 300)), daemon=True)
+    learning.start()
+    learning.join(60)
+    assert trained
+
+
 def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         tokenizer.load(str(tmp_path / "nowhere"))

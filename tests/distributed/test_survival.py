@@ -90,6 +90,13 @@ def test_a_signal_to_one_process_stops_both_and_nothing_is_lost(ddp: World, name
     stopped_and_resumed(ddp, name)
 
 
+def test_a_signal_to_one_process_before_the_first_step_ends_both_at_once(make: Make, tmp_path: Path) -> None:
+    """The other one waits for it in a collective by then."""
+    (found,) = several(2, [[*make(tmp_path / "run"), {"fault": "before", "process": 1, "at": 0}]], seconds=90)
+    assert found.codes == [3, 3] and "stopped by SIGTERM; the same command starts again" in found.err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", SHARDED_SIGNALS)
 def test_a_signal_to_one_process_stops_both_that_share_the_weights(fsdp2: World, name: str) -> None:
     stopped_and_resumed(fsdp2, name)

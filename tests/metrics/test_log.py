@@ -1,12 +1,14 @@
 """metrics.jsonl as a run finds it that goes on: later steps cut off, and known what came before."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from accelerate import Accelerator
 
+from train_loop.errors import InputError
 from train_loop.metrics import past
 from train_loop.metrics.log import MetricsLog
 from train_loop.metrics.past import find, last_steps, read_events
@@ -63,6 +65,62 @@ def test_lines_that_something_else_has_written_are_read_as_well(file: Path) -> N
     assert [line["step"] for line in last_steps(file, 3)] == [2, 3, 4]
     best = History(log.past.evaluations).best
     assert best is not None and best["step"] == 4 and log.past.skipped == 1
+
+
+DAMAGE: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {
+    "garbage": (lambda each: [*each[:3], b"garbage\n", *each[3:]], "line 4 can't be read and is left out"),
+    "a half line": (lambda each: [each[0], each[1][:35], *each[2:]], "line 2 can't be read and is left out"),
+    "half lines": (
+        lambda each: [*each[:6], each[6][:30] + b"\n", each[5][:9] + b"\n", *each[7:]],
+        "lines 7 to 8 can't",
+    ),
+    "zeros": (lambda each: [*each[:2], b"\0" * 512 + b"\n", *each[2:]], "line 3 can't be read"),
+    "not UTF-8": (lambda each: [each[0].replace(b"4.0", b'"\xff"'), *each[1:]], "line 1 can't be read"),
+    "no loss": (lambda each: [*each[:1], b'{"event": "evaluation", "step": 1}\n', *each[1:]], "line 2 can't be read"),
+    "a gap": (lambda each: [each[0], *each[5:]], "step 2 has no line"),
+    "twice": (lambda each: [*each[:5], *each], "steps 1 to 2 have more than one line; the last one counts"),
+    "another order": (lambda each: [*each[5:6], *each[:5], *each[6:]], "not in the order of their steps"),
+    "all gone": (lambda each: [], "steps 1 to 5 have no line"),
+    "of something else": (lambda each: [b"something\n", b"else\n"], "lines 1 to 2 can't be read"),
+}
+
+
+@pytest.mark.parametrize(("change", "expected"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_log_is_told_and_what_is_left_counts(
+    file: Path, capsys: pytest.CaptureFixture[str], change: Callable[[list[bytes]], list[bytes]], expected: str
+) -> None:
+    damaged = b"".join(change(file.read_bytes().splitlines(keepends=True)))
+    file.write_bytes(damaged + b"\0" * 100)
+    log = MetricsLog(Accelerator(), file, 5)
+    said = capsys.readouterr().err
+    assert f"{file}: " in said and expected in said
+    before = file.read_bytes()
+    assert damaged.startswith(before)  # nothing but later lines is removed
+    evaluations = {each["step"]: each for each in map(event, before.splitlines()) if each and "loss" in each}
+    evaluations = {step: each for step, each in evaluations.items() if each["event"] == "evaluation" and step <= 5}
+    assert log.past.evaluations == [each for _, each in sorted(evaluations.items())]
+    log.write({"event": "step", "step": 6, "loss": 1.0})
+    log.close()
+    assert file.read_bytes() == before + b'{"event": "step", "step": 6, "loss": 1.0}\n'
+    assert [each["step"] for each in last_steps(file, 1)] == [6]
+
+
+def test_what_older_versions_or_others_wrote_of_nan_is_none(file: Path) -> None:
+    with file.open("a") as end:
+        end.write('{"event": "evaluation", "step": 6, "loss": NaN, "perplexity": Infinity}\n')
+    log = MetricsLog(Accelerator(), file, 6)
+    history = History(log.past.evaluations, log.past.skipped)
+    assert history.evaluations[-1]["loss"] is None and history.best is not None and history.best["step"] == 4
+    assert history.since_best == 1
+    log.write({"event": "evaluation", "step": 7, "loss": float("nan"), "more": [float("inf")]})
+    log.close()
+    assert file.read_text().endswith('{"event": "evaluation", "step": 7, "loss": null, "more": [null]}\n')
+
+
+def test_a_log_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(InputError, match="cannot be read and written"):
+        MetricsLog(Accelerator(), tmp_path / "metrics.jsonl", 3)
 
 
 @pytest.fixture

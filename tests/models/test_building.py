@@ -1,12 +1,17 @@
 """Models: any causal LM of Transformers, checked against tokenizer and block size."""
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from tests.support.runs import TINY_MODELS, configured
+from tests.support.runs import TINY_MODELS, Command, configured
+from train_loop.checkpoint.run_folder import RunFolder
 from train_loop.data import tokenizer
 from train_loop.errors import InputError
 from train_loop.models import building
@@ -75,3 +80,69 @@ def test_mistakes_in_a_folder(model_folder: Path, tokenizer_folder: Path, tmp_pa
     loaded.add_tokens(["<one more>"])
     with pytest.raises(InputError, match=r"the tokenizer has 321 entries, but model .* only 320 embeddings"):
         building.build(configured(name_or_path=str(model_folder)), loaded)
+
+
+ROBERTA = {"model_type": "camembert", "is_decoder": True, "hidden_size": 32, "num_hidden_layers": 1}
+ROBERTA |= {"num_attention_heads": 2, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize("architecture", [TINY_MODELS["llama"], ROBERTA], ids=["llama", "camembert"])
+def test_every_row_of_an_embedding_is_trained(tokenizer_folder: Path, architecture: dict[str, Any]) -> None:
+    """That of the end of a text, too, which many models take for padding."""
+    loaded = tokenizer.load(str(tokenizer_folder))
+    end = loaded.eos_token_id
+    assert isinstance(end, int)
+    built = building.build(configured(architecture), loaded)
+    embedding = built.get_input_embeddings().weight
+    built(input_ids=torch.full((1, 32), end), use_cache=False).logits[..., :7].sum().backward()
+    assert embedding.grad[end].any()
+    if architecture["model_type"] == "llama":
+        assert embedding[end].any() and built.config.pad_token_id is None
+        padded = building.build(configured(architecture), loaded, padded=True)  # as before 0.2
+        others = torch.arange(len(embedding)) != end
+        assert not padded.get_input_embeddings().weight[end].any() and padded.config.pad_token_id == end
+        assert torch.equal(padded.get_input_embeddings().weight[others], embedding[others])
+
+
+def test_a_pretrained_models_padding_is_trained_where_it_ends_texts(tokenizer_folder: Path, tmp_path: Path) -> None:
+    loaded = tokenizer.load(str(tokenizer_folder))
+    end = loaded.eos_token_id
+    building.build(configured(TINY_MODELS["llama"]), loaded, padded=True).save_pretrained(tmp_path)
+    built = building.build(configured(name_or_path=str(tmp_path)), loaded)
+    assert built.config.pad_token_id == end
+    built(input_ids=torch.full((1, 3), end), use_cache=False).logits[..., :7].sum().backward()
+    assert built.get_input_embeddings().weight.grad[end].any()
+
+
+def test_a_run_that_began_before_goes_on_as_it_began(
+    command: Command, settings: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before 0.2 the row of the end of a text stayed as it was, and truth.json did not tell."""
+    run, shape = tmp_path / "run", json.dumps(TINY_MODELS["llama"])
+    arguments = settings(model__architecture=shape, train__max_steps=4, checkpoint__every=2, checkpoint__keep=9)
+
+    def row() -> torch.Tensor:
+        weights = load_file(run / "model" / "model.safetensors")["model.embed_tokens.weight"]
+        return weights[tokenizer.load(str(run / "model")).eos_token_id]
+
+    assert command("train", *arguments) == 0, command.err
+    assert row().any()
+    sheet = json.loads((run / "truth.json").read_text())
+    assert sheet["parameters"]["untrained_rows"] == {}
+    shutil.rmtree(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "padded", True)
+        assert command("train", *arguments) == 0, command.err
+    whole = [path.read_bytes() for path in sorted(run.rglob("model.safetensors"))]
+    assert not row().any()
+    for told in (False, True):  # as 0.1.0 wrote it, and as it is written when it goes on
+        sheet = json.loads((run / "truth.json").read_text())
+        assert list(sheet["parameters"]["untrained_rows"]) == ["model.embed_tokens"]
+        if not told:
+            del sheet["parameters"]["untrained_rows"]
+            (run / "truth.json").write_text(json.dumps(sheet))
+        shutil.rmtree(run / "checkpoints" / "step-00000004")
+        shutil.rmtree(run / "model")
+        assert command("train", *arguments) == 0, command.err
+        assert command("inspect", "--run", run, "--step", 3, "--json") == 0, command.err  # 1: another loss
+        assert not row().any() and [path.read_bytes() for path in sorted(run.rglob("model.safetensors"))] == whole

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model, PreTrainedModel
 
+import train_loop
 from tests.support.runs import PATHS, TINY_MODELS, configured
+from train_loop.config.load import load_config
 from train_loop.data import tokenizer
 from train_loop.errors import InputError
 from train_loop.models import building, loading
@@ -188,6 +190,16 @@ def test_a_model_without_a_head_is_whole_if_the_head_is_tied(copy: Path, model_f
     assert f"1 missing ({HEAD})" in refusal(without)
 
 
+def test_rounding_is_said(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loading.load(str(change(copy, only(NORM, lambda norm: norm.double()))))
+    assert f"1 weights are float64 ({NORM}), and are rounded to float32" in capsys.readouterr().err
+
+
+def test_a_damaged_generation_config_is_named(copy: Path) -> None:
+    (copy / "generation_config.json").write_text("{")
+    assert "generation_config.json is damaged" in refusal(copy)
+
+
 def test_tables_of_older_versions_are_no_weights(model_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(model_folder, tmp_path / "older"))
     mask = torch.ones(1, 1, 8, 8, dtype=torch.uint8).tril()
@@ -218,3 +230,18 @@ def test_a_given_model_is_finite_and_in_fp32(
     with pytest.raises(InputError, match=r"^the GPT2LMHeadModel: [^\n]*$") as error:
         building.build(configured(), tokenizer.load(str(tokenizer_folder)), spoil(given))
     assert expected in str(error.value)
+
+
+def test_a_model_without_values_or_with_spoilt_ones_is_neither_evaluated_nor_sampled(
+    given: PreTrainedModel, tokenizer_folder: Path, corpus: Path
+) -> None:
+    loaded, settings = tokenizer.load(str(tokenizer_folder)), load_config(None, {
+        "data.source": "files", "data.files": f"{corpus}/*.txt", "tokenizer.name_or_path": str(tokenizer_folder)
+    })  # fmt: skip
+    given.lm_head.weight.data[0] = torch.nan
+    with pytest.raises(InputError, match="the GPT2LMHeadModel: 1 weights are not finite"):
+        train_loop.evaluate(given, settings)
+    with pytest.raises(InputError, match=r"the GPT2LMHeadModel: .* has no values"):
+        train_loop.evaluate(given.to("meta"), settings)
+    with pytest.raises(InputError, match=r"the GPT2LMHeadModel: .* has no values"):
+        train_loop.Sampler(given, loaded)

@@ -152,3 +152,22 @@ def test_gelu_is_the_models_own(tokenizer_folder: Path) -> None:
 def test_freed_memory_is_kept_where_the_c_library_is_glibc() -> None:
     glibc = hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
     assert cpu.keep_freed_memory() == glibc
+
+
+@needs_products
+def test_a_model_may_change_a_products_output_in_place() -> None:
+    """As Gemma 3n and RoCBert do."""
+    layer = torch.nn.Linear(8, 8)
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        y = layer(x)
+        y[..., 0] *= 2
+        y += 1
+        return torch.autograd.grad((y**2).sum(), tuple(layer.parameters()))
+
+    expected = gradients()
+    cpu.use_products(layer)  # type: ignore[arg-type]
+    assert isinstance(layer.forward, cpu._Linear)
+    for mine, theirs in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

@@ -447,3 +447,48 @@ def test_a_live_page_grows_with_its_run_and_keeps_what_was_chosen(show: Callable
         finally:
             serving.shutdown()
             thread.join()
+
+
+def test_a_damaged_run_is_shown_with_its_gaps(tmp_path: Path, show: Callable[..., Any]) -> None:
+    """Values of every wrong kind in every file: the page shows the rest, and its script does not fail."""
+    folder = make_run(tmp_path / "run", 60, every=10)
+    log, study = folder / "metrics.jsonl", folder / "study.jsonl"
+    written = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([*written[:12], "garbage\n", *written[20:]]))
+    odd: list[Any] = [
+        None,
+        True,
+        "x",
+        [],
+        [None],
+        {},
+        {"a": [1]},
+        -1,
+        1e300,
+        -1e300,
+        1e-300,
+        5e-324,
+        float("nan"),
+        float("-inf"),
+        10**30,
+    ]
+    for step, value in enumerate(odd, 61):
+        line, event = json.loads(written[-3]), json.loads(study.read_text().splitlines()[step % 2])
+        append(
+            log,
+            [dict.fromkeys(line, value) | {"event": kind, "step": step} for kind in ("step", "evaluation", "sample")],
+        )
+        append(study, [dict.fromkeys(event, value) | {"event": event["event"], "step": step}])
+    (folder / "status.json").write_text('{"state": ["x"], "step": {}, "reason": NaN}')
+    (folder / "ledger.json").write_text('{"validation": {"bytes": "x", "gzip_bytes": NaN, "more": [{}]}, "train": 3}')
+    (folder / "truth.json").write_text('{"batch": [], "parameters": {"total": "x", "groups": [3, {"names": {}}]}}')
+    write(gather([RunFiles(folder)]), tmp_path / "page.html")
+    tab = show((tmp_path / "page.html").as_uri())
+    said = tab.inner_text("#summary")
+    assert "metrics.jsonl: line 13 can't be read" in said and "have no line" in said
+    path = tab.eval_on_selector("#loss path.line", "each => each.getAttribute('d')")
+    assert path.count("M") >= 3  # before and after the step that was not finite, and after the gap
+    for button in tab.query_selector_all("#toolbar button, .tools button"):
+        if button.is_visible():
+            button.click()
+    assert not re.search("NaN|undefined|\\[object|Infinity", said)

@@ -4,6 +4,8 @@ import http.client
 import json
 import math
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -20,7 +22,7 @@ from tests.support.made_run import HOSTILE, MAX_GRAD_NORM, append, make_run, met
 from tests.support.runs import Command
 from train_loop.errors import InputError
 from train_loop.report import downsample, server
-from train_loop.report.html_page import page
+from train_loop.report.html_page import as_json, page
 from train_loop.report.page_data import MOST_PROBES, gather, names
 from train_loop.report.run_reader import RunFiles
 
@@ -124,8 +126,12 @@ def test_whatever_is_missing_the_rest_is_shown(tmp_path: Path, missing: str) -> 
     folder = make_run(tmp_path / "run", steps=40)
     (folder / missing).unlink()
     data = gather([RunFiles(folder)])
-    lost = ["metrics.jsonl: ends at step 0; status.json says 40"] if missing == "metrics.jsonl" else []
-    assert page(data) and data["runs"][0]["notes"] == lost
+    told = {
+        "metrics.jsonl": ["metrics.jsonl: ends at step 0, and status.json says 40"],
+        "status.json": [],
+        "study.jsonl": [],
+    }
+    assert page(data) and data["runs"][0]["notes"] == told.get(missing, [f"{missing} is missing"])
     assert ("loss" in data["runs"][0]["curves"]) == (missing != "metrics.jsonl")
     assert (data["runs"][0]["layers"] is None) == (missing == "study.jsonl")
 
@@ -183,6 +189,33 @@ def test_a_growing_run_is_followed_and_one_that_was_cut_is_read_anew(tmp_path: P
     log.unlink()
     files.refresh()
     assert not files.steps["loss"]
+
+
+def test_a_gap_in_the_log_is_a_gap_in_each_curve(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", steps=40)
+    log = folder / "metrics.jsonl"
+    written = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = [event for event in written if event["event"] == "step"]
+    kept = [event for event in written if event["step"] not in (1, 2, 10, 11, 12, 30)]
+    log.write_text("".join(json.dumps(event) + "\n" for event in [*kept, kept[5]]))
+    data = gather([RunFiles(folder)])["runs"][0]
+    curve = dict(zip(data["curves"]["loss"]["step"], data["curves"]["loss"]["value"], strict=True))
+    assert [step for step, value in curve.items() if value is None] == [2, 7, 12, 30]  # the 7th was not finite
+    assert len(curve) == 34 + 3 and curve[13] == pytest.approx(steps[12]["loss"], rel=1e-5)
+    assert data["notes"] == [
+        "metrics.jsonl: steps 1 to 2, 10 to 12 and 30 have no line",
+        f"metrics.jsonl: step {kept[5]['step']} has more than one line; the last one counts",
+    ]
+    assert data["totals"]["tokens"] == 34_000
+
+
+def test_a_run_that_diverged_says_so(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", steps=40)
+    lost = {"event": "evaluation", "step": 41, "loss": None, "perplexity": None, "reason": "the loss is nan"}
+    append(folder / "metrics.jsonl", [{"event": "step", "step": 41, "loss": math.nan, "grad_norm": math.inf}, lost])
+    data = gather([RunFiles(folder)])
+    assert data["runs"][0]["notes"] == ["validation after step 41: the loss is nan"]
+    assert "NaN" not in as_json(data) and "Infinity" not in as_json(data)
 
 
 def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
@@ -246,6 +279,8 @@ MISTAKES = {
     "no folder": (["--run", "nowhere"], "run nowhere: no such folder"),
     "no run": (["--run", "{empty}"], "holds no run (none of config.yaml"),
     "no name": ([], "--run"),
+    "a file": (["--run", "{run}/truth.json"], "is a file; name the folder of a run"),
+    "a folder in the way": (["--run", "{run}", "--output", "{empty}"], "cannot be written (is a folder)"),
     "not a port": (["--run", "{run}", "--serve", "http"], "--serve: invalid int value: 'http'"),
     "no such port": (["--run", "{run}", "--serve", "70000"], "--serve 70000: the port must be between 0"),
     "a page and a server": (["--run", "{run}", "--serve", "0", "--output", "x"], "leave out --output and --png"),
@@ -287,6 +322,16 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, int]]:
         thread.join()
 
 
+def raw(port: int, request: bytes) -> bytes:
+    """The answer to some bytes, until the server closes the connection."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(request)
+        answer = b""
+        while piece := connection.recv(1 << 16):
+            answer += piece
+    return answer
+
+
 def ask(port: int, path: str, **headers: str) -> tuple[int, dict[str, str], str]:
     """Status, headers and text of an answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
@@ -319,6 +364,94 @@ def test_only_this_machine_is_answered_under_its_own_name(served: tuple[Path, in
     assert server.HOST == "127.0.0.1"
 
 
+OWN_NAMES = ("localhost", "LOCALHOST:1", "Localhost.:80", "127.0.0.1", "127.0.0.1:", "[::1]", "[::1]:8000")
+STRANGERS = (
+    *("elsewhere.example", "localhost.example", "127.0.0.1.example:80", "localhost:80@evil.example", "evil@localhost"),
+    *("", ":80", "localhost:8o", "0.0.0.0", "[::2]", "localhost, evil.example", "http://localhost", "127.0.0.2"),
+)
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [(b"GET / HTTP/1.1\r\nHost: %s\r\n\r\n" % name.encode(), 200) for name in OWN_NAMES]
+    + [(b"GET / HTTP/1.1\r\nHost: %s\r\n\r\n" % name.encode(), 403) for name in STRANGERS]
+    + [
+        (b"GET / HTTP/1.0\r\n\r\n", 200),  # needs no Host
+        (b"GET / HTTP/1.0\r\nHost: evil.example\r\n\r\n", 403),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n", 400),
+        (b"GET /?a=1 HTTP/1.1\r\nHost: localhost\r\n\r\n", 200),
+        *[
+            (b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path, 404)
+            for path in (b"/%zz", b"/%00", b"/../../etc/passwd", b"/%2e%2e/x", b"//etc/passwd", b"http://localhost/")
+        ],
+        *[
+            (b"%s / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc" % method, 405)
+            for method in (b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE")
+        ],
+        (b"BREW / HTTP/1.1\r\nHost: localhost\r\n\r\n", 501),
+        (b"GET /%s HTTP/1.1\r\nHost: localhost\r\n\r\n" % (b"a" * 70_000), 414),
+        (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", 431),
+        (b"GET / HTTP/9.x\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00 hello\r\n\r\n", 400),  # TLS
+    ],
+)
+def test_each_request_has_its_answer(
+    served: tuple[Path, int], capfd: pytest.CaptureFixture[str], request_: bytes, status: int
+) -> None:
+    answer = raw(served[1], request_)
+    if request_.startswith((b"GET / HTTP/9", b"\x16")):  # no version, so no status line
+        assert b"Error code: 400" in answer
+    else:
+        assert answer.split(None, 2)[1] == str(status).encode()
+    assert (b"<script" in answer) == (status == 200)
+    assert (b"Allow: GET, HEAD" in answer) == (status == 405)
+    assert capfd.readouterr().err == ""
+
+
+def test_head_is_get_without_a_body(served: tuple[Path, int]) -> None:
+    head, get = (raw(served[1], b"%s /data.json HTTP/1.0\r\n\r\n" % method) for method in (b"HEAD", b"GET"))
+    headers, body = get.split(b"\r\n\r\n", 1)
+
+    def without_date(text: bytes) -> list[bytes]:
+        return [line for line in text.split(b"\r\n") if line and not line.startswith(b"Date")]
+
+    assert without_date(head) == without_date(headers) and b"Content-Length: %d" % len(body) in head
+
+
+def test_clients_that_say_nothing_or_go_away_cost_nothing(
+    served: tuple[Path, int], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, port = served
+    idle = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(server.MOST_CONNECTIONS + 20)]
+    assert ask(port, "/data.json")[0] == 200
+    for each in idle[:10]:  # the oldest were ended, long before they were idle for too long
+        each.settimeout(5)
+        assert each.recv(1) == b""
+    for each in idle:
+        each.close()
+    for request in (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /data.json", b"\r\n", b""):
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", port)) as connection:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+                connection.sendall(request)
+    assert ask(port, "/")[0] == 200
+    monkeypatch.setattr(server._Handler, "timeout", 0.05)
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
+        slow.sendall(b"GET / HT")
+        assert slow.recv(1) == b""
+    assert capfd.readouterr().err == ""
+
+
+def test_a_run_may_go_while_it_is_served(served: tuple[Path, int]) -> None:
+    folder, port = served
+    folder.rename(folder.with_name("elsewhere"))
+    status, _, text = ask(port, "/data.json")
+    assert status == 200 and json.loads(text)["runs"][0]["notes"] == ["the run's folder is gone"]
+    folder.with_name("elsewhere").rename(folder)
+    assert json.loads(ask(port, "/data.json")[2])["runs"][0]["curves"]["loss"]["step"][-1] == 40
+
+
 def test_a_port_in_use_is_one_line(command: Command, served: tuple[Path, int]) -> None:
     folder, port = served
     assert command("report", "--run", folder, "--serve", port) == 2
@@ -328,12 +461,13 @@ def test_a_port_in_use_is_one_line(command: Command, served: tuple[Path, int]) -
         server.server([], port)
 
 
-def test_an_interrupt_ends_the_server_cleanly(run: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_server_quietly(run: Path, number: int) -> None:
     command = [sys.executable, "-m", "train_loop", "report", "--run", str(run), "--serve", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         address = process.stdout.readline().strip()
         assert ask(int(address.rstrip("/").rpartition(":")[2]), "/")[0] == 200
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         assert process.wait(timeout=20) == 0
         assert process.stderr.read() == ""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from train_loop.analysis import truth_sheet
 from train_loop.checkpoint import storage
 from train_loop.checkpoint.manager import CheckpointManager
 from train_loop.generation.sampler import Sampler
@@ -52,6 +53,18 @@ def signal_in_step(patch: pytest.MonkeyPatch, process: int, at: int) -> None:
         return take(*arguments, **named)
 
     patch.setattr(loop, "train_step", train_step)
+
+
+def signal_before(patch: pytest.MonkeyPatch, process: int, at: int) -> None:
+    """A signal before the first step, while the run is measured."""
+    measure = truth_sheet.measure
+
+    def measured(*arguments: Any) -> Any:
+        if _here(process):
+            _ask()
+        return measure(*arguments)
+
+    patch.setattr(truth_sheet, "measure", measured)
 
 
 def signal_in_evaluation(patch: pytest.MonkeyPatch, process: int, at: int) -> None:
@@ -114,6 +127,7 @@ def another_version(patch: pytest.MonkeyPatch, process: int, at: int) -> None:
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch, int, int], None]] = {
     "nan": nan,
+    "before": signal_before,
     "step": signal_in_step,
     "evaluation": signal_in_evaluation,
     "sampling": signal_in_sampling,

@@ -1,9 +1,10 @@
 """A command in a process of its own, for the price of a fork: a server has imported everything already.
 
-The process gets limits of time and memory, a home and a temporary folder below its own, and is watched: what it opens
-for writing outside of its folder is listed.
+The process gets limits of time and memory, a home and a temporary folder below its own, and is watched: what it would
+write outside of its folder is refused and listed.
 """
 
+import errno
 import functools
 import multiprocessing
 import os
@@ -31,7 +32,7 @@ class Outcome(NamedTuple):
     out: str
     err: str
     peak: int  # of memory beyond what the server had [bytes]
-    outside: list[str]  # files that it opened for writing, or removed, outside of its folder
+    outside: list[str]  # what it would have written, moved or removed outside of its folder
 
     @property
     def complaints(self) -> list[str]:
@@ -137,26 +138,34 @@ def _child(arguments: list[str], folder: str, memory: int, options: dict[str, An
 
 
 def _watch(own: str, notes: int) -> None:
-    """Note what Python opens for writing, makes or removes outside of the folder."""
-    elsewhere = (own, "/dev/", "/proc/", os.environ.get("HF_HOME", own))
-    changing = (
-        "os.mkdir",
-        "os.remove",
-        "os.rename",
-        "os.rmdir",
-        "os.symlink",
-        "os.link",
-        "os.truncate",
-        "shutil.rmtree",
-    )
+    """Refuse, and note, what Python would open for writing, make, move or remove outside of the folder.
+
+    Refused, because tests may run as root: an output that is moved to the place of a device would replace the device.
+    What libraries write from Rust or C++ is not seen here, so cases name nothing outside that must not be lost.
+    """
+    allowed = (f"{own}/", "/dev/shm/", f"{os.environ.get('HF_HOME', own)}/")
+    sinks = ("/dev/null", "/dev/full", "/dev/tty")
+    changing = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod")
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        path: Any = None
-        if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            path = arguments[0]
-        elif event in changing:
-            path = arguments[0]
-        if isinstance(path, str | bytes) and not os.path.realpath(os.fsdecode(path)).startswith(elsewhere):
-            os.write(notes, os.fsencode(f"{os.fsdecode(path)!r}\n"))
+        if event == "open":
+            opens = isinstance(arguments[2], int) and arguments[2] & writing
+            paths = [path for path in arguments[:1] if opens and path not in sinks]
+        elif event in changing or event == "shutil.rmtree":
+            paths = list(arguments[: 2 if event in ("os.rename", "os.link") else 1])
+            paths = paths[1:] if event == "os.symlink" else paths
+        else:
+            return
+        for path in paths:
+            if not isinstance(path, str | bytes):
+                continue
+            name = os.fsdecode(path)
+            place = os.path.join(os.path.realpath(os.path.dirname(name) or "."), os.path.basename(name))
+            if event == "open":
+                place = os.path.realpath(name)  # opening follows links
+            if place != own and not place.startswith(allowed):
+                os.write(notes, ascii(f"{event} {name}").encode() + b"\n")
+                raise PermissionError(errno.EACCES, "outside of the test's folder", name)
 
     sys.addaudithook(hook)

@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,16 @@ def forget_accelerator() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def last_of_each(arguments: Iterable[object]) -> list[str]:
+    """Arguments in which a setting's last value replaces earlier ones: a command refuses a setting given twice."""
+    given: dict[str, list[str]] = {}
+    texts = iter([str(argument) for argument in arguments])
+    for text in texts:
+        is_setting = re.fullmatch(r"--[a-z]+\.\w+", text)
+        given[text if is_setting else f"{len(given)} {text}"] = [text, *([next(texts)] if is_setting else [])]
+    return [part for pair in given.values() for part in pair]
+
+
 class Command:
     """Runs `train-loop` in this process and keeps what it printed."""
 
@@ -80,7 +92,7 @@ class Command:
         """The exit code of `train-loop ARGUMENTS`."""
         forget_accelerator()
         self.capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
+        code = main(last_of_each(arguments))
         self.out, self.err = self.capsys.readouterr()
         return code
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.support.runs import last_of_each
 from train_loop.cli import main
 
 
@@ -50,7 +51,7 @@ def run(command: list[Any]) -> tuple[int, str, str]:
         arguments.append(last)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), broken:
-        code = main(arguments)
+        code = main(last_of_each(arguments))
     return code, out.getvalue(), err.getvalue()
 
 

@@ -179,6 +179,7 @@ def main() -> None:
     register()
     from accelerate.state import AcceleratorState
 
+    from tests.support.runs import last_of_each
     from train_loop import cli
 
     outcomes = []
@@ -186,7 +187,7 @@ def main() -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = cli.main(command)
+            code = cli.main(last_of_each(command))
         outcomes.append([code, out.getvalue(), err.getvalue()])
     print(json.dumps(outcomes))
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,19 +207,23 @@ def test_the_guides_job_with_local_stand_ins(
 def test_a_folder_of_another_run_is_refused(
     command: Command, settings: Callable[..., list[str]], corpus: Path, tmp_path: Path
 ) -> None:
-    assert command("train", *settings(train__epochs=1)) == 0
+    for path in corpus.iterdir():
+        shutil.copy(path, tmp_path)
+    same = {"train__epochs": 1, "data__files": f"{tmp_path}/*.txt"}
+    assert command("train", *settings(**same)) == 0
     before = sorted(str(path) for path in tmp_path.rglob("*"))
-    assert command("train", *settings(train__epochs=1, optimizer__weight_decay=0.5, run__seed=3)) == 2
+    assert command("train", *settings(**same, optimizer__weight_decay=0.5, run__seed=3)) == 2
     assert "belongs to a different run (optimizer.weight_decay: 0.01 -> 0.5; run.seed: 0 -> 3)" in command.err
     assert command.err.count("\n") == 1
-    # The same settings, other documents under the same names.
+    # The same settings, other documents under the same names: the folder knows, and so do its checkpoints.
     for number in range(40):
         (tmp_path / f"{number:02d}.txt").write_text(text(50, number + 100), encoding="utf-8")
-    same = tmp_path / "run" / "config.yaml"
-    same.write_text(same.read_text().replace(f"{corpus}/", f"{tmp_path}/"))
-    assert command("train", *settings(train__epochs=1, data__files=f"{tmp_path}/*.txt")) == 2
+    assert command("train", *settings(**same)) == 2
+    assert "checkpoints/step-" in command.err and "belongs to a different run (data: fingerprint " in command.err
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert command("train", *settings(**same)) == 2
     assert "belongs to a run on other data" in command.err
-    assert sorted(str(path) for path in tmp_path.rglob("*") if "txt" not in path.name) == before
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == [each for each in before if "checkpoints" not in each]
     # A folder with something else in a run's place.
     (tmp_path / "other" / "model").mkdir(parents=True)
     assert command("train", *settings(run__output_dir=tmp_path / "other")) == 2

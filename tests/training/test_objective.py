@@ -69,3 +69,19 @@ def test_bf16_loss_is_not_summed_in_bf16(tokenizer_folder: Path) -> None:
             rounded = objective(inputs, targets)
     assert rounded.dtype == torch.float32
     assert abs(rounded / exact - 1) < 1e-3
+
+
+def test_a_head_that_is_wider_than_the_hidden_states_is_the_models_own_business(tokenizer_folder: Path) -> None:
+    wider = {"model_type": "rembert", "is_decoder": True, "hidden_size": 32, "num_hidden_layers": 1}
+    wider |= {
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "input_embedding_size": 16,
+        "output_embedding_size": 48,
+    }
+    built = building.build(configured(wider), tokenizer.load(str(tokenizer_folder)))
+    assert not head_is_plain(built)
+    inputs, targets = batch()
+    logits = built.eval()(input_ids=inputs).logits.flatten(0, 1)
+    expected = F.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=IGNORED)
+    torch.testing.assert_close(Objective(built)(inputs, targets), expected, rtol=1e-6, atol=0)

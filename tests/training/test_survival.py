@@ -83,7 +83,8 @@ def test_a_signal_before_the_first_step_is_one_line(
 def test_a_signal_between_the_claim_and_the_first_step_saves_what_there_is(
     command: Command, settings: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    work, hit = getattr(RunFolder, moment), []
+    work = getattr(RunFolder, moment)
+    hit: list[bool] = []
 
     def interrupted(*arguments: Any) -> None:
         if not hit:

@@ -15,6 +15,7 @@ from train_loop.config.schema import Config
 from train_loop.console import say
 from train_loop.errors import InputError, one_line
 from train_loop.metrics.past import read_events
+from train_loop.records import complaints
 
 
 class Recorded:
@@ -36,9 +37,9 @@ class Recorded:
         try:
             events, damaged = read_events(self.folder.metrics)
         except OSError as error:
-            raise InputError(f"--run {path}: metrics.jsonl cannot be read ({one_line(error)})") from None
-        if damaged:
-            say(f"{self.folder.metrics}: {damaged.named('line')} can't be read and {damaged.are} left out")
+            raise InputError(f"--run {path}: metrics.jsonl cannot be read ({error.strerror})") from None
+        for line in complaints(damaged, [], 0):
+            say(f"{self.folder.metrics}: {line}")
         self.steps = {each["step"]: each for each in events if each["event"] == "step"}
         checkpoints = [each.name.removeprefix("step-") for each in self.folder.checkpoints.glob("step-*")]
         self.last = max([*self.steps, *(int(name) for name in checkpoints if name.isdecimal())], default=0)
@@ -57,8 +58,8 @@ class Recorded:
         ledger = self._json("ledger.json")
         fingerprint = ledger.get("fingerprint") if ledger is not None else None
         if not isinstance(fingerprint, str):
-            self._mended("ledger.json", "the data's fingerprint is")
-            fingerprint = self._from_checkpoint("fingerprint")
+            say(f"{self.path / 'ledger.json'}: missing or damaged; the rest says what the data was")
+            fingerprint = (self.truth or {}).get("data") or self._from_checkpoint("fingerprint")
         self.fingerprint = str(fingerprint)
 
     def settings(self) -> Config:
@@ -66,11 +67,13 @@ class Recorded:
         try:
             found = config_from_arguments(["--config", str(self.path / "config.yaml")])
         except InputError as error:
-            self._mended("config.yaml", "the settings are", str(error))
+            if self._checkpoint() is None:
+                raise
+            say(f"{one_line(error)}; the newest checkpoint says what the settings were")
             found = load_config(None, self._from_checkpoint("config"))
         if self.truth is not None:
             found.batch.micro_batch_size = int(self.truth["batch"]["micro_batch_size"])
-        else:
+        elif self._checkpoint() is not None or found.batch.micro_batch_size == "auto":
             found.batch.micro_batch_size = int(self._from_checkpoint("micro_batch_size"))
         return found
 
@@ -83,8 +86,8 @@ class Recorded:
             int(found["batch"]["micro_batch_size"]), int(first["threads"]), int(found["processes"]["present"])
             str(first["host"]), str(first["device"]), found["versions"].items()
         except (AssertionError, KeyError, IndexError, TypeError, ValueError, AttributeError):
-            self._mended("truth.json", "the micro-batches' size is")
-            say("how many threads and processes the run had is not known, so its losses may be off by rounding")
+            problem = "missing or damaged; how many threads and processes the run had is not known"
+            say(f"{self.path / 'truth.json'}: {problem}, so losses may be off by rounding")
             return None
         return found
 
@@ -95,12 +98,6 @@ class Recorded:
         except (OSError, ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
-
-    def _mended(self, name: str, what: str, why: str = "") -> None:
-        """Say that a file is of no use, unless there is no checkpoint to mend it from."""
-        if self._checkpoint() is None:
-            raise InputError(f"--run {self.path}: {why or f'{name} is missing or damaged'}; put it back from a copy")
-        say(f"{self.path / name}: missing or damaged; {what} taken from the newest checkpoint")
 
     def _from_checkpoint(self, name: str) -> Any:
         """A value from the newest whole checkpoint."""

@@ -24,6 +24,7 @@ from train_loop.analysis import plan_checks
 from train_loop.analysis.step_statistics import targets_until
 from train_loop.analysis.trial_step import evaluating, without_effect
 from train_loop.config.schema import Config
+from train_loop.data import duplicates
 from train_loop.data.loader import IGNORED
 from train_loop.distributed import launch
 from train_loop.distributed.collectives import describe_ranks, unsharded
@@ -73,6 +74,7 @@ def measure(run: Run) -> dict[str, Any]:
         "causality": sees | {"refusal": causality.refusal(model, _source(config))},
         "loss": {"path": accelerator.unwrap_model(context.objective).loss_path, **loss},
         "documents": {"isolated": config.data.isolate_documents, "cross": cross},
+        "duplicates": duplicates.counts(run.data.train.ledger, run.data.validation.ledger),
         "batch": _batch(run.batches),
         "learning_rate": {"schedule": config.schedule.name, "warmup_steps": config.schedule.warmup_steps} | rates,
         "model": {
@@ -184,6 +186,8 @@ def table(sheet: dict[str, Any]) -> str:
         "loss": f"{sheet['loss']['path']}, {sheet['loss']['difference']:.1e} from the model's own",
         "documents": ("isolated" if documents["isolated"] else "packed")
         + (": one influences the next" if documents["cross"] else ": none influences another"),
+        "duplicates": "{shared:,} of {validation:,} validation documents are also training documents; {repeated:,} of "
+        "{train:,} training documents occurred before; {dropped:,} left out".format(**sheet["duplicates"]),
         "a step": f"{batch['sequences_per_step']} sequences of {batch['block_size']} in "
         f"{batch['micro_batches_per_step']} micro-batches of {batch['micro_batch_size']}, at most "
         f"{batch['micro_batches_per_process']} per process"

@@ -34,19 +34,24 @@ def find(
     the newest one is that of another run.
     """
     main = accelerator.is_main_process
-    looked = run_on_all_ranks(accelerator, "look", lambda: storage.newest(folder.checkpoints) if main else None)
-    found, damaged = broadcast_from_main(accelerator, looked) or (None, {})
-    for line in damaged.values() if main else ():
-        say(f"{line}; skipped")
-    if found is None and damaged:
-        raise InputError(
-            f"run.output_dir {folder.path}: no checkpoint is whole ({'; '.join(damaged.values())}); put one back from "
-            f"a copy, or remove {folder.checkpoints} to start again from the first step"
-        )
-    if found is not None and (other := _differences(found, config, fingerprint)):
-        cure = "remove it, or name another run.output_dir"
-        raise InputError(f"checkpoint {found.folder}: belongs to a different run ({'; '.join(other)}); {cure}")
-    return found, damaged
+
+    def look() -> tuple[storage.CheckpointRef | None, dict[int, str]]:
+        found, damaged = storage.newest(folder.checkpoints)
+        for line in damaged.values():
+            say(f"{line}; skipped")
+        if found is None and damaged:
+            raise InputError(
+                f"run.output_dir {folder.path}: no checkpoint is whole ({'; '.join(damaged.values())}); put one back "
+                f"from a copy, or remove {folder.checkpoints} to start again from the first step"
+            )
+        if found is not None and (other := _differences(found, config, fingerprint)):
+            cure = "remove it, or name another run.output_dir"
+            raise InputError(f"checkpoint {found.folder}: belongs to a different run ({'; '.join(other)}); {cure}")
+        return found, damaged
+
+    # Other hosts' paths may differ, so their settings are not compared.
+    looked = run_on_all_ranks(accelerator, "look", look if main else lambda: (None, {}))
+    return broadcast_from_main(accelerator, looked)
 
 
 def _differences(found: storage.CheckpointRef, config: Config, fingerprint: str) -> list[str]:

@@ -53,8 +53,8 @@ class Sampling:
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
             if each.type in _KINDS:
-                words, fits = _KINDS[each.type]
-                if not fits(value):
+                words, is_one = _KINDS[each.type]
+                if not is_one(value):
                     raise InputError(f"{each.name} {value!r}: must be {words}")
             if isinstance(value, list):
                 object.__setattr__(self, each.name, tuple(value))

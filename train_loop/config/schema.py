@@ -164,7 +164,7 @@ class OptimizerConfig:
 
     Args:
         learning_rate: peak learning rate, after warm-up.
-        weight_decay: decoupled weight decay of matrices; norms and biases have none.
+        weight_decay: decoupled weight decay of matrices; norms, biases, scales and rates of change have none.
         decay_embeddings: whether embedding matrices decay as well.
         betas: decay rates of the first and second moments.
         eps: added to the square root of the second moment.

@@ -21,7 +21,7 @@ from train_loop.errors import InputError, one_line
 
 # NAME.tmp-HOST-TOKEN; 0.1.0 had the process's number for a token.
 _UNFINISHED = re.compile(r"[\w.-]+\.tmp-(?P<host>.+)-([0-9a-f]{8}|\d+)")
-_LOCK = re.compile(r"[0-9a-f]{20}\.lock")
+_LOCK = re.compile(r"([0-9a-f]{20}|digests)\.lock")
 _ABANDONED_SECONDS = 24 * 3600  # what nothing was written to for so long has no living process, on any host
 
 

@@ -27,7 +27,7 @@ import xxhash
 from train_loop.console import Progress
 from train_loop.data.cache_folder import alone
 from train_loop.errors import InputError, one_line
-from train_loop.files import write_atomically
+from train_loop.files import clear, write_atomically
 
 _BLOCK, _PIECE = 1 << 18, 1 << 26  # bytes that are read at once, and that one thread takes
 # Pieces that wait at most, and threads: disks that many hosts share are only fast if several places are read at once.
@@ -71,16 +71,16 @@ class Digests:
 
     def of(self, paths: Iterable[str | Path]) -> list[str]:
         """The digest of each file. Raises InputError for one that can't be read, or that is written to meanwhile."""
-        paths = [os.path.abspath(path) for path in paths]
-        looks = list(map(_look, paths))
-        names = [_name(path, look) for path, look in zip(paths, looks, strict=True)]
+        places = [os.path.abspath(path) for path in paths]
+        looks = list(map(_look, places))
+        names = [_name(place, look) for place, look in zip(places, looks, strict=True)]
         if not self._known.keys() >= set(names):
             self._recall()
         if not self._known.keys() >= set(names):
             # Of several processes of a host, one reads, and the others then find what it remembers.
             with alone(self._memory.with_suffix(".lock")):
                 self._recall()
-                new = [each for each in zip(names, paths, looks, strict=True) if each[0] not in self._known]
+                new = [each for each in zip(names, places, looks, strict=True) if each[0] not in self._known]
                 now = time.time()
                 found = dict(zip((name for name, _, _ in new), self._read(new), strict=True))
                 self._remember({name: found[name] for name, _, look in new if look.settled(now)})
@@ -125,6 +125,7 @@ class Digests:
         kept = json.dumps(dict(list(self._known.items())[-_REMEMBERED:]))
         with suppress(OSError):
             self._memory.parent.mkdir(parents=True, exist_ok=True)
+            clear(self._memory.parent)
             write_atomically(self._memory, f"{xxhash.xxh3_128_hexdigest(kept.encode())}\n{kept}")
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from train_loop.config.load import cache_dir, checked
 from train_loop.config.schema import Config
 from train_loop.data.cache_folder import sweep, unfinished, writing
+from train_loop.data.formats import encodable
 from train_loop.errors import InputError
 
 
@@ -36,8 +37,13 @@ def configure(config: Config, documents: Documents | tuple[str, Iterable[str]] |
     config = checked(config)
     if documents is None:
         return config
-    name, texts = documents
-    if not re.fullmatch(r"[\w.-]+", name):
+    try:
+        name, texts = documents
+    except (TypeError, ValueError):
+        raise InputError("documents: expected a pair, a name and texts, such as ('notes', ['one', 'two'])") from None
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise InputError(f"documents: {name}: expected an iterable of texts, got a {type(texts).__name__}")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
         raise InputError(f"documents: the name {name!r} becomes a file name; use only letters, digits, and . _ -")
     folder = cache_dir(config.data) / "documents"
     digest = hashlib.sha256()
@@ -50,6 +56,7 @@ def configure(config: Config, documents: Documents | tuple[str, Iterable[str]] |
                     if not isinstance(text, str):
                         kind = type(text).__name__
                         raise InputError(f"documents: number {number} of {name} is a {kind}, expected text")
+                    encodable(text, f"documents: number {number} of {name}")
                     line = json.dumps({"text": text}).encode() + b"\n"
                     digest.update(line)
                     file.write(line)

@@ -93,6 +93,17 @@ def without(corpus: Corpus, shown: bool) -> Corpus:
     return replace(corpus, dropped=dropped)
 
 
+def counts(train: Ledger, validation: Ledger) -> dict[str, int]:
+    """Documents of both splits, and how many of them are shared, repeated or left out."""
+    return {
+        "train": train.documents,
+        "validation": validation.documents,
+        "shared": validation.shared_documents,
+        "repeated": train.repeated_documents,
+        "dropped": train.dropped_documents + validation.dropped_documents,
+    }
+
+
 def warning(train: Ledger, validation: Ledger) -> str | None:
     """A line about documents that are on both sides; None if there are none."""
     shared, total = validation.shared_documents, validation.documents
@@ -101,7 +112,7 @@ def warning(train: Ledger, validation: Ledger) -> str | None:
     documents = f"{shared:,} of {total:,} validation documents ({shared / total:.1%}) are also training documents"
     example = f", e.g. {validation.shared_example}" if validation.shared_example else ""
     cure = "data.drop_duplicates: across leaves them out of training"
-    return f"data: {documents}{example}: the validation loss is too good to be true; {cure}"
+    return f"data: {documents}{example}, which lowers the validation loss; {cure}"
 
 
 def _found(hashes: npt.NDArray[Any], ordered: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

@@ -65,7 +65,8 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast | None = None, sh
         tokenizer = tokenizers.load(name)
     stores = cache_dir(config.data) / "stores"
     with writing("data.cache_dir", stores):
-        cache_folder.sweep(stores)
+        for folder in (stores, stores.parent):
+            cache_folder.sweep(folder)
         prepared = _prepared(stores, Corpus(config.data), tokenizer, vocab_size, shown)
     for line in _notes(prepared, config.data) if shown else ():
         say(line)
@@ -132,10 +133,10 @@ def _build(
             tokenizer.save_pretrained(temporary / "tokenizer")
         dtype = np.dtype("<u2" if tokenizers.highest_id(tokenizer) < 2**16 else "<u4")
         ledgers = _write_splits(temporary, corpus, tokenizer, dtype, shown)
-        _refuse_unusable(ledgers[TRAIN], ledgers[VALIDATION], corpus.data)
         if (now := corpus.key()) != key:
             changed = min(_files(key) ^ _files(now), default=("the data",))[0]
             raise InputError(f"{changed}: changed while it was prepared; start again when nothing writes to it")
+        _refuse_unusable(ledgers[TRAIN], ledgers[VALIDATION], corpus.data)
         store_folder.complete(temporary, folder, dtype, ledgers, tokenizers.fingerprint(tokenizer))
 
 

@@ -65,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if not 0 <= given.number < len(given.hosts):
         parser.error(f"--number {given.number}: {len(given.hosts)} hosts have numbers from 0 to {len(given.hosts) - 1}")
+    if not 0 < given.port < 65536 or not 0 < given.seconds <= 1e9:
+        parser.error(
+            f"--port {given.port} --seconds {given.seconds}: ports go to 65535, and it waits for 1e9 s at most"
+        )
     if given.number == 0:
         try:
             missing = listen(given.port, len(given.hosts), given.seconds)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from train_loop import compat, devices
+from train_loop.models.building import first_position
 
 Rows = Sequence[Sequence[int]]
 """Token ids, row by row; rows may differ in length."""
@@ -203,8 +204,8 @@ def _parameters(model: PreTrainedModel) -> Any:
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
-    """Whether rows of different lengths can share a batch: the model must take positions and a mask."""
-    return {"position_ids", "attention_mask"} <= _parameters(model).keys()
+    """Whether rows of different lengths can share a batch: the model must take positions, from 0, and a mask."""
+    return {"position_ids", "attention_mask"} <= _parameters(model).keys() and first_position(model) == 0
 
 
 def _padded(rows: Rows, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,6 +23,7 @@ from train_loop.generation.decoding import Generated, check_prompt, check_tokens
 from train_loop.generation.kv_cache import Decoder, Feed, StaticDecoder, recorder, takes_positions
 from train_loop.models import causality
 from train_loop.models.ends import ends
+from train_loop.models.loading import check_present
 from train_loop.ops.packed_linear import pack
 from train_loop.records import to_json
 
@@ -53,6 +54,7 @@ class Sampler:
         Without a `feed`, the model is fed by a `Decoder`. `notice` is called with a line that the user should see.
         InputError for a model that sees the future.
         """
+        check_present(model, f"the {type(model).__name__}")
         causality.check(model, f"the {type(model).__name__}")
         self.model, self.tokenizer = model, tokenizer
         self._feed = feed or Decoder(model)

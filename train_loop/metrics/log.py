@@ -14,8 +14,8 @@ from train_loop.console import say
 from train_loop.distributed.collectives import broadcast_from_main, run_on_all_ranks
 from train_loop.errors import InputError, one_line
 from train_loop.files import sync
-from train_loop.metrics.past import Found, Past, find, warnings
-from train_loop.records import to_json
+from train_loop.metrics.past import Found, Past, find
+from train_loop.records import complaints, to_json
 
 STUDY = "study.jsonl"
 
@@ -90,13 +90,16 @@ class MetricsLog:
             try:
                 kept = find(path, step, {"evaluation", "sample"})
                 self._events = EventFile(path, kept.end)
+                if study and step and not beside.exists():
+                    say(f"{beside}: is not there, and begins after step {step}")
                 if study or beside.exists():
                     watched = find(beside, step, {"probe"})
                     self._study = EventFile(beside, watched.end)
             except OSError as error:
                 raise InputError(f"{error.filename or path}: cannot be read and written ({error.strerror})") from None
-            for line in (*warnings(path, kept, step), *warnings(beside, watched)):
-                say(line)
+            for file, found, last in ((path, kept, step), (beside, watched, 0)):
+                for line in complaints(found.damaged, found.steps, last):
+                    say(f"{file}: {line}")
         return Past.of(kept, watched, step)
 
     def before_step(self, state: Any, batch: Any) -> None:

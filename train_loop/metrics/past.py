@@ -12,7 +12,7 @@ from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train_loop.records import Places, event, gaps
+from train_loop.records import Places, event
 
 _BEGIN = re.compile(rb'{"event": "(\w+)", "step": (\d{1,15})[,}]')  # the beginning of a line, as we write it
 
@@ -98,7 +98,13 @@ def _looked_at(line: bytes, names: Container[str]) -> tuple[str | None, int, dic
     """
     begin = _BEGIN.match(line)
     # In a whole line, a quote inside a text is escaped, so this can only be where another line began.
-    if begin is not None and line.endswith(b"}\n") and line.rfind(b'{"event": ') == 0 and b"\0" not in line:
+    if (
+        begin is not None
+        and line.endswith(b"}\n")
+        and line.rfind(b'{"event": ') == 0
+        and line.isascii()
+        and b"\0" not in line
+    ):
         name = begin[1].decode()
         if name not in names:
             return name, int(begin[2]), None
@@ -110,18 +116,6 @@ def _has_loss(evaluation: dict[str, Any]) -> bool:
     """Whether an evaluation says what it found; a loss that was not finite is None."""
     loss = evaluation.get("loss", "")
     return loss is None or (isinstance(loss, int | float) and not isinstance(loss, bool))
-
-
-def warnings(path: Path, found: Found, last: int | None = None) -> list[str]:
-    """What is wrong with a log, one line for each kind of damage; `last`: it should have each step up to this one."""
-    lines, missing = [], Places() if last is None else gaps(found.steps, last)
-    if found.damaged:
-        lines.append(f"{path}: {found.damaged.named('line')} can't be read and {found.damaged.are} left out")
-    if missing:
-        lines.append(f"{path}: has no line for {missing.named('step')}; what was evaluated there is not known any more")
-    if (again := len(found.steps) - len(set(found.steps))) > 0:
-        lines.append(f"{path}: has {again:,} lines of steps that stand there again; the last one counts")
-    return lines
 
 
 def read_events(path: Path) -> tuple[list[dict[str, Any]], Places]:

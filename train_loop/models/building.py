@@ -73,16 +73,17 @@ def train_padding(model: PreTrainedModel) -> None:
     Training pads with nothing that counts, and many models call the end of a text, which they must know, padding too.
     """
     for module in model.modules():
-        if isinstance(module, torch.nn.Embedding):
+        # (One type's positions are counted from this number.)
+        if isinstance(module, torch.nn.Embedding) and "Position" not in type(module).__name__:
             module.padding_idx = None
 
 
 def check_positions(model: PreTrainedModel) -> None:
     """Refuse a model that cannot be told where documents begin. Raises InputError, which names the model."""
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if "position_ids" not in inspect.signature(model.forward).parameters or first_position(model) > 0:
         raise InputError(
-            f"data.isolate_documents: {type(model).__name__} takes no positions, so it cannot be told where documents "
-            "begin; choose another model, or set --data.isolate_documents false"
+            f"data.isolate_documents: {type(model).__name__} takes no positions that count from 0, so it cannot be "
+            "told where documents begin; choose another model, or set --data.isolate_documents false"
         )
 
 
@@ -110,8 +111,8 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast, padded: bool 
     end = tokenizer.eos_token_id
     assert isinstance(end, int)
 
-    def made(attention: str | None, padding: int | None, more: int = 0) -> PreTrainedModel:
-        model_config = configuration(architecture, tokenizer, config.data.block_size + more, padding)
+    def made(attention: str | None, padding: int | None) -> PreTrainedModel:
+        model_config = configuration(architecture, tokenizer, config.data.block_size, padding)
         check_size(model_config, "model.architecture")
         seed_torch(torch.device("cpu"), "weights", config.run.seed)
         with compat.residual_weights_scaled():
@@ -119,16 +120,16 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast, padded: bool 
                 model_config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
             )
         if "flash" not in (attention or ""):  # FlashAttention is for GPUs only
-            # Sizes that don't fit together fail only in use. Some types have no cache, or one that asks for more.
-            model(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+            # Sizes that don't fit together fail only in use, some with the second token. A cache may ask for more.
+            model(torch.zeros(1, min(2, config.data.block_size), dtype=torch.long), use_cache=False)
         return model
 
     def build(attention: str | None) -> PreTrainedModel:
-        if not padded:
+        # RoBERTa's kind needs a padding token, counts positions from its id, and skips it where it occurs.
+        for padding in () if padded else (None, -1):
             with suppress(Exception):
-                return made(attention, None)
-        # RoBERTa's kind counts positions from the padding token's id, and needs one; see `context_length`.
-        return made(attention, end, 0 if padded else end + 1)
+                return made(attention, padding)
+        return made(attention, end)
 
     try:
         model = build(attention)
@@ -146,11 +147,14 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast, padded: bool 
 def context_length(model: PreTrainedModel) -> int | None:
     """How many tokens the model can see at once; None if its architecture sets no limit."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is None or context <= 0:
-        return None
-    # RoBERTa's kind begins to count after the id of its padding token.
-    padding = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
-    return context if padding is None else context - padding - 1
+    return None if context is None or context <= 0 else context - first_position(model)
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """The position of a row's first token: 0, but RoBERTa's kind begins to count after the id of its padding token."""
+    embeddings = getattr(model.base_model, "embeddings", None)
+    padding = getattr(embeddings, "padding_idx", None) if hasattr(embeddings, "position_embeddings") else None
+    return 0 if padding is None else padding + 1
 
 
 def vocabulary(model: PreTrainedModel) -> int:

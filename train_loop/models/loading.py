@@ -23,6 +23,7 @@ from train_loop.console import say
 from train_loop.devices import is_out_of_memory
 from train_loop.errors import InputError, one_line
 from train_loop.models import ends
+from train_loop.models.parameters import tensors_once
 from train_loop.models.size import check_numbers, check_size
 from train_loop.models.weight_files import Stored, stored
 from train_loop.trust import check_model, read_json, unused_code
@@ -72,11 +73,15 @@ def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
         raise InputError(f"{where}: {problem}") from None
     _account(model, found, held, where)
     check_finite(model, where)
+    notes = []
     if (code := unused_code(name_or_path)) is not None:
         if hasattr(model.config, "auto_map"):
             del model.config.auto_map  # an export has no such code
-        if os.environ.get("RANK", "0") == "0":
-            say(f"{where}: brings code of its own ({code}), which is not run; Transformers' own is used")
+        notes.append(f"brings code of its own ({code}), which is not run; Transformers' own is used")
+    if rounded := [name for name, each in held.items() if each.dtype == "F64"]:
+        notes.append(f"{len(rounded)} weights are float64 ({_some(rounded)}), and are rounded to float32")
+    for note in notes if os.environ.get("RANK", "0") == "0" else []:
+        say(f"{where}: {note}")
     return model
 
 
@@ -94,7 +99,7 @@ def check_finite(model: PreTrainedModel, where: str) -> None:
     """Refuse weights that are NaN or infinite. Raises InputError, which names some."""
     bad = [
         name
-        for name, weight in model.state_dict().items()
+        for name, weight in tensors_once(model).items()
         if weight.is_floating_point() and weight.numel() and not all(each.isfinite() for each in weight.aminmax())
     ]
     if bad:
@@ -102,11 +107,16 @@ def check_finite(model: PreTrainedModel, where: str) -> None:
         raise InputError(f"{where}: {problem}; use weights from before they were spoilt")
 
 
+def check_present(model: PreTrainedModel, where: str) -> None:
+    """Refuse a model whose weights have shapes, but no values. Raises InputError, which names one."""
+    if (empty := next((name for name, weight in model.named_parameters() if weight.is_meta), None)) is not None:
+        raise InputError(f"{where}: {empty} has no values (it is on torch's meta device); load or initialise it")
+
+
 def check_given(model: PreTrainedModel, where: str) -> None:
     """Refuse a model that a script gives to be trained, but whose weights are no finite fp32 numbers. InputError."""
+    check_present(model, where)
     for name, weight in model.named_parameters():
-        if weight.is_meta:
-            raise InputError(f"{where}: {name} has no values (it is on torch's meta device); load or initialise it")
         if weight.dtype != torch.float32:
             kind = str(weight.dtype).removeprefix("torch.")
             cure = "give model.float(), and choose the precision of the passes with run.mixed_precision"

@@ -26,17 +26,21 @@ def check_numbers(settings: Any, where: str) -> None:
     if not isinstance(settings, dict):
         return
     for key, value in settings.items():
-        counts = "layer" in str(key) or "label" in str(key)
+        counts = ("layer" in str(key) or "label" in str(key)) and "size" not in str(key)  # vocab_size_per_layer_input
         if counts and isinstance(value, int | float) and value > _MOST_LAYERS:
             raise InputError(f"{where}: {key} {value:,} is more than any model has; use at most {_MOST_LAYERS:,}")
         check_numbers(value, where)
 
 
 def check_size(config: PreTrainedConfig, where: str) -> None:
-    """Refuse a model whose weights alone exceed this machine's memory. Raises InputError with both sizes.
+    """Refuse a model without layers, or whose weights alone exceed this machine's memory. InputError with both sizes.
 
     The model is made on torch's meta device, where tensors have shapes but no memory, and only up to the limit.
     """
+    for name in ("num_hidden_layers", "hidden_size"):
+        value = getattr(config.get_text_config(), name, None)
+        if isinstance(value, int) and value < 1:
+            raise InputError(f"{where}: {name} is {value}; a model has at least 1")
     memory = psutil.virtual_memory().total + psutil.swap_memory().total
     with _counted(memory // _BYTES, where, memory), torch.device("meta"):
         AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)

@@ -28,6 +28,7 @@ function svg(tag, attributes = {}, text = null) {
 
 // ---- numbers as text ------------------------------------------------------------------------------------------------
 
+const LARGEST = 1e150; // what is larger can't be drawn: sums and ratios would overflow
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 
 /** A number with about `digits` significant digits: 12,345 · 3.142 · 2.5e-5. */
@@ -77,7 +78,7 @@ function linearTicks(low, high, count) {
 
 /** Powers of ten between low and high, also times 2 and 5 if there are few; round numbers if there is less than one. */
 function logTicks(low, high, count) {
-  const decades = Math.log10(high / low);
+  const decades = Math.log10(high) - Math.log10(low);
   if (decades < 0.7) return linearTicks(low, high, count);
   const stride = Math.max(1, Math.ceil(decades / count));
   const leading = decades < count / 2 ? [1, 2, 5] : [1];
@@ -370,7 +371,7 @@ class LineFigure extends Figure {
     this.legendOf(series.length + marks.length > 1 || drawing.alwaysLegend ? [...series, ...marks] : []);
     const shown = series.filter((each) => !this.hidden.has(each.key));
     const shownMarks = marks.filter((each) => !this.hidden.has(each.key));
-    const good = (value) => isNumber(value) && (!this.log || value > 0);
+    const good = (value) => isNumber(value) && Math.abs(value) < LARGEST && (!this.log || value > 1 / LARGEST);
     let [xLow, xHigh] = this.window || drawing.domain || [Infinity, -Infinity];
     if (!this.window && !drawing.domain) {
       for (const each of series) for (const value of each.x) if (isNumber(value)) [xLow, xHigh] = [Math.min(xLow, value), Math.max(xHigh, value)];
@@ -504,7 +505,7 @@ class StackFigure extends Figure {
 class HeatFigure extends Figure {
   paint(drawing) {
     const { rows, x: xs, values } = drawing;
-    const good = (value) => isNumber(value) && (!this.log || value > 0);
+    const good = (value) => isNumber(value) && Math.abs(value) < LARGEST && (!this.log || value > 1 / LARGEST);
     let [low, high] = [Infinity, -Infinity];
     for (const row of values) for (const value of row) if (good(value)) [low, high] = [Math.min(low, value), Math.max(high, value)];
     if (!(high >= low)) [low, high] = [0, 1];

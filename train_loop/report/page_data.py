@@ -71,7 +71,7 @@ def _run(files: RunFiles, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "folder": str(files.folder),
-        "notes": files.notes,
+        "notes": files.notes + _not_finite(evaluations),
         "status": _status(files.documents["status"]),
         "totals": _totals(columns, config, truth) | {"clipped": int(clipped.sum()), "skipped": int(skipped.sum())},
         "axis": _axis(columns),
@@ -107,6 +107,14 @@ def _status(found: dict[str, Any] | None) -> dict[str, Any] | None:
     return {key: str(found.get(key) or "") for key in ("state", "reason")} | {"step": None if step != step else step}
 
 
+def _not_finite(evaluations: list[Event]) -> list[str]:
+    """Why the last evaluation has no loss, if it has none."""
+    if not evaluations or evaluations[-1].get("loss", 0.0) is not None:
+        return []
+    reason = evaluations[-1].get("reason") or "the loss is not finite"
+    return [f"validation after step {evaluations[-1]['step']:,}: {reason}"]
+
+
 def _columns(files: RunFiles) -> Columns:
     """The columns in order of steps, each step once, with running sums of tokens and seconds."""
     columns = {name: np.array(column, dtype=np.float64) for name, column in files.steps.items()}
@@ -119,7 +127,8 @@ def _columns(files: RunFiles) -> Columns:
         columns = {name: np.insert(column, holes, np.nan) for name, column in columns.items()}
         columns["step"][holes + np.arange(holes.size)] = step[holes] - 1
     for name in ("tokens", "seconds"):
-        columns[f"{name}_so_far"] = np.cumsum(np.nan_to_num(columns[name]))
+        values = columns[name]
+        columns[f"{name}_so_far"] = np.cumsum(np.where((values >= 0) & (values < 1e15), values, 0.0))
     return columns
 
 

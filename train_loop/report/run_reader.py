@@ -13,7 +13,7 @@ from typing import Any
 
 from train_loop.config.parsing import parse_yaml
 from train_loop.errors import InputError, one_line
-from train_loop.records import Places, event, gaps
+from train_loop.records import Places, complaints, event
 from train_loop.step_parts import STEP_PARTS
 
 COLUMNS = (
@@ -23,7 +23,8 @@ COLUMNS = (
 )
 """What is kept of each step's line: numbers, with NaN for a missing one."""
 
-SMALL_FILES = ("config.yaml", "truth.json", "ledger.json", "status.json")
+CLAIMED = ("config.yaml", "truth.json", "ledger.json")  # written together, when a run begins
+SMALL_FILES = (*CLAIMED, "status.json")
 LOGS = ("metrics.jsonl", "study.jsonl")
 
 
@@ -88,24 +89,23 @@ class RunFiles:
             return ["the run's folder is gone"]
         found = list(self._damaged)
         for name, log in self._logs.items():
-            if log.damaged:
-                found.append(f"{name}: {log.damaged.named('line')} can't be read and {log.damaged.are} left out")
+            steps = [int(step) for step in self.steps["step"]] if name == "metrics.jsonl" else []
+            found += [f"{name}: {each}" for each in complaints(log.damaged, steps, max(steps, default=0))]
             if log.problem:
                 found.append(f"{name} can't be read: {log.problem}")
-        return found + self._missing_steps()
+        return found + self._missing()
 
-    def _missing_steps(self) -> list[str]:
-        """What the steps' lines lack or have twice."""
-        steps, found = self.steps["step"], []
-        known = {int(step) for step in steps}
-        if missing := gaps(known, max(known, default=0)):
-            found.append(f"metrics.jsonl: has no line for {missing.named('step')}")
-        if again := len(steps) - len(known):
-            found.append(f"metrics.jsonl: {again:,} lines are of steps that stand there again; the last one counts")
-        status = self.documents["status"] or {}
-        reached = number(status.get("step"))
-        if status.get("state") != "running" and reached > max(known, default=0):
-            found.append(f"metrics.jsonl: ends at step {max(known, default=0):,}; status.json says {reached:,.0f}")
+    def _missing(self) -> list[str]:
+        """What is not there although the rest says that it was."""
+        there = {name: (self.folder / name).exists() for name in (*CLAIMED, *LOGS)}
+        found = [f"{name} is missing" for name in CLAIMED if not there[name] and any(there[each] for each in CLAIMED)]
+        status, last = self.documents["status"] or {}, max(self.steps["step"], default=0)
+        if status.get("state") != "running" and (reached := number(status.get("step"))) > last:
+            found.append(f"metrics.jsonl: ends at step {last:,.0f}, and status.json says {reached:,.0f}")
+        study = (self.documents["config"] or {}).get("study")
+        every = number(study.get("every")) if isinstance(study, dict) else math.nan
+        if every <= last and not there["study.jsonl"]:
+            found.append("study.jsonl is missing")
         return found
 
     def stamp(self) -> tuple[Any, ...]:
@@ -151,7 +151,7 @@ class _Followed:
         except FileNotFoundError:
             self.problem = ""
         except OSError as error:
-            self.problem = one_line(error)
+            self.problem = error.strerror or one_line(error)
 
 
 def _stat(path: Path) -> tuple[int, int, int, int] | None:

@@ -26,7 +26,7 @@ HOST = "127.0.0.1"
 # Who asks under another name may be a stranger's web page, whose name was made to lead here (DNS rebinding). The port
 # may be another one, that of a tunnel.
 _OWN_NAME = re.compile(r"(localhost\.?|127\.0\.0\.1|\[::1\])(:\d*)?", re.IGNORECASE)
-_MOST_CONNECTIONS = 64  # a client that says nothing holds one of them
+MOST_CONNECTIONS = 64  # a client that says nothing holds one of them
 _IDLE_SECONDS = 10  # before a client has asked
 _SLOW_SECONDS = 300  # for an answer to arrive, such as through a slow tunnel
 
@@ -62,6 +62,7 @@ class _Server(ThreadingHTTPServer):
     """A thread for each connection. If there are too many, the oldest ends; no client's mistake is shown."""
 
     daemon_threads = True
+    request_queue_size = 2 * MOST_CONNECTIONS  # or a burst of connections waits for seconds
 
     def __init__(self, port: int, source: Live) -> None:
         self._open: deque[socket.socket] = deque()
@@ -70,10 +71,9 @@ class _Server(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer a client on a thread of its own."""
         self._open.append(request)
-        if len(self._open) > _MOST_CONNECTIONS:
-            with suppress(OSError):  # its thread may be closing it
-                self._open[0].shutdown(socket.SHUT_RDWR)
-            self._open.popleft()
+        if len(self._open) > MOST_CONNECTIONS:
+            with suppress(OSError, IndexError):  # their threads may be closing them
+                self._open.popleft().shutdown(socket.SHUT_RDWR)
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:

@@ -64,13 +64,16 @@ def expand(patterns: list[str], key: str = "data.files") -> list[str]:
         expanded = os.path.expanduser(pattern)
         # A path that exists is taken literally: brackets in it are not a pattern.
         found = [expanded] if os.path.isfile(expanded) else sorted(glob.glob(expanded, recursive=True))
-        found = [path for path in found if os.path.isfile(path)]
+        found = [path for path in found if not os.path.isdir(path)]
         if not found:
             raise InputError(f"{key}: {pattern}: {_why_none(expanded)}")
+        for path in found:
+            if not os.path.isfile(path):
+                raise InputError(f"{key}: {path}: {_why_none(path)}")
         paths |= dict.fromkeys(found)
     unique: dict[tuple[int, int], str] = {}
     for path in paths:
-        unique.setdefault(_identity(path), path)
+        unique.setdefault(_identity(path, key), path)
         if Path(path).suffix.lower() not in (TEXT, *READERS):
             kinds = ", ".join((TEXT, *READERS))
             raise InputError(f"{key}: {path}: unknown kind of file; train_loop reads {kinds}")
@@ -81,17 +84,19 @@ def _why_none(path: str) -> str:
     """Why a path or pattern names no file."""
     if os.path.isdir(path):
         return "is a folder; name files, e.g. with a pattern *.txt"
-    return "is no regular file; copy it into one" if os.path.exists(path) else "no such file"
+    if os.path.exists(path):
+        return "is no regular file; copy it into one"
+    return "is a link to nothing; mend or remove it" if os.path.islink(path) else "no such file"
 
 
-def _identity(path: str) -> tuple[int, int]:
+def _identity(path: str, key: str = "data.files") -> tuple[int, int]:
     """What a file is, whatever its names are (links, relative paths)."""
     try:
         stat = os.stat(path)
     except OSError as error:
         raise unreadable(path, error) from None
     if stat.st_size == 0:
-        raise InputError(f"data.files: {path}: the file is empty")
+        raise InputError(f"{key}: {path}: the file is empty")
     return stat.st_dev, stat.st_ino
 
 

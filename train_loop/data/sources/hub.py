@@ -18,7 +18,9 @@ from typing import Any
 
 from train_loop import versions
 from train_loop.config import paths
+from train_loop.config.load import cache_dir
 from train_loop.config.schema import DataConfig
+from train_loop.data.cache_folder import unfinished
 from train_loop.data.content import key_hash
 from train_loop.data.formats import ROWS_AT_ONCE, Document, refuse_field, text_of
 from train_loop.data.sources.files import stamps
@@ -87,18 +89,23 @@ class _Tables:
         return next((file for file in self.files[other] if os.path.realpath(file) in train), None)
 
     def _all(self, data: DataConfig, split: str) -> Rows:
-        from datasets import DownloadManager
+        from datasets import DownloadConfig, DownloadManager
 
-        manager = DownloadManager()  # only unpacks here, for example .csv.gz
-        for file in self.files[split]:
-            with _worded(data, split, file):
-                unpacked = list(manager.iter_files(manager.download_and_extract(file)))
-            for path in unpacked:
-                try:
-                    for place, row in rows(path, data.text_field, self.suffix, self.read):
-                        yield f"{file}, {place}", row
-                except InputError as error:
-                    raise InputError(str(error).replace(path, file)) from None
+        cache = cache_dir(data)
+        cache.mkdir(parents=True, exist_ok=True)
+        with unfinished(cache / "unpacked") as folder:
+            # A local file, for example .csv.gz, is unpacked anew: `datasets` would take what it unpacked from that path
+            # before, although the file may be another by now, or the process that unpacked it was killed.
+            manager = DownloadManager(download_config=DownloadConfig(cache_dir=folder) if _is_local(data) else None)
+            for file in self.files[split]:
+                with _worded(data, split, file):
+                    unpacked = list(manager.iter_files(manager.download_and_extract(file)))
+                for path in unpacked:
+                    try:
+                        for place, row in rows(path, data.text_field, self.suffix, self.read):
+                            yield f"{file}, {place}", row
+                    except InputError as error:
+                        raise InputError(str(error).replace(path, file)) from None
 
 
 def _read_lines(path: str, text_field: str) -> Rows:
@@ -120,22 +127,22 @@ def _tables(data: DataConfig) -> _Tables | None:
         builder = datasets.load_dataset_builder(data.name, data.subset)
     config = builder.config
     files = {str(split): list(each) for split, each in (config.data_files or {}).items()}
-    for folder in sorted({os.path.dirname(file) for each in files.values() for file in each}):
-        refuse_pointers(folder)
     homes = (each.__module__.split(".") for each in type(builder).__mro__)
     suffix = next((_KINDS.get(home[-1]) for home in homes if home[:2] == ["datasets", "packaged_modules"]), None)
-    if suffix is None or any(
-        getattr(config, each.name) != getattr(type(config)(), each.name)
-        for each in fields(config)
-        if each.name not in _NEUTRAL
-    ):
-        return None
-    read: Callable[[str, str], Rows] | None
-    if suffix == ".csv":
+    plain = all(
+        getattr(config, name) == getattr(type(config)(), name)
+        for name in {each.name for each in fields(config)} - _NEUTRAL
+    )
+    read: Callable[[str, str], Rows] | None = None
+    if plain and suffix == ".csv":
         read = partial(read_csv, separator=config.sep) if config.sep in SEPARATORS else None
-    else:
+    elif plain and suffix is not None:
         read = _read_lines if suffix == ".txt" else READERS[suffix]
-    return _Tables(files, suffix, read) if read else None
+    if read is None or suffix is None:
+        for folder in sorted({os.path.dirname(file) for each in files.values() for file in each}):
+            refuse_pointers(f"data.name {folder}", folder)
+        return None
+    return _Tables(files, suffix, read)
 
 
 def _parts(spec: str, lengths: Mapping[str, int]) -> list[tuple[str, int, int]]:

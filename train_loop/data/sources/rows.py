@@ -120,7 +120,9 @@ def _refuse_json(error: Exception, path: str, line: int, hint: str = "") -> NoRe
     if isinstance(error, json.JSONDecodeError) and not hint:
         place = f"line {line + error.lineno - 1}, column {error.colno}"
         if error.msg == "Extra data":
-            hint = "more than one value on the line; put each on a line of its own"
+            rest = error.doc[error.pos :].strip()[:20]
+            what = "another value" if rest.startswith(("{", "[", '"')) else repr(rest)
+            hint = f"{what} after the end of the first; expected one object per line, or one array in a .json file"
     if isinstance(error, RecursionError):
         hint = "nested too deeply to be read"
     if isinstance(error, _Twice):
@@ -298,6 +300,5 @@ def rows(path: str, text_field: str, suffix: str, read: Callable[[str, str], Row
 
 def unreadable(path: str, error: OSError) -> InputError:
     """The error for a file that the system can't read."""
-    return InputError(
-        f"data.files: {path}: cannot be read ({one_line(error) if error.errno is None else error.strerror})"
-    )
+    reason = one_line(error) if error.errno is None else error.strerror
+    return InputError(f"{path}: cannot be read ({reason})")
