@@ -196,7 +196,7 @@ def test_a_word_without_an_end_is_cut_at_a_stated_length(
         blocks = (content[start : start + block] for start in range(0, len(content), block))
         pieces = list(tokenizer.pieces(core(tokenizer_folder), blocks))
         assert "".join(pieces) == content
-        assert max(map(len, pieces)) <= tokenizer.LONGEST_WORD + tokenizer._MARGIN
+        assert max(map(len, pieces)) <= tokenizer.LONGEST_WORD + tokenizer._MARGIN  # also of the rest
         cut = [piece for piece in pieces if isinstance(piece, tokenizer.Severed)]
         assert len(cut) == 2 and {*map(len, cut)} == {tokenizer.LONGEST_WORD}
 

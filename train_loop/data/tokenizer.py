@@ -158,9 +158,10 @@ def pieces(core: Tokenizer, blocks: Iterable[str], size: int | None = None) -> I
     """Cut a text into pieces of about `size` characters. Their tokens, put together, are those of the whole text.
 
     A text is only cut at the end of a word, where the cut does not change the tokens around it. If there is no such
-    place nearby, the piece grows. If `LONGEST_WORD` characters have no end of a word at all, they become a piece: a
-    `Severed` one, since the cut may change tokens. No piece is empty. The pieces don't depend on where the blocks end;
-    at most a piece and a block are held. By default, `size` is so large that looking for places to cut costs little.
+    place nearby, the piece grows. If `LONGEST_WORD` characters have no end of a word among them, the piece ends after
+    them. It is a `Severed` one then, since this cut may change tokens. No piece is empty. The pieces don't depend on
+    where the blocks end; at most a piece and a block are held. By default, `size` is so large that looking for places
+    to cut costs little.
     """
     known = _splits_at_words(core)
     size = size or (_PIECE if known else _TRIED_PIECE)
@@ -175,17 +176,25 @@ def pieces(core: Tokenizer, blocks: Iterable[str], size: int | None = None) -> I
         text, start = "".join(held), 0
         while len(text) - start > near + _MARGIN:
             place = _cut(core, text, start + near // 2, start + near, known)
-            if place is not None:
+            endless = place is None and near >= LONGEST_WORD and _endless(text, start, start + near)
+            if endless and (place := _cut(core, text, start, start + near, known)) is None:
+                yield Severed(text[start:endless])
+                start, near = endless, size
+            elif place is not None:
                 yield text[start:place]
                 start, near = place, size
-            elif near < LONGEST_WORD or _END_OF_WORD.match(text, start, start + LONGEST_WORD + 10):
-                near *= 2
             else:
-                yield Severed(text[start : start + LONGEST_WORD])
-                start, near = start + LONGEST_WORD, size
+                near *= 2
         held, length = [text[start:]], len(text) - start
     if length:
         yield "".join(held)
+
+
+def _endless(text: str, start: int, stop: int) -> int:
+    """Where the first `LONGEST_WORD` characters end that follow the last end of a word in start..stop; 0 if beyond."""
+    found = _END_OF_WORD.match(text, start, stop)
+    end = (start if found is None else found.end()) + LONGEST_WORD
+    return end if end <= stop else 0
 
 
 def _splits_at_words(core: Tokenizer) -> bool:

@@ -165,8 +165,10 @@ def _check_model(
         problem = f"its end-of-text token {str(end)!r} is no entry of its {_FILE}"
         raise InputError(f"{where}: {problem}; name one of its entries as eos_token in {_SETTINGS}")
     if model.get("type") == "BPE" and not model.get("merges") and not model.get("ignore_merges"):
-        long = {each for each in known - added if len(each) > 1 and not _BYTE.fullmatch(each)}
-        if len(long) > len(known) / 2:
+        affixes = bool(model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
+        other = known - added - {*tokenizer.all_special_tokens}
+        long = {each for each in other if len(each) > 1 and not _BYTE.fullmatch(each)}
+        if len(long) > len(known) / 10 and not affixes:
             problem = f"{len(long)} of its {len(known)} entries are never used, because its {_FILE} has no merges"
             raise InputError(f"{where}: {problem}; get it anew")
 
