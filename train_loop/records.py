@@ -7,6 +7,7 @@ crash, a full disk, another program) or written by something that does know NaN;
 import itertools
 import json
 import math
+import operator
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -98,7 +99,8 @@ def complaints(damaged: Places, steps: Sequence[int], last: int) -> list[str]:
         last: it should have a line for each step up to this one.
     """
     missing, again, before, found = Places(), Places(), 0, list[str]()
-    for step in [*sorted(steps), last + 1]:
+    whole = len(steps) == last and all(map(operator.eq, steps, range(1, last + 1)))  # as almost always
+    for step in [] if whole else [*sorted(steps), last + 1]:
         if step > before + 1:
             missing.add(before + 1, step - 1)
         elif step == before > 0 and not (again and again.stretches[-1][1] == step):
@@ -110,6 +112,6 @@ def complaints(damaged: Places, steps: Sequence[int], last: int) -> list[str]:
         found.append(f"{missing.named('step')} {missing.have} no line")
     if again:
         found.append(f"{again.named('step')} {again.have} more than one line; the last one counts")
-    elif any(one > other for one, other in itertools.pairwise(steps)):
+    elif not whole and any(one > other for one, other in itertools.pairwise(steps)):
         found.append("its lines are not in the order of their steps")
     return found

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from train_loop.records import Places, event
 
+_BULK = 1 << 20  # bytes of lines that are judged together
 _BEGIN = re.compile(rb'{"event": "(\w+)", "step": (\d{1,15})[,}]')  # the beginning of a line, as we write it
 
 
@@ -73,43 +74,44 @@ def find(path: Path, step: int, names: Container[str]) -> Found:
 
 def _upto(path: Path, end: int, step: int, names: Container[str]) -> Found:
     """What stands before a place in a file: the events with these names, the steps, the damaged lines."""
-    events, steps, damaged = [], array("q"), Places()
-    if end:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                name, its_step, found = _looked_at(line, names)
-                if name is None or (name == "evaluation" and found is not None and not _has_loss(found)):
+    events, steps, damaged, before = [], array("q"), Places(), 0
+    for text in _bulks(path, end):
+        lines = text.removesuffix(b"\n").split(b"\n")
+        begins = list(map(_BEGIN.match, lines)) if _is_sound(text, len(lines)) else [None] * len(lines)
+        for number, (line, begin) in enumerate(zip(lines, begins, strict=True), before + 1):
+            if begin is not None and begin[1] == b"step" and "step" not in names:
+                steps.append(int(begin[2]))
+            elif begin is None or begin[1].decode() in names:
+                found = event(line)
+                if found is None or (found["event"] == "evaluation" and not _has_loss(found)):
                     damaged.add(number)
-                elif its_step <= step:
-                    if name == "step":
-                        steps.append(its_step)
-                    if found is not None and name in names:
-                        events.append(found)
-                end -= len(line)
-                if end <= 0:
-                    break
-    return Found(events, steps=steps, damaged=damaged)
+                elif found["event"] == "step":
+                    steps.append(found["step"])
+                elif found["step"] <= step and found["event"] in names:
+                    events.append(found)
+        before += len(lines)
+    return Found(events, steps=array("q", filter(step.__ge__, steps)), damaged=damaged)
 
 
-def _looked_at(line: bytes, names: Container[str]) -> tuple[str | None, int, dict[str, Any] | None]:
-    """Name, step and content of the event on a line; no name if it is damaged.
+def _bulks(path: Path, end: int) -> Iterator[bytes]:
+    """What stands before a place in a file, many whole lines at once."""
+    if not end:
+        return
+    with open(path, "rb") as file:
+        while end > 0 and (text := file.read(min(end, _BULK))):
+            text += b"" if len(text) == end else file.readline()
+            end -= len(text)
+            yield text
 
-    A line of another name that begins and ends like one of ours is not parsed, so it has no content.
+
+def _is_sound(text: bytes, lines: int) -> bool:
+    """Whether each of so many lines is one event from its first to its last letter, as far as can be told unparsed.
+
+    In a whole line, a quote inside a text is escaped. So the beginning of an event is nowhere else.
     """
-    begin = _BEGIN.match(line)
-    # In a whole line, a quote inside a text is escaped, so this can only be where another line began.
-    if (
-        begin is not None
-        and line.endswith(b"}\n")
-        and line.rfind(b'{"event": ') == 0
-        and line.isascii()
-        and b"\0" not in line
-    ):
-        name = begin[1].decode()
-        if name not in names:
-            return name, int(begin[2]), None
-    found = event(line)
-    return (None, 0, None) if found is None else (found["event"], found["step"], found)
+    begin = b'{"event": '
+    whole = text.startswith(begin) and text.endswith(b"}\n") and text.count(b"}\n" + begin) == lines - 1
+    return whole and text.count(begin) == lines and text.isascii() and b"\0" not in text
 
 
 def _has_loss(evaluation: dict[str, Any]) -> bool:
@@ -136,8 +138,9 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], Places]:
 
 def last_steps(path: Path, count: int) -> list[dict[str, Any]]:
     """The last `count` steps of a metrics.jsonl."""
-    looked_at = (_looked_at(line, {"step"}) for line, _ in _backwards(path))
-    steps = (found for name, _, found in looked_at if name == "step" and found is not None)
+    lines = (line for line, _ in _backwards(path))
+    may_be = (line for line in lines if (begin := _BEGIN.match(line)) is None or begin[1] == b"step")
+    steps = (found for found in map(event, may_be) if found is not None and found["event"] == "step")
     return list(itertools.islice(steps, count))[::-1]
 
 
