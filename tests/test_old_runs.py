@@ -15,6 +15,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.support.runs import Command, events
+from train_loop.checkpoint.run_folder import RunFolder
 
 KEPT = Path(__file__).parent / "golden" / "run-0.1.0"
 RUN = Path("run")
@@ -144,3 +145,18 @@ def test_it_is_reported(command: Command) -> None:
     assert drawn["curves"]["validation_loss"]["value"] == pytest.approx([evaluation["loss"]], rel=1e-5)
     for told in ("SIGTERM", sample["continuation"], "transformer.h.0.mlp.c_fc.weight", "the cat"):
         assert json.dumps(told)[1:-1] in page, told
+
+
+@pytest.mark.parametrize("damage", [None, "{", "[]", '{"parameters": 3}'])
+def test_its_age_shows_without_its_truth_sheet(damage: str | None) -> None:
+    """It left one row of its embeddings untrained, and goes on like that."""
+    run = RunFolder(RUN)
+    assert run.padded
+    (RUN / "truth.json").unlink()
+    if damage is not None:
+        (RUN / "truth.json").write_text(damage, encoding="utf-8")
+    assert run.padded
+    for each in CHECKPOINTS:
+        state = json.loads((each / "state.json").read_text(encoding="utf-8"))
+        (each / "state.json").write_text(json.dumps(state | {"versions": {"train-loop": "0.2.0"}}), encoding="utf-8")
+    assert not run.padded

@@ -99,13 +99,14 @@ class RunFolder:
     def padded(self) -> bool:
         """Whether this run began before 0.2, which did not train the embedding of the end of a text in some models.
 
-        It goes on like that: its first half would not be that of a run that does. Its truth sheet tells.
+        It goes on like that: its first half would not be that of a run that does. Its truth sheet tells or, if that is
+        damaged, its checkpoints: the first ones to name this package's version are those of 0.2.
         """
-        try:
-            parameters = json.loads((self.path / "truth.json").read_text(encoding="utf-8"))["parameters"]
+        parameters = (self.read("truth.json") or {}).get("parameters")
+        if isinstance(parameters, dict):
             return bool(parameters.get("untrained_rows", True))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            return False
+        versions = (storage.state_of(each).get("versions") for each in storage.newest_first(self.checkpoints))
+        return any(isinstance(each, dict) and "train-loop" not in each for each in versions)
 
     def claim(
         self, config: Config, ledger: dict[str, Any], truth: dict[str, Any], architecture: Sequence[Savable]
