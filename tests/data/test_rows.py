@@ -318,3 +318,13 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
     for pattern in ("broken.txt", "*.txt"):  # also among others, which would be read
         with pytest.raises(InputError, match=r"^data.validation_files: .*broken.txt: is a link to nothing"):
             files.expand([str(tmp_path / pattern)], "data.validation_files")
+
+
+def test_files_of_another_kind_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"text": "read"}\n')
+    (tmp_path / "c.csv").write_text("text\nnot read\n")
+    (tmp_path / "README.md").write_text("# no data\n")
+    data = DataConfig(source="hub", name=str(tmp_path))
+    assert [document.blocks for document in hub.documents(data, "train")] == [("read",), ("read",)]
+    assert f"1 files in it are not read, e.g. {tmp_path}/c.csv" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from train_loop import versions
 from train_loop.config import paths
 from train_loop.config.load import cache_dir
 from train_loop.config.schema import DataConfig
+from train_loop.console import say
 from train_loop.data.cache_folder import unfinished
 from train_loop.data.content import key_hash
 from train_loop.data.formats import ROWS_AT_ONCE, Document, refuse_field, text_of
@@ -32,6 +33,7 @@ from train_loop.errors import InputError, one_line
 _KINDS = {"csv": ".csv", "json": ".json", "parquet": ".parquet", "text": ".txt"}  # those that are read here
 # Settings of a kind that don't change how a file is read.
 _NEUTRAL = {"name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter"}
+_TEXTS = {".csv", ".tsv", ".jsonl", ".parquet", ".txt", ".arrow"}
 _NEEDS_LENGTHS = re.compile(r"\[[^]]*[-%]")  # a slice that counts from the end, or in per cent
 
 
@@ -41,6 +43,9 @@ def documents(data: DataConfig, split: str) -> Iterator[Document]:
     local = _tables(data) if _is_local(data) else None
     if split == TRAIN:
         _refuse_overlap(data, local)
+        if local is not None and local.left_out:
+            example = f"e.g. {local.left_out[0]}; datasets takes the commonest kind of file: {local.suffix}"
+            say(f"data.name {data.name}: {len(local.left_out)} files in it are not read, {example}")
     found = _loaded_rows(data, name) if local is None else local.rows(data, name)
     for number, (place, row) in enumerate(found):
         yield Document(f"{name}:row {number}", (text_of(row, data.text_field, data.join, place),))
@@ -69,6 +74,7 @@ class _Tables:
     files: Mapping[str, list[str]]
     suffix: str
     read: Callable[[str, str], Rows]
+    left_out: list[str]  # files that hold text, too, but are of another kind
 
     def rows(self, data: DataConfig, spec: str) -> Rows:
         """The rows of a split or of slices, each with the file and the place in it."""
@@ -142,7 +148,10 @@ def _tables(data: DataConfig) -> _Tables | None:
         for folder in sorted({os.path.dirname(file) for each in files.values() for file in each}):
             refuse_pointers(f"data.name {folder}", folder)
         return None
-    return _Tables(files, suffix, read)
+    taken = {os.path.realpath(file) for each in files.values() for file in each}
+    others = () if config.name != "default" else sorted(Path(data.name or "").rglob("*"))  # else others may have them
+    left_out = [str(path) for path in others if path.suffix in _TEXTS and os.path.realpath(path) not in taken]
+    return _Tables(files, suffix, read, left_out)
 
 
 def _parts(spec: str, lengths: Mapping[str, int]) -> list[tuple[str, int, int]]:
