@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.runs import TINY_MODELS, Command, configured
 from train_loop.checkpoint.run_folder import RunFolder
 from train_loop.data import tokenizer
 from train_loop.errors import InputError
+from train_loop.generation.kv_cache import takes_positions
 from train_loop.models import building
 
 
@@ -144,5 +146,25 @@ def test_a_run_that_began_before_goes_on_as_it_began(
         shutil.rmtree(run / "checkpoints" / "step-00000004")
         shutil.rmtree(run / "model")
         assert command("train", *arguments) == 0, command.err
-        assert command("inspect", "--run", run, "--step", 3, "--json") == 0, command.err  # 1: another loss
+        assert command("inspect", "--run", run, "--step", 4, "--compare", 1, "--json") == 0, (
+            command.err
+        )  # 1: another loss
         assert not row().any() and [path.read_bytes() for path in sorted(run.rglob("model.safetensors"))] == whole
+
+
+def test_what_could_not_be_loaded_again_is_not_trained(tokenizer_folder: Path) -> None:
+    """Of Emu 3's configuration Transformers makes its text part, whose type has no causal model."""
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    text = small | {"intermediate_size": 64, "vocab_size": 320, "pad_token_id": 0}
+    with pytest.raises(InputError, match="of type emu3_text_model of it, which it could not load again"):
+        building.build(configured({"model_type": "emu3", "text_config": text}), tokenizer.load(str(tokenizer_folder)))
+
+
+def test_positions_that_begin_after_a_padding_tokens_id_are_the_models_own_business() -> None:
+    """As RoBERTa's pretrained relatives count them: others than theirs would be given to documents and to batches."""
+    sizes = {"vocab_size": 320, "max_position_embeddings": 34, "pad_token_id": 1}
+    built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(ROBERTA | sizes)))
+    assert building.first_position(built) == 2 and building.context_length(built) == 32
+    assert not takes_positions(built)
+    with pytest.raises(InputError, match="takes no positions that count from 0"):
+        building.check_positions(built)
