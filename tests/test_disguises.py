@@ -17,7 +17,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
     [
         (POINTER, ".txt", "a Git LFS pointer, not the file itself; fetch it with git lfs pull"),
         (POINTER, ".parquet", "Git LFS"),
-        (gzip.compress(b"text"), ".jsonl", "gzip"),
+        (gzip.compress(b"text", mtime=0), ".jsonl", "gzip"),
         (lzma.compress(b"text"), ".csv", "xz"),
         (b"\x28\xb5\x2f\xfd rest", ".txt", "Zstandard"),
         (b"PK\x03\x04 rest", ".json", "ZIP"),
