@@ -317,7 +317,10 @@ def _dtypes(context: StepContext, state: TrainState, block_size: int) -> dict[st
     with without_effect(state.optimizer) as step:
         with ExitStack() as hooks:  # a part that sees or hears may not take part
             for layer in layers:
-                hook = layer.register_forward_hook(lambda *seen: computed.extend(_dtype_counts(seen[-1:])))
+                # Routers return more than a tensor.
+                hook = layer.register_forward_hook(
+                    lambda *seen: computed.extend(_dtype_counts(each for each in seen[-1:] if torch.is_tensor(each)))
+                )
                 hooks.callback(hook.remove)
             context.objective(inputs, inputs).backward()
         gradients = _dtype_counts(each.grad for each in state.parameters if each.grad is not None)

@@ -73,7 +73,7 @@ def configuration(
         settings[context] = block_size
     if notes and os.environ.get("RANK", "0") == "0":
         say(f"model.architecture: {'; '.join(notes)}")
-    return AutoConfig.for_model(model_type, **(settings | given))
+    return AutoConfig.for_model(model_type, **(settings | _copy(given)))
 
 
 def _is_read(name: str, given: dict[str, Any], kind: type[PreTrainedConfig]) -> bool:
