@@ -84,6 +84,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2},
     "mimo_v2_flash": {"num_attention_heads": 8, "head_dim": 24, "v_head_dim": 16},
+    "prophetnet": {"max_position_embeddings": 64, "pad_token_id": 0},
     "qwen4_exp_text": {
         "indexer_budget": 16,
         "indexer_compress_ratio": 4,
@@ -385,11 +386,24 @@ Types that have `is_decoder` (BERT and its relatives) are causal only with `is_d
 """
 
 
+def told() -> dict[str, dict[str, str]]:
+    """The rows that the page has."""
+    found: dict[str, dict[str, str]] = {}
+    for line in PAGE.read_text(encoding="utf-8").splitlines() if PAGE.exists() else ():
+        name, *cells = line[2:-2].split(" | ")
+        if name.startswith("`"):
+            name = name.strip("`")
+            found[name] = {"train": cells[0]} if len(cells) == 1 else dict(zip(COLUMNS, ("yes", *cells), strict=True))
+    return found
+
+
 def main() -> int:
     """Try them; returns the exit code."""
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("types", nargs="*", metavar="TYPE", help="model types (all)")
-    options.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
+    options.add_argument(
+        "--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}; of some types, only their rows"
+    )
     options.add_argument("--processes", type=int, default=2, help="how many at once (2)")
     options.add_argument("--unverified", action="store_true", help="leave out the verification, which takes longest")
     given = options.parse_args()
@@ -406,6 +420,7 @@ def main() -> int:
         with ThreadPoolExecutor(given.processes) as pool:
             rows = dict(zip(wanted, pool.map(row, wanted), strict=True))
     if given.write:
+        rows = {name: row for name in types() if (row := rows.get(name) or told().get(name))}
         PAGE.write_text(markdown(rows), encoding="utf-8")
     else:
         print(markdown(rows))

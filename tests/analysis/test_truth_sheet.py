@@ -63,6 +63,7 @@ def test_a_sheet_says_what_is(command: Command, settings: Settings, tmp_path: Pa
         "weights float32",
         "tied: " if name in first else "parameters",
         "3 micro-batches of 3",
+        "validation documents are also training documents; 0 of ",
     ):
         assert line in command.err
 

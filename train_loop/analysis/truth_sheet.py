@@ -43,7 +43,8 @@ _CAUSAL_TOKENS = 128  # at most so many are fed to see whether a model is causal
 def measure(run: Run) -> dict[str, Any]:
     """The truth sheet of a run that has been set up. All processes must call this.
 
-    Raises InputError if bitwise reproducibility was asked for and a kernel can't provide it.
+    Raises InputError if bitwise reproducibility was asked for and a kernel can't provide it, or if the model has too
+    few positions for a block.
     """
     config, context, state = run.config, run.context, run.state
     accelerator, model = context.accelerator, state.model
@@ -53,6 +54,10 @@ def measure(run: Run) -> dict[str, Any]:
             loss = _loss_difference(context, model, config.data.block_size)
             cross = documents_cross(accelerator, context.objective, config)
             dtypes = _dtypes(context, state, config.data.block_size)
+    except IndexError as error:
+        blocks = f"data.block_size {config.data.block_size}"
+        problem = f"{blocks}: the {type(model).__name__} fails with so many tokens ({one_line(error)})"
+        raise InputError(f"{problem}; give it more positions, or lower data.block_size") from None
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
