@@ -420,7 +420,8 @@ def main() -> int:
         with ThreadPoolExecutor(given.processes) as pool:
             rows = dict(zip(wanted, pool.map(row, wanted), strict=True))
     if given.write:
-        rows = {name: row for name in types() if (row := rows.get(name) or told().get(name))}
+        before = told()
+        rows = {name: rows.get(name) or before[name] for name in types() if name in rows or name in before}
         PAGE.write_text(markdown(rows), encoding="utf-8")
     else:
         print(markdown(rows))
