@@ -47,6 +47,8 @@ _LAYERS = {
             {"rope_theta": 77.0, "partial_rotary_factor": 0.5},
         ),
         ("gpt2", {}, {}),
+        # Of two kinds of layers with unlike rules: version 5 would not read them beside the old names.
+        ("gemma4_text", {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}, {}),
     ],
 )
 def test_old_names_stand_beside_new_ones_which_mean_the_same(

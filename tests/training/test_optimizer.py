@@ -100,7 +100,7 @@ MULTIPLIES = re.compile(
     r"experts\.(gate_up|up|down)_proj$|conv1d\.weight$|\.(w1|w2|v1|x_proj_weight|input_gate_weight|recurrent_gate_weight)$"
 )
 LOOKED_UP = re.compile(
-    r"(embed_tokens|wte|wpe|word_embeddings|position_embeddings|relative_embedding|seg_embed|pos_embed)"
+    r"((?<!vision_)embed_tokens|wte|wpe|word_embeddings|position_embeddings|relative_embedding|seg_embed|pos_embed)"
 )
 UNLIKE = (
     "gpt2 gpt_oss recurrent_gemma rwkv mamba jamba zamba xlnet deepseek_v4 kimi_linear dbrx qwen3_next lfm2".split()
@@ -118,7 +118,8 @@ def check_names(model_type: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(small(model_type))
     groups = optimizer.decay_groups(model, decay_embeddings=False)
-    assert groups["decay"].keys() | groups["no_decay"].keys() == {name for name, _ in model.named_parameters()}
+    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    assert groups["decay"].keys() | groups["no_decay"].keys() == trained
     for name in groups["decay"]:
         assert not ADDS_OR_SCALES.search(name) and not LOOKED_UP.search(name.rpartition(".")[0]), (model_type, name)
     for name, parameter in groups["no_decay"].items():
@@ -161,7 +162,8 @@ def check_use(model_type: str) -> None:
         model(input_ids=torch.arange(64).view(2, 32), use_cache=False)
     decays = optimizer.decay_groups(model, decay_embeddings=False)["decay"].keys()
     looked_up = {id(each.weight) for each in model.modules() if isinstance(each, torch.nn.Embedding)}
-    used = {name for name, each in model.named_parameters() if each.ndim > 1 and id(each) not in looked_up} & seen.used
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    used = {name for name, each in trained.items() if each.ndim > 1 and id(each) not in looked_up} & seen.used
     assert used and decays & used == seen.multiplied & used, (model_type, (decays & used) ^ (seen.multiplied & used))
 
 

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from train_loop.data.tokenizer_file import PLAIN, is_plain
 
 # Parts of version 5's rope_parameters that are settings of their own in version 4: of layers that see all of the text
@@ -22,9 +24,26 @@ _OTHER_NAMES = {
 
 
 def add_old_names(folder: Path) -> None:
-    """Add the names that version 4 knows to the settings in a model folder; what version 5 reads stays the same."""
-    _change(folder / "config.json", _model)
+    """Add the names that version 4 knows to the settings in a model folder; what version 5 reads stays the same.
+
+    Where version 5 would read something else then, or nothing, the file stays as it was.
+    """
     _change(folder / "tokenizer_config.json", _tokenizer)
+    path = folder / "config.json"
+    if path.is_file():
+        before, text = _read(folder), path.read_text(encoding="utf-8")
+        _change(path, _model)
+        after = _read(folder)
+        if any(name not in after or after[name] != value for name, value in before.items()):
+            path.write_text(text, encoding="utf-8")
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """What this version of Transformers reads from a model's settings; nothing if it fails."""
+    try:
+        return dict(AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict())
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
 
 
 def _change(path: Path, change: Any) -> None:
