@@ -100,7 +100,7 @@ MULTIPLIES = re.compile(
     r"experts\.(gate_up|up|down)_proj$|conv1d\.weight$|\.(w1|w2|v1|x_proj_weight|input_gate_weight|recurrent_gate_weight)$"
 )
 LOOKED_UP = re.compile(
-    r"((?<!vision_)embed_tokens|wte|wpe|word_embeddings|position_embeddings|relative_embedding|seg_embed|pos_embed)"
+    r"((?<!vision_)embed_tokens(?!_extend)|wte|wpe|word_embeddings|position_embeddings|relative_embedding|seg_embed|pos_embed)"
 )
 UNLIKE = (
     "gpt2 gpt_oss recurrent_gemma rwkv mamba jamba zamba xlnet deepseek_v4 kimi_linear dbrx qwen3_next lfm2".split()
