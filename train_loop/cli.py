@@ -179,11 +179,13 @@ def _print_summary(summary: Any, config: Config) -> None:
         ledger = summary.ledger["validation"]
         if summary.exported_step is not None and config.export.from_ == "best":
             print(f"best step        {summary.exported_step} of {summary.step}")
-        print(f"validation loss  {shown(last['loss'])} nats per token, over {last['tokens']:,} tokens")
-        print(f"perplexity       {shown(last['perplexity'], 3)}")
+        # It may come from a log that has lost something.
+        tokens = f"{last['tokens']:,}" if isinstance(last.get("tokens"), int) else "an unknown number of"
+        print(f"validation loss  {shown(last['loss'])} nats per token, over {tokens} tokens")
+        print(f"perplexity       {shown(last.get('perplexity'), 3)}")
         gzip = 8 * ledger["gzip_bytes"] / ledger["bytes"]
-        print(f"bits per byte    {shown(last['bits_per_byte'])} (gzip -9: {gzip:.4f})")
-        print(f"accuracy         {shown(last['accuracy'])}")
+        print(f"bits per byte    {shown(last.get('bits_per_byte'))} (gzip -9: {gzip:.4f})")
+        print(f"accuracy         {shown(last.get('accuracy'))}")
     if not summary.stopped:
         print(f"model            {summary.model_folder}" + (f" and {summary.hub}" if summary.hub else ""))
 

@@ -119,9 +119,9 @@ class Progress:
         STDERR.write(", ".join([*parts, self._values()] if self.values else parts) + "\n")
 
 
-def shown(value: float | None, digits: int = 4) -> str:
-    """A number with so many digits after the point, a very large one in powers of ten; None is "not known"."""
-    if value is None:
+def shown(value: object, digits: int = 4) -> str:
+    """A number with so many digits after the point, a very large one in powers of ten; what is none is "not known"."""
+    if not isinstance(value, int | float):
         return "not known"
     return f"{value:.{digits}f}" if abs(value) < 1e9 or math.isnan(value) else f"{value:.6g}"
 

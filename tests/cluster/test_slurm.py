@@ -189,7 +189,7 @@ def test_a_run_survives_the_life_of_a_cluster(
 
 
 def test_a_sweep_trains_one_run_for_each_value(slurm: Slurm, make: Callable[..., list[str]], tmp_path: Path) -> None:
-    arguments = make(tmp_path / "unused", train__max_steps=3)
+    arguments = make(tmp_path / "unused", train__max_steps=3, optimizer__learning_rate=None)
     place = arguments.index("--run.output_dir")
     del arguments[place : place + 2]
     set_ = {"VALUES": "1e-3 2e-3", "SWEEP": str(tmp_path / "sweep")}

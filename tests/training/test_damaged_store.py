@@ -28,8 +28,9 @@ def test_a_store_that_is_cut_during_a_run(
 ) -> None:
     monkeypatch.setenv("TRAIN_LOOP_CACHE", str(tmp_path / "cache"))
     config = config_from_arguments(settings(data__num_workers=workers, train__max_steps=500))
+    before = multiprocessing.active_children()  # of other tests
     with pytest.raises(InputError, match=r"tokens.bin: damaged \(has been cut\); remove .* to prepare it again$"):
         train_loop.train(config, callbacks=[Cutting()])
-    assert multiprocessing.active_children() == []
+    assert {*multiprocessing.active_children()} <= {*before}
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "failed" and "tokens.bin: damaged" in status["reason"]
