@@ -24,6 +24,7 @@ import torch
 from hypothesis import settings as hypothesis_settings
 
 from tests.support.runs import TINY_MODELS, Command, arguments_for, forget_accelerator, text
+from train_loop.metrics import throughput
 
 RUNS = {
     "test_fuzz.py",
@@ -110,6 +111,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Pat
     building.build(config, its_tokenizer).save_pretrained(folder)
     its_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def rate_of_the_machine() -> Iterator[None]:
+    """Every run measures it before its first step; here the first one does, for all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(throughput, "matrix_rate", functools.cache(throughput.matrix_rate))
+        yield
 
 
 @pytest.fixture(autouse=True)

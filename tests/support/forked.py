@@ -6,11 +6,14 @@ write outside of its folder is refused and listed.
 
 import errno
 import functools
+import importlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +24,10 @@ IMPORTED = (
     *("train_loop.report.server", "train_loop.report.figures", "datasets", "yaml"),
     *("transformers.models.gpt2.modeling_gpt2", "transformers.models.auto.modeling_auto", "tests.support.forked"),
     *("transformers.models.llama.modeling_llama", "transformers.models.gpt2.tokenization_gpt2"),
+    *("tests.support.several", "accelerate", "torch.distributed.fsdp"),
 )
 CLOSED = "closed"
+ROOT = Path(__file__).parents[2]
 
 
 class Outcome(NamedTuple):
@@ -83,6 +88,44 @@ def run(
     notes = watched.splitlines()
     peak = int(notes.pop()) if notes and notes[-1].isdigit() else 0
     return Outcome(code, out, err, peak, sorted(set(notes)))
+
+
+def together(module: str, arguments: Sequence[str], environments: Sequence[dict[str, str]], seconds: float) -> None:
+    """`python -m MODULE ARGUMENTS` in a process for each environment, which has to end well, all at the same time.
+
+    The module's `main` takes the arguments. Where one fails, the others are killed: they would wait for it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder) / str(number) for number in range(len(environments))]
+        children = [
+            _context().Process(target=_member, args=(module, list(arguments), each, str(path)))
+            for each, path in zip(environments, said, strict=True)
+        ]
+        for child in children:
+            child.start()
+        deadline = time.monotonic() + seconds
+        waiting = {child.sentinel: child for child in children}
+        while waiting and (ended := multiprocessing.connection.wait(waiting, deadline - time.monotonic())):
+            failed = [waiting.pop(each).exitcode for each in ended]
+            if any(failed):
+                break
+        for child in waiting.values():
+            child.kill()
+        for child in children:
+            child.join()
+        codes = [child.exitcode for child in children]
+        assert codes == [0] * len(codes), (codes, [path.read_text("utf-8", "replace") for path in said])
+
+
+def _member(module: str, arguments: list[str], environment: dict[str, str], said: str) -> None:
+    opened = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(opened, number)
+    os.close(opened)
+    os.environ.clear()
+    os.environ |= environment
+    os.chdir(ROOT)
+    importlib.import_module(module).main(*arguments)
 
 
 def _child(arguments: list[str], folder: str, memory: int, options: dict[str, Any]) -> None:
