@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 IMPORTED = (
     *("train_loop.cli", "train_loop.job", "train_loop.generation.sampler", "train_loop.analysis.inspection"),
@@ -90,10 +90,12 @@ def run(
     return Outcome(code, out, err, peak, sorted(set(notes)))
 
 
-def together(module: str, arguments: Sequence[str], environments: Sequence[dict[str, str]], seconds: float) -> None:
-    """`python -m MODULE ARGUMENTS` in a process for each environment, which has to end well, all at the same time.
+def together(
+    module: str, arguments: Sequence[str], environments: Sequence[dict[str, str]], seconds: float
+) -> list[tuple[int, str]]:
+    """`MODULE.main(ARGUMENTS)` in a process for each environment, all at the same time: exit codes, what they printed.
 
-    The module's `main` takes the arguments. Where one fails, the others are killed: they would wait for it.
+    Where one fails, the others are killed: they would wait for it.
     """
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder) / str(number) for number in range(len(environments))]
@@ -113,19 +115,51 @@ def together(module: str, arguments: Sequence[str], environments: Sequence[dict[
             child.kill()
         for child in children:
             child.join()
-        codes = [child.exitcode for child in children]
-        assert codes == [0] * len(codes), (codes, [path.read_text("utf-8", "replace") for path in said])
+        printed = [path.read_text("utf-8", "replace") if path.exists() else "" for path in said]
+        return [(child.exitcode or 0, each) for child, each in zip(children, printed, strict=True)]
+
+
+class Popen:
+    """Stands in for `subprocess.Popen` where that starts `python -m train_loop ...` in a session of its own."""
+
+    def __init__(self, command: Sequence[str], stdout: IO[bytes], env: dict[str, str], **options: Any) -> None:
+        module, *arguments = command[command.index("-m") + 1 :]
+        assert module == "train_loop" and options == {"stderr": stdout, "start_new_session": True}
+        self._process = _context().Process(target=_led, args=(arguments, env, stdout.name))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int | None:
+        self._process.join()
+        return self._process.exitcode
+
+
+def _led(arguments: list[str], environment: dict[str, str], said: str) -> None:
+    os.setsid()
+    _settle(environment, said)
+    sys.exit(importlib.import_module("train_loop.cli").main(arguments))
 
 
 def _member(module: str, arguments: list[str], environment: dict[str, str], said: str) -> None:
+    _settle(environment, said)
+    os.chdir(ROOT)
+    importlib.import_module(module).main(*arguments)
+
+
+def _settle(environment: dict[str, str], said: str) -> None:
     opened = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for number in (1, 2):
         os.dup2(opened, number)
     os.close(opened)
     os.environ.clear()
     os.environ |= environment
-    os.chdir(ROOT)
-    importlib.import_module(module).main(*arguments)
 
 
 def _child(arguments: list[str], folder: str, memory: int, options: dict[str, Any]) -> None:

@@ -101,17 +101,23 @@ def several(
     each = [environment(variables)] if alone else launchers(number, sharded if fsdp2 else processes(number), variables)
 
     def start(*paths: str) -> None:
-        forked.together("tests.support.several", paths, each, seconds)
+        ended = forked.together("tests.support.several", paths, each, seconds)
+        assert not any(code for code, _ in ended), ended
 
     return _outcomes(number, commands, start)
 
 
-def launched(number: int, commands: Sequence[Sequence[Any]], **more: str) -> list[Outcome]:
+def fresh(number: int, commands: Sequence[Sequence[Any]], **more: str) -> list[Outcome]:
     """The same in new processes: `more` has what libraries read when they are loaded."""
 
     def start(*paths: str) -> None:
-        result = run(processes(number), paths, "tests.support.several", **ON_CPU | more)
-        assert result.returncode == 0, result.stderr
+        program, pipes = [sys.executable, "-m", "tests.support.several", *paths], {"stderr": subprocess.PIPE}
+        started = [
+            subprocess.Popen(program, env=each, cwd=ROOT, text=True, **pipes)
+            for each in launchers(number, processes(number), ON_CPU | more)
+        ]
+        ended = [(each.communicate(timeout=300)[1], each.returncode) for each in started]
+        assert not any(code for _, code in ended), ended
 
     return _outcomes(number, commands, start)
 
