@@ -28,7 +28,9 @@ from pathlib import Path
 from train_loop.checkpoint import ownership
 from train_loop.errors import InputError
 locks, folder, wait, child = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4]
-ownership._PATIENCE_SECONDS, ownership._BEAT_SECONDS = 0.5, 0.1
+ownership._PATIENCE_SECONDS, ownership._BEAT_SECONDS, ownership._POLL_SECONDS = 0.5, 0.1, 0.05
+if not wait:
+    ownership._SETTLE_SECONDS = 0.1
 if locks == "no locks":
     def flock(*_):
         raise OSError(37, "No locks available")
@@ -77,7 +79,14 @@ def start() -> Iterator[Start]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds are tenths."""
-    for name, seconds in (("PATIENCE", 0.3), ("LONG_PATIENCE", 4.0), ("BEAT", 0.1), ("STALE", 1.0), ("SETTLE", 0.1)):
+    for name, seconds in (
+        ("PATIENCE", 0.3),
+        ("LONG_PATIENCE", 4.0),
+        ("BEAT", 0.1),
+        ("STALE", 1.0),
+        ("SETTLE", 0.1),
+        ("POLL", 0.05),
+    ):
         monkeypatch.setattr(ownership, f"_{name}_SECONDS", seconds)
 
 

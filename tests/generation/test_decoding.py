@@ -20,8 +20,8 @@ from train_loop.models import building
 from train_loop.ops.packed_linear import pack
 
 CONTEXT = 32
-NARROW = 16  # takes less until older tokens slide out
-LONG = 36  # beyond the narrow context, twice
+NARROW = 12  # takes less until older tokens slide out
+LONG = 26  # beyond the narrow context, twice
 PROMPT = [5, 17, 300, 42, 8]
 RAGGED = [PROMPT, [9], [11, 50, 51, 52, 53, 54, 60, 7], [250] * 3]
 
