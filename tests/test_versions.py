@@ -41,7 +41,7 @@ def test_nothing_is_tested_with_that_is_newer_than_the_newest() -> None:
         assert versions.release(pinned[name]) <= versions.release(newest), name
 
 
-@pytest.mark.parametrize("products", [True, False], ids=["", "torch's own loss"])
+@pytest.mark.parametrize("fits", [True, False], ids=["", "torch's own loss"])
 @pytest.mark.parametrize("name", sorted(TINY_MODELS))
 def test_losses_are_those_of_every_version(
     command: Command,
@@ -49,11 +49,11 @@ def test_losses_are_those_of_every_version(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     name: str,
-    products: bool,
+    fits: bool,
 ) -> None:
     """Ten steps, dropout on, and an evaluation: to 1e-6 what the newest libraries gave when this was written down."""
-    if not products:  # as on a GPU: torch 2.13's loss without all logits, before that what stands in for it
-        monkeypatch.setattr(cpu, "has_products", lambda: False)
+    if not fits:  # as on a GPU: torch 2.13's loss without all logits, before that what stands in for it
+        monkeypatch.setattr(cpu, "fits", lambda *tensors: False)
     shape = {"model__architecture": json.dumps(TINY_MODELS[name]), "optimizer__learning_rate": 1e-3}
     assert command("train", *settings(**shape, train__max_steps=10)) == 0, command.err
     found = [event["loss"] for kind in ("step", "evaluation") for event in events(tmp_path / "run", kind)]

@@ -12,6 +12,10 @@ The names in `__all__` are public, and are imported when they are first used; ev
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from train_loop import environment
+
+environment.let_openblas_rest()
+
 _HOMES = {
     "__version__": "versions",
     "Config": "config.schema",

@@ -4,7 +4,9 @@ An accelerator that we have never seen (xpu, npu, ...) is treated according to w
 by name, because it needs no copying, no waiting and no warming up.
 """
 
+import contextlib
 import functools
+import platform
 import resource
 import sys
 from collections.abc import Callable
@@ -101,6 +103,16 @@ def name(device: torch.device) -> str:
     """A device's own name, or else its kind: NVIDIA H100, CPU, MPS."""
     named = getattr(torch.get_device_module(device), "get_device_name", None)
     return str(named(device)) if named is not None else device.type.upper()
+
+
+@functools.cache
+def processor() -> tuple[str, str]:
+    """The maker of the CPU as it calls itself (GenuineIntel, AuthenticAMD, arm64), and what torch uses of it (AVX2)."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.startswith("vendor_id"):
+                return line.split(":", 1)[1].strip(), torch.backends.cpu.get_cpu_capability()
+    return platform.machine(), torch.backends.cpu.get_cpu_capability()
 
 
 def peak_memory(device: torch.device) -> Callable[[], int]:

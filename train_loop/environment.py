@@ -1,6 +1,7 @@
-"""What a launcher says in environment variables, checked before anything relies on it."""
+"""Environment variables: what a launcher says in them, checked before anything relies on it; what libraries read."""
 
 import os
+import sys
 
 from train_loop.errors import InputError
 
@@ -34,3 +35,23 @@ def check() -> None:
         if rank in numbers and numbers[rank] >= numbers.get(size, numbers[rank] + 1):
             problem = f"{rank} is {numbers[rank]}, but {size} is {numbers[size]}"
             raise InputError(f"environment variables: {problem}; ranks count from 0")
+
+
+_RESTS = "OPENBLAS_THREAD_TIMEOUT"  # 2^4 turns of a loop; without it, the threads go on turning for some 20 ms
+_numpy_came_first = False
+
+
+def let_openblas_rest() -> None:
+    """Let OpenBLAS's threads sleep once a product is done, so that what follows has the cores; before numpy is loaded.
+
+    OpenBLAS reads the variable when it is loaded. A value that the user has set stays.
+    """
+    global _numpy_came_first
+    if "numpy" in sys.modules and _RESTS not in os.environ:
+        _numpy_came_first = True
+    os.environ.setdefault(_RESTS, "4")
+
+
+def openblas_rests() -> bool:
+    """Whether OpenBLAS's threads leave the cores to others between products."""
+    return not _numpy_came_first

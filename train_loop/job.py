@@ -47,7 +47,7 @@ from train_loop.metrics.throughput import Throughput
 from train_loop.metrics.trackers import check_trackers, start_trackers
 from train_loop.models import building, ends, loading
 from train_loop.models.parameters import digest
-from train_loop.ops import cpu
+from train_loop.ops import cpu, products
 from train_loop.signals import StopRequest
 from train_loop.training import accumulators, evaluation, optimizer
 from train_loop.training.loop import History, Loop, Save, for_study
@@ -215,6 +215,10 @@ def _resume(setup: Setup) -> None:
     state.step = setup.found.step
     if accelerator.is_main_process:
         say(f"resuming from {setup.found.folder}")
+        then, now = setup.found.state.get("products"), products.told(accelerator.device)
+        if then is not None and then != now:
+            was, is_now = products.in_words(then), products.in_words(now)
+            say(f"careful: matrices were multiplied {was}, now {is_now or 'by the device'}; losses differ by rounding")
 
 
 def _observers(setup: Setup, log: MetricsLog, progress: Progress) -> list[Observer]:
@@ -257,6 +261,7 @@ def _saving(setup: Setup, manager: CheckpointManager, history: History, log: Met
             "for_study": for_study(run.config.checkpoint.at, state.step),
             "config": json_of(run.config),
             "versions": versions.installed(),
+            "products": products.told(context.accelerator.device),
         }
         best = [] if history.best is None else [history.best["step"]]
 
@@ -305,8 +310,8 @@ def set_up(
     found, damaged = find(accelerator, folder, config, data.fingerprint)
     check_same(accelerator, "the initial weights' digest", digest(language_model), "give every host the same model")
     language_model.to(accelerator.device)
-    products, keep_memory = not config.model.compile, config.run.keep_memory
-    tied = cpu.speed_up(language_model, training=True, products=products, keep_memory=keep_memory)
+    linear, keep_memory = not config.model.compile, config.run.keep_memory
+    tied = cpu.speed_up(language_model, training=True, linear=linear, keep_memory=keep_memory)
     objective = Objective(language_model, tied)
     if config.study.probing:
         probe.check(language_model, data.tokenizer, config)

@@ -25,6 +25,7 @@ WORK: dict[str, tuple[str, str]] = {
     "pyarrow": ("15.0", "26.0.1"),
     "pyyaml": ("6.0", "6.0.4"),
     "psutil": ("5.9", "7.2.2"),
+    "threadpoolctl": ("3.5", "3.8.0"),
     "xxhash": ("3.2", "4.1.0"),
 }
 """Each library's oldest version that works (as in pyproject.toml), and the newest that has passed all tests."""

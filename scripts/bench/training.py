@@ -1,13 +1,12 @@
 """Tokens per second and memory of training, against `Trainer` and against the rate of matrix products.
 
-    python scripts/bench/training.py [--shape distilgpt2 | llama-128k] [--rounds 5] [--json]
+    python scripts/bench/training.py [--shape distilgpt2 | llama-128k] [--capability avx2] [--rounds 5] [--json]
 
 8 x 128 tokens a step in fp32, dropout as the model has it, from random weights. Each contender is a process of its own
 (how the C library keeps memory is a property of a process) that trains a step when it is its turn; the first steps warm
 up. Memory is the process's peak beyond what it had before the model, weights, gradients and moments (16 bytes a
-parameter) not counted. The bound is a contender, too, so that it meets the same minutes of a shared machine: nothing
-but the matrix products of a feed-forward layer, by the faster library, until they come to the 6 x parameters x tokens
-operations of a step.
+parameter) not counted. The bound is all matrix products of a step and nothing else (`products.py`), by the fastest of
+the libraries; each of them is a contender, too, so that it meets the same minutes of a shared machine.
 """
 
 import contextlib
@@ -21,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import Contender, alternate, parser, report, seconds
+from measure import Contender, alternate, parser, report
+from products import Library, libraries
 
 SEQUENCES, BLOCK = 8, 128
 SHAPES: dict[str, dict[str, Any]] = {
@@ -36,8 +36,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-BOUND = "matrix products alone (the bound)"
-CONTENDERS = ("Trainer", "train_loop", "train_loop, run.keep_memory false", BOUND)
+CONTENDERS = ("Trainer", "train_loop", "train_loop, run.keep_memory false")
 
 
 def main() -> None:
@@ -50,8 +49,6 @@ def main() -> None:
         with contextlib.redirect_stdout(sys.stderr):
             if given.contender == "Trainer":
                 _trainer(given.shape)
-            elif given.contender == BOUND:
-                _bound(given.shape)
             else:
                 _loop(given.shape, keep_memory=given.contender == "train_loop")
         return
@@ -70,16 +67,18 @@ def main() -> None:
 
     for name in CONTENDERS:  # begin one after the other, and warm up
         step(name)
+    alone = {f"products alone, {name}": Library(name, given.shape) for name in libraries()}
     tokens = SEQUENCES * BLOCK
-    found = alternate([Contender(name, functools.partial(step, name)) for name in CONTENDERS], given.rounds)
-    for process in processes.values():
+    contenders = [Contender(name, functools.partial(step, name)) for name in CONTENDERS]
+    contenders += [Contender(name, library.step) for name, library in alone.items()]
+    found = alternate(contenders, given.rounds)
+    for process in (*processes.values(), *alone.values()):
         process.kill()
     report(f"a training step, {given.shape}, {SEQUENCES} x {BLOCK} tokens", found, tokens, "tokens", given.json)
-    bound, mine = (statistics.median(found[name]) for name in (BOUND, "train_loop"))
-    memory = {name: round(each["extra_mb"]) for name, each in told.items() if name != BOUND}
+    bound, mine = min(statistics.median(found[name]) for name in alone), statistics.median(found["train_loop"])
+    memory = {name: round(each["extra_mb"]) for name, each in told.items()}
     rows = {
         "parameters": told["train_loop"]["parameters"],
-        "operations_per_second": 6 * told["train_loop"]["parameters"] * tokens / bound,
         "share_of_bound": bound / mine,
         "memory_beyond_state_mb": memory,
         "memory_of_trainers": round(memory["train_loop"] / memory["Trainer"], 3),
@@ -109,22 +108,6 @@ class _Turns:
         if not sys.stdin.readline():
             sys.exit()
         self._began = time.perf_counter()
-
-
-def _bound(shape: str) -> None:
-    import torch
-
-    from train_loop.ops import cpu
-
-    parameters = sum(parameter.numel() for parameter in _model(shape).parameters())
-    x, weight = torch.randn(SEQUENCES * BLOCK, 768), torch.randn(3072, 768)
-    ways = [lambda: x @ weight.t(), *([lambda: cpu.product(x, weight)] if cpu.has_products() else [])]
-    fastest = min(ways, key=lambda way: min(seconds(way) for _ in range(20)))
-    turns = _Turns()
-    while True:
-        turns()
-        for _ in range(round(6 * parameters / (2 * weight.numel()))):
-            fastest()
 
 
 def _model(shape: str) -> Any:

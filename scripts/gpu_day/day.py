@@ -58,7 +58,18 @@ PARTS = (
     Part("sharding", 40, "FSDP2 on one process, two processes on one device"),
     Part("training", 105, "training speed against a plain loop and Trainer (scripts/bench/gpu.py)"),
 )
-NEEDED = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "yaml", "psutil", "xxhash")
+NEEDED = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "yaml",
+    "psutil",
+    "threadpoolctl",
+    "xxhash",
+)
 DONE = "done"
 
 HELP = """parts:

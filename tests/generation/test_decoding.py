@@ -2,6 +2,9 @@
 
 import copy
 import functools
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +12,13 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tests.support.runs import PATHS, configured, needs_products
-from train_loop import compat
+from tests.support.runs import PATHS, configured, needs_onednn
+from train_loop import compat, devices
 from train_loop.config.sampling import Sampling
 from train_loop.data import tokenizer
 from train_loop.errors import InputError
 from train_loop.generation.decoding import Generated, NotFiniteError, generate, slid_out
-from train_loop.generation.kv_cache import Decoder, StaticDecoder, takes_positions
+from train_loop.generation.kv_cache import Decoder, StaticDecoder, recorder, takes_positions
 from train_loop.models import building
 from train_loop.ops.packed_linear import pack
 
@@ -164,7 +167,42 @@ def test_a_static_step_is_the_same_work_each_time(built: Any) -> None:
     assert len(recorded) == 1
 
 
-@needs_products
+class Backend:
+    """What torch has for a device that records: a stream, and a context in which a step is recorded."""
+
+    def __init__(self, refuses: Exception | None) -> None:
+        self.refuses = refuses
+
+    Stream = lambda self: types.SimpleNamespace(wait_stream=lambda other: None)  # noqa: E731
+    current_stream = Stream
+    stream = lambda self, stream: nullcontext()  # noqa: E731
+
+    @contextmanager
+    def graph(self, graph: Any) -> Iterator[None]:
+        if self.refuses is not None:
+            raise self.refuses
+        yield
+
+
+@needs_static_cache
+def test_a_step_that_cannot_be_recorded_is_taken_as_it_is(built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As eager attention's on a GPU, which copies a number from the host in every step."""
+    refused = RuntimeError("Cannot copy between CPU and CUDA tensors during CUDA graph capture")
+    expected = alone(built, RAGGED, Sampling(20, seed=7))
+    for refuses in (refused, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")):
+        with monkeypatch.context() as patch:
+            patch.setattr(devices, "graph_type", lambda device: object)
+            patch.setattr(torch, "get_device_module", lambda device, refuses=refuses: Backend(refuses))
+            record = recorder(torch.device("cpu"))
+        feed = StaticDecoder(built, record)
+        if refuses is refused:
+            assert tokens(generate(feed, RAGGED, Sampling(20, seed=7), None)) == expected
+        else:
+            with pytest.raises(torch.OutOfMemoryError):
+                generate(feed, RAGGED, Sampling(20, seed=7), None)
+
+
+@needs_onednn
 def test_matrices_in_another_order_give_the_same_text(built: Any) -> None:
     torch.manual_seed(0)
     built = copy.deepcopy(built)
@@ -181,7 +219,7 @@ def test_matrices_in_another_order_give_the_same_text(built: Any) -> None:
     assert tokens(generate(Decoder(built), RAGGED, sampling, None)) == expected
 
 
-@needs_products
+@needs_onednn
 def test_only_what_fits_is_packed(gpt2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not pack(gpt2.to(torch.bfloat16))
     gpt2.to(torch.float32)

@@ -1,4 +1,4 @@
-"""Products by oneDNN: the same numbers as torch's own, for whoever is fp32 on a CPU, and torch's for all others."""
+"""Products by any library: torch's own numbers, for whoever is fp32 on a CPU, and torch itself for all others."""
 
 import ctypes
 from pathlib import Path
@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support.runs import PATHS, batch, configured, needs_products
+from tests.support.runs import PATHS, batch, configured
 from train_loop.data import tokenizer
 from train_loop.data.loader import IGNORED
 from train_loop.models import building
-from train_loop.ops import cpu
+from train_loop.ops import cpu, products
 from train_loop.training.objective import Objective
 
 
@@ -27,23 +27,26 @@ def build(kind: str, tokenizer_folder: Path) -> Any:
 
 def gradients(built: Any, tied: cpu.TiedGradient | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     names, parameters = zip(*built.named_parameters(), strict=True)
-    objective = Objective(built)
-    objective.tied = tied
-    nll = objective(*batch())
+    module = Objective(built)
+    module.tied = tied
+    nll = module(*batch())
     return nll.detach(), dict(zip(names, torch.autograd.grad(2 * nll, parameters), strict=True))
 
 
-@needs_products
+@pytest.mark.parametrize("library", products.available())
 @pytest.mark.parametrize("kind", ["gpt2", "llama-tied", "qwen3", "gpt_neox", "phi"])
-def test_loss_and_gradients_are_torchs(kind: str, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_and_gradients_are_torchs(
+    kind: str, library: str, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built = build(kind, tokenizer_folder)
     with monkeypatch.context() as patch:
-        patch.setattr(cpu, "has_products", lambda: False)
+        patch.setattr(cpu, "fits", lambda *tensors: False)
         expected, theirs = gradients(built)
     cpu.use_products(built)
     used: list[int] = []
-    product = cpu.product
-    monkeypatch.setattr(cpu, "product", lambda *arguments: used.append(0) or product(*arguments))
+    monkeypatch.setattr(
+        products, "choice", lambda: used.append(0) or products.Choice(*5 * [library], 50)
+    )  # two chunks, so that gradients are added up
     found, mine = gradients(built)
     assert len(used) > 10
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
@@ -74,12 +77,12 @@ def kept(built: Any) -> int:
     return sum(found.values())
 
 
-@needs_products
-def test_the_output_of_a_gelu_is_made_again(tokenizer_folder: Path) -> None:
+def test_the_outputs_of_gelus_and_norms_are_made_again(tokenizer_folder: Path) -> None:
     built = build("gpt2", tokenizer_folder)
     before = kept(built)
     cpu.use_products(built)
-    outputs = batch()[0].numel() * 4 * built.config.n_embd * 4 * built.config.n_layer
+    tokens, config = batch()[0].numel(), built.config
+    outputs = 4 * tokens * (4 * config.n_embd + 2 * config.n_embd) * config.n_layer  # a GELU's and two norms' a layer
     assert kept(built) == before - outputs
     # Changed in place on its way, it is no GELU's any more.
     mlp = built.transformer.h[0].mlp
@@ -92,7 +95,6 @@ def test_the_output_of_a_gelu_is_made_again(tokenizer_folder: Path) -> None:
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=2e-5)
 
 
-@needs_products
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 @pytest.mark.parametrize("biased", [False, True])
 def test_cross_entropy_is_torchs_in_chunks_of_any_size(chunk: int, biased: bool) -> None:
@@ -113,7 +115,6 @@ def test_cross_entropy_is_torchs_in_chunks_of_any_size(chunk: int, biased: bool)
     assert torch.equal(again, mine)
 
 
-@needs_products
 @pytest.mark.parametrize("kind", ["gpt2", "llama-tied"])
 def test_a_tied_embeddings_gradient_is_added_to_the_heads(
     kind: str, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -135,7 +136,6 @@ def test_a_tied_embeddings_gradient_is_added_to_the_heads(
     torch.testing.assert_close(alone[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
-@needs_products
 def test_gradients_of_untied_embeddings_are_left_alone(tokenizer_folder: Path) -> None:
     assert cpu.tie_gradients(build("qwen3", tokenizer_folder)) is None
 
@@ -154,7 +154,6 @@ def test_freed_memory_is_kept_where_the_c_library_is_glibc() -> None:
     assert cpu.keep_freed_memory() == glibc
 
 
-@needs_products
 def test_a_model_may_change_a_products_output_in_place() -> None:
     """As Gemma 3n and RoCBert do."""
     layer = torch.nn.Linear(8, 8)

@@ -14,7 +14,7 @@ from train_loop.cli import main
 from train_loop.config.schema import Config
 from train_loop.data.loader import IGNORED
 from train_loop.metrics.throughput import MEASURED
-from train_loop.ops import cpu
+from train_loop.ops import products
 
 ROOT = Path(__file__).parents[2]
 
@@ -151,4 +151,4 @@ def batch(rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs, targets
 
 
-needs_products = pytest.mark.skipif(not cpu.has_products(), reason="torch was built without oneDNN")
+needs_onednn = pytest.mark.skipif(products.ONEDNN not in products.available(), reason="torch was built without oneDNN")

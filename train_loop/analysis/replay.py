@@ -38,6 +38,7 @@ from train_loop.data.tokenizer import strings
 from train_loop.errors import InputError, one_line
 from train_loop.models.building import without_compile
 from train_loop.models.parameters import tensors_once
+from train_loop.ops import products
 from train_loop.precision import PRECISIONS
 from train_loop.records import plain
 from train_loop.rng import seed_torch
@@ -202,6 +203,9 @@ class Replay:
             kind.append(f"host {first['host']}")
         if first["device"].split(":")[0] != self.run.context.accelerator.device.type:
             kind.append(f"device {first['device']}")
+        device = self.run.context.accelerator.device
+        if truth.get("products", now_by := products.told(device)) != now_by:
+            kind.append(f"products {products.in_words(truth['products'])}")
         now = versions.installed()
         kind += [f"{name} {then}" for name, then in truth["versions"].items() if now.get(name) != then]
         return kind

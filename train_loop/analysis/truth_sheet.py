@@ -32,6 +32,7 @@ from train_loop.errors import InputError, one_line
 from train_loop.models import causality
 from train_loop.models.building import vocabulary, without_compile
 from train_loop.models.parameters import EMBEDDING, MATRIX, kind
+from train_loop.ops import products
 from train_loop.precision import PRECISIONS
 from train_loop.rng import seed_torch
 from train_loop.training.schedule import learning_rate
@@ -89,6 +90,7 @@ def measure(run: Run) -> dict[str, Any]:
             "activation_checkpointing": compat.checkpoints_activations(model),
         },
         "operations_per_token": context.clock.operations,
+        "products": products.told(accelerator.device),
         "data": run.data.fingerprint,
         "remarks": plan_checks.of_run(run),
         "seed": config.run.seed,
@@ -172,6 +174,7 @@ def table(sheet: dict[str, Any]) -> str:
         + ", ".join(f"{host} ({count})" for host, count in hosts.items()),
         "devices": ", ".join(f"{count} x {name}" for name, count in devices.items())
         + f", {found['each'][0]['threads']} CPU threads each",
+        "products": products.in_words(sheet["products"]),
         "precision": f"{precision['asked']} asked for; computes in {precision['compute']}, weights {weights}, "
         f"gradients {gradients}, moments {moments}" + (", loss scaled" if precision["loss_scaling"] else ""),
         "reproducible": "to the bit, on any number of processes" if bitwise else "to rounding",
@@ -203,6 +206,7 @@ def table(sheet: dict[str, Any]) -> str:
         f"{min(rates['warmup_steps'], batch['steps'] - 1)} steps of warm-up, {rates['last_step']:.3g} at the end "
         f"({rates['schedule']})",
     }
+    rows = {name: text for name, text in rows.items() if text}
     lines = [*rows.items(), *(("careful", remark) for remark in sheet["remarks"])]
     return "\n".join(f"{name:13}  {text}" for name, text in lines)
 

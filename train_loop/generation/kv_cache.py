@@ -178,7 +178,11 @@ Record = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
 
 
 def recorder(device: torch.device) -> Record | None:
-    """Records a step's kernels as a graph of the device; None if the device has no graphs."""
+    """Records a step's kernels as a graph of the device; None if the device has no graphs.
+
+    A step that can't be recorded is replayed as it is: Transformers' eager attention, for one, copies a number from the
+    host in every step.
+    """
     if (graph_type := devices.graph_type(device)) is None:
         return None
     backend: Any = torch.get_device_module(device)
@@ -192,8 +196,13 @@ def recorder(device: torch.device) -> Record | None:
                 rewind()
         backend.current_stream().wait_stream(side)
         graph = graph_type()
-        with backend.graph(graph):
-            step()
+        try:
+            with backend.graph(graph):
+                step()
+        except RuntimeError as error:
+            if devices.is_out_of_memory(error):
+                raise
+            return step
         return graph.replay
 
     return record

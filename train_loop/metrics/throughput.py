@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from train_loop import devices
-from train_loop.ops import cpu
+from train_loop.ops import cpu, products
 from train_loop.precision import PRECISIONS
 from train_loop.step_parts import STEP_PARTS
 
@@ -146,8 +146,8 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 def _fastest(x: torch.Tensor, y: torch.Tensor) -> float:
     """Seconds of the fastest of several products of two matrices."""
     ways = [lambda: x @ y]
-    if cpu.has_products() and cpu.fits(x):
-        ways.append(lambda: cpu.product(x, y))
+    if cpu.fits(x):
+        ways.append(lambda: products.forward(x, y))
     best, began = math.inf, time.perf_counter()
     while best == math.inf or time.perf_counter() - began < _SECONDS:
         for multiply in ways:

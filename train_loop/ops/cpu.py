@@ -1,8 +1,6 @@
-"""What makes training on a CPU fast: matrix products by oneDNN, and memory that stays with the process.
+"""What makes training on a CPU fast: matrix products by the fastest library, and memory that stays with the process.
 
-The arithmetic is that of torch, rounded differently. torch hands fp32 products to MKL, which on many CPUs (AMD's
-among them) does not use the widest instructions; oneDNN does. Gradients of weights stay with MKL where it wins.
-Measurements: `scripts/bench/README.md`.
+The arithmetic is that of torch, rounded differently. `products.py` knows which library is the fastest here.
 """
 
 import ctypes
@@ -16,52 +14,45 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from train_loop.ops import products
 from train_loop.ops.dropout import use_cheap_dropout
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + b for x [..., in], W [out, in], b [out], all fp32 on the CPU, without gradients."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def has_products() -> bool:
-    """Whether this torch has what `product` needs."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
 def fits(*tensors: torch.Tensor | None) -> bool:
-    """Whether `product` can take these tensors here: fp32 on the CPU, outside of autocast."""
+    """Whether `products` takes these tensors: fp32 on the CPU, outside of autocast."""
     return not torch.is_autocast_enabled("cpu") and all(
         each is None or (each.device.type == "cpu" and each.dtype == torch.float32) for each in tensors
     )
 
 
 def use_products(model: PreTrainedModel) -> None:
-    """Let a model's linear layers multiply by oneDNN, in place, if possible.
+    """Let a model's linear layers multiply by `products`, in place.
 
-    If a GELU's output goes into one of them, the backward pass recomputes it from the GELU's input, which is kept
-    anyway. This saves a sixth of GPT-2's activations, for half a percent of a step.
+    If the output of a GELU or of a layer norm goes into one of them, the backward pass recomputes it from that one's
+    input, which is kept anyway. This saves a quarter of GPT-2's activations, for a percent of a step.
     """
-    if has_products():
-        for layer in model.modules():
-            if type(layer) in (nn.Linear, Conv1D):
-                layer.forward = _Linear(layer)
-            elif type(layer) is nn.GELU:
-                layer.forward = _Remade(layer.approximate)  # type: ignore[assignment, method-assign]
+    for layer in model.modules():
+        if type(layer) in (nn.Linear, Conv1D):
+            layer.forward = _Linear(layer)
+        elif type(layer) is nn.GELU:
+            gelu = functools.partial(F.gelu, approximate=layer.approximate)
+            layer.forward = _Remade(gelu)  # type: ignore[assignment, method-assign]
+        elif type(layer) is nn.LayerNorm:
+            layer.forward = _Remade(layer.forward)  # type: ignore[assignment, method-assign]
 
 
 _MadeFrom = tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]
 
 
 class _Remade:
-    """The forward pass of a GELU; its output carries what is needed to recompute it."""
+    """The forward pass of a cheap layer; its output carries what is needed to recompute it."""
 
-    def __init__(self, approximate: str) -> None:
-        self._gelu = functools.partial(F.gelu, approximate=approximate)
+    def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._forward = forward
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        output = self._gelu(x)
-        output.made_from = (self._gelu, x.detach())  # type: ignore[attr-defined]
+        output = self._forward(x)
+        output.made_from = (self._forward, x.detach())  # type: ignore[attr-defined]
         return output
 
 
@@ -80,7 +71,7 @@ class _Linear:
 
 
 class _Product(torch.autograd.Function):
-    """`product` with its gradients."""
+    """`products.forward` with its gradients."""
 
     @staticmethod
     def forward(
@@ -88,29 +79,26 @@ class _Product(torch.autograd.Function):
     ) -> torch.Tensor:
         context.remake, kept = (None, x) if made_from is None else made_from
         context.save_for_backward(kept, weight)
-        output = product(x, weight, bias)
-        # oneDNN returns a view, which autograd would not let a model change in place.
+        output = products.forward(x, weight, bias)
+        # It may be a view, which autograd would not let a model change in place.
         return torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = context.saved_tensors
         (gradient,) = gradients
-        to_x = product(gradient, weight.t()) if context.needs_input_grad[0] else None
+        to_x = products.to_inputs(gradient, weight) if context.needs_input_grad[0] else None
         to_weight = to_bias = None
         rows = gradient.flatten(0, -2)
         if context.needs_input_grad[1]:
             flat = (x if context.remake is None else context.remake(x)).flatten(0, -2)
             # Laid out in memory like the weight, so that adding it up rearranges nothing.
-            to_weight = _of_rows(rows, flat) if weight.is_contiguous() else _of_rows(flat, rows).t()
+            to_weight = (
+                products.to_weights(rows, flat) if weight.is_contiguous() else products.to_weights(flat, rows).t()
+            )
         if context.needs_input_grad[2]:
             to_bias = rows.sum(0)
         return to_x, to_weight, to_bias, None
-
-
-def _of_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """A^T B for A [rows, m], B [rows, n], by the library that is faster for results of this shape [m, n]."""
-    return product(a.t(), b.t()) if b.shape[1] > a.shape[1] else a.t() @ b
 
 
 class TiedGradient:
@@ -190,14 +178,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         wanted = context.needs_input_grad
         to_hidden = torch.empty_like(hidden) if wanted[0] else None
-        to_weight = torch.empty_like(weight) if wanted[1] else None
+        to_weight = None
         to_bias = torch.zeros_like(bias) if wanted[2] and bias is not None else None
         nll = []
         for first in range(0, len(hidden), chunk):
             rows = slice(first, first + chunk)
             real = (targets[rows] != ignored).float()[:, None]
             target = targets[rows].clamp(min=0)[:, None]
-            logits = product(hidden[rows], weight, bias)
+            logits = products.forward(hidden[rows], weight, bias)
             logits -= logits.amax(dim=-1, keepdim=True)
             picked = logits.gather(1, target)
             total = logits.exp_().sum(dim=-1, keepdim=True)
@@ -206,9 +194,12 @@ class LinearCrossEntropy(torch.autograd.Function):
                 continue
             gradient = logits.mul_(real / total).scatter_add_(1, target, -real)
             if to_hidden is not None:
-                to_hidden[rows] = product(gradient, weight.t())
-            if to_weight is not None:
-                to_weight.addmm_(gradient.t(), hidden[rows], beta=0 if first == 0 else 1)
+                to_hidden[rows] = products.to_inputs(gradient, weight)
+            if wanted[1]:
+                if to_weight is None:
+                    to_weight = products.to_weights(gradient, hidden[rows])
+                else:
+                    products.add(to_weight, gradient, hidden[rows])
             if to_bias is not None:
                 to_bias += gradient.sum(0)
             del logits, gradient  # before the next chunk, so that only one is held
@@ -238,12 +229,12 @@ def keep_freed_memory() -> bool:
 
 
 def speed_up(
-    model: PreTrainedModel, training: bool, products: bool = True, keep_memory: bool = True
+    model: PreTrainedModel, training: bool, linear: bool = True, keep_memory: bool = True
 ) -> TiedGradient | None:
     """Do all of this for a model on a CPU, in place; a model on another device stays as it is.
 
-    `training` says whether gradients and dropout masks will be needed; compiled layers take no `products`. Returns what
-    `LinearCrossEntropy` needs to know about a tied embedding.
+    `training` says whether gradients and dropout masks will be needed, `linear` whether linear layers are to be
+    replaced, which compiled ones must not be. Returns what `LinearCrossEntropy` needs to know about a tied embedding.
     """
     if model.device.type != "cpu":
         return None
@@ -251,7 +242,8 @@ def speed_up(
         keep_freed_memory()
     if training:
         use_cheap_dropout(model)
-    if not products:
+    if not linear:
         return None
+    products.follow_threads()
     use_products(model)
     return tie_gradients(model) if training else None

@@ -6,6 +6,7 @@ torch's own dropout draws from MKL, whose random numbers took 4 % of a training 
 generator, cut into 16 bits each. p is rounded to 1/65,536, and the rounded p scales what is kept: the mean stays x.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -118,13 +119,67 @@ def attention(  # noqa: PLR0913  Transformers' own signature
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
-    scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(-2, -1)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        shape = (query.shape[2], key.shape[2])
+        attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+    if attention_mask is not None and attention_mask.dtype == torch.bool:  # adding is faster than filling in
+        hidden = torch.zeros_like(attention_mask, dtype=query.dtype)
+        attention_mask = hidden.masked_fill_(~attention_mask, torch.finfo(query.dtype).min)
+    if query.dtype == torch.float32 and not torch.compiler.is_compiling():
+        return _Attention.apply(query, key, value, attention_mask, scaling, round(dropout * _STEPS)), None
+    scores = (query * scaling) @ key.transpose(-2, -1)
     if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:  # adding is faster than filling in
-            hidden = torch.zeros_like(attention_mask, dtype=scores.dtype)
-            attention_mask = hidden.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
         scores = scores.add_(attention_mask)
     probabilities = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     return (drop(probabilities, dropout) @ value).transpose(1, 2).contiguous(), None
+
+
+class _Attention(torch.autograd.Function):
+    """The same in fp32, row by row of the batch, so that a row's scores stay in a cache from one operation to the next.
+
+    The dropped probabilities are computed again in the backward pass, from the bits.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0913
+        context: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        threshold: int,
+    ) -> torch.Tensor:
+        batch, heads, queries, width = query.shape
+        probabilities = query.new_empty(batch, heads, queries, key.shape[2])
+        bits = _random_bits(probabilities)
+        output = query.new_empty(batch, queries, heads, width)
+        masks = [None] * batch if mask is None else mask.expand(batch, *mask.shape[-3:])
+        for row, row_mask in enumerate(masks):
+            scores = torch.bmm(query[row], key[row].transpose(1, 2), out=probabilities[row]).mul_(scaling)
+            if row_mask is not None:
+                scores += row_mask
+            torch._softmax(scores, -1, False, out=scores)
+            output[row] = torch.bmm(_dropped(scores, bits[row], threshold), value[row]).transpose(0, 1)
+        context.save_for_backward(query, key, value, probabilities, bits)
+        context.scaling, context.threshold = scaling, threshold
+        return output
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, probabilities, bits = context.saved_tensors
+        # Laid out like a projection's output, [batch, tokens, heads, width].
+        to_query, to_key, to_value = (
+            torch.empty_like(each.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+            for each in (query, key, value)
+        )
+        for row, gradient in enumerate(gradients[0].transpose(1, 2)):
+            kept = functools.partial(_dropped, bits=bits[row], threshold=context.threshold)
+            to_value[row] = torch.bmm(kept(probabilities[row]).transpose(1, 2), gradient)
+            to_probabilities = kept(torch.bmm(gradient, value[row].transpose(1, 2)))
+            to_scores = torch._softmax_backward_data(to_probabilities, probabilities[row], -1, torch.float32)
+            to_scores *= context.scaling
+            to_query[row] = torch.bmm(to_scores, key[row])
+            to_key[row] = torch.bmm(to_scores.transpose(1, 2), query[row])
+        return to_query, to_key, to_value, None, None, None

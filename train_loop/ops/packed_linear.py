@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from train_loop.ops import cpu
+from train_loop.ops import products
 
 _ROWS = 8  # rows that the order is chosen for; other numbers work, too
 
@@ -28,7 +28,7 @@ def pack(model: PreTrainedModel) -> bool:
     layers: list[Any] = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
     needed = sum(4 * layer.weight.numel() for layer in layers)
     possible = (
-        cpu.has_products()
+        products.ONEDNN in products.available()
         and all(layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32 for layer in layers)
         and psutil.virtual_memory().available > 1.5 * needed
     )
@@ -48,4 +48,4 @@ class _Packed:
         self.bias = None if layer.bias is None else layer.bias.detach()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return cpu.product(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")

