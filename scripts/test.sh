@@ -4,6 +4,7 @@
 #   bash scripts/test.sh [arguments for pytest]                 (-m "not slow" leaves the longest tests out)
 #   bash scripts/test.sh --fast                                 a minute: nothing is installed, no run is started
 set -euo pipefail
+unset PYTHONDONTWRITEBYTECODE # else each of the processes that tests start compiles the package anew
 
 fast=
 if [ "${1:-}" = --fast ]; then
@@ -27,10 +28,14 @@ fi
 if [ -n "$fast" ]; then
     exec .venv/bin/python -m pytest -q -n 2 -m "unit and not slow" "$@"
 fi
-.venv/bin/mypy
-.venv/bin/mypy --explicit-package-bases tests
+# Half a minute on a clean clone: beside the tests, some of which spend most of their time waiting.
+{ .venv/bin/mypy && .venv/bin/mypy --explicit-package-bases tests; } >&2 &
+types=$!
 for script in scripts/*.sh scripts/*/*.sh .ci/run; do
     bash -n "$script"
 done
 .venv/bin/shellcheck --external-sources --source-path=SCRIPTDIR scripts/*.sh scripts/*/*.sh .ci/run
-.venv/bin/python -m pytest -n 2 "$@"
+code=0
+.venv/bin/python -m pytest -n 2 "$@" || code=$?
+wait "$types" || { echo "test.sh: mypy found something; see above" >&2 && exit 1; }
+exit "$code"

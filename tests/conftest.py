@@ -1,14 +1,13 @@
-"""What the tests share: text, small tokenizers and models made here, and a way to run a command.
+"""What is settled before any test: variables, what a test is marked with, and in which order tests run on which worker.
 
 Nothing comes from a hub: a folder on disk stands for a repository.
 """
 
-import functools
+import collections
+import gc
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 # Set before any library reads them: no network, and no cache outside the tests' own folder.
@@ -20,12 +19,9 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-import torch
-from hypothesis import settings as hypothesis_settings
-
-from tests.support.runs import TINY_MODELS, Command, arguments_for, forget_accelerator, text
 
 RUNS = {
+    "test_architectures.py",
     "test_fuzz.py",
     "test_streams.py",
     "test_gpu_day.py",
@@ -36,13 +32,30 @@ RUNS = {
     "test_old_runs.py",
 }
 """Files whose tests start whole runs in ways of their own."""
-
-# The machines are shared: how long an example takes says nothing.
-hypothesis_settings.register_profile("shared", deadline=None)
-hypothesis_settings.load_profile("shared")
+SECONDS = {"cluster": 30.0, "distributed": 8.0, "slow": 15.0, "browser": 2.0, "run": 1.5, "unit": 0.05}
+"""What a test takes, roughly, by its marks: long files are begun first, so that no worker is left alone with one."""
 
 # What a shell runs in the background ignores interrupts, and so would the processes that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the fixtures, and with them the libraries: not in the process that only hands tests out to workers."""
+    if hasattr(config, "workerinput") or config.getoption("dist", "no") == "no":
+        gc.disable()  # until all is loaded
+        config.pluginmanager.import_plugin("tests.support.fixtures")
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: to look through it for what can be freed would take as long as some tests."""
+    gc.freeze()
+    gc.enable()
+
+
+def place_of(nodeid: str) -> str:
+    """What a test stays together with, on one worker."""
+    file = nodeid.partition("::")[0]
+    return "processes" if file.split("/")[1] in ("cluster", "distributed") else file
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -50,16 +63,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With several workers a file stays together, and tests that start processes come one after the other."""
     from xdist.scheduler import LoadScopeScheduling
 
+    config.option.loadscopereorder = False  # see `SECONDS`
+
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "processes" if file.split("/")[1] in ("cluster", "distributed") else file
+            return place_of(nodeid)
 
     return ByFile(config, log)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by what it needs; see CONTRIBUTING.md."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark each test by what it needs, see CONTRIBUTING.md; with several workers, put long files first."""
+    seconds: dict[str, float] = collections.defaultdict(float)
     for item in items:
         folder, file = item.path.parent.name, item.path.name
         fixtures = set(getattr(item, "fixturenames", ()))
@@ -74,61 +89,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         else:
             kind = "run" if fixtures & {"command", "settings", "run"} or file in RUNS else "unit"
         item.add_marker(kind)
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 40 text files of 5 to 200 words."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(40):
-        (folder / f"{number:02d}.txt").write_text(text(5 + 5 * number, number), encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE with 320 entries, on disk."""
-    from train_loop.data import tokenizer
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.train([text(2000, 0)], 320).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    """A tiny GPT-2 with random weights and its tokenizer, on disk: stands for a model on the Hub."""
-    from train_loop.config.schema import Config
-    from train_loop.data import tokenizer
-    from train_loop.models import building
-
-    folder = tmp_path_factory.mktemp("model")
-    config = Config()
-    config.model.architecture = TINY_MODELS["gpt2"]
-    config.data.block_size = 64
-    its_tokenizer = tokenizer.load(str(tokenizer_folder))
-    building.build(config, its_tokenizer).save_pretrained(folder)
-    its_tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_process() -> Iterator[None]:
-    """Every test begins as a new process would."""
-    threads = torch.get_num_threads()
-    yield
-    forget_accelerator()
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """`command("train", "--config", ...)` -> exit code; `command.out`, `command.err`."""
-    return Command(capsys)
-
-
-@pytest.fixture
-def settings(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """`arguments_for` a run in `tmp_path / "run"`."""
-    return functools.partial(arguments_for, corpus, tokenizer_folder, tmp_path / "run")
+        seconds[place_of(item.nodeid)] += sum(SECONDS.get(mark.name, 0.0) for mark in item.iter_markers())
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: -seconds[place_of(item.nodeid)])

@@ -25,6 +25,7 @@ def overrides(arguments: list[str]) -> dict[str, Any]:
         "batch.sequences_per_step": 8,
         "optimizer.learning_rate": 1e-2,
         "train.epochs": 2,
+        "sample.max_new_tokens": 9,
         "export.verify": False,
     }
 

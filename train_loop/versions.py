@@ -3,6 +3,7 @@
 Nothing here imports a library, so even a version that cannot be imported gets a clear message.
 """
 
+import functools
 import re
 from types import ModuleType
 
@@ -81,6 +82,7 @@ def _home(error: BaseException) -> str:
     return where.partition(".")[0]
 
 
+@functools.cache  # reading what a package says of itself takes milliseconds
 def version(name: str) -> str | None:
     """The installed version of a library; None if it is not installed."""
     import importlib.metadata  # imported here, because it takes a third of the time of `--help`

@@ -35,7 +35,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, texts: Path, tokenizer_folder: Path) -> Path:
     """Three epochs with dropout, two micro-batches a step, checkpoints every 50 steps."""
-    from tests.conftest import forget_accelerator
+    from tests.support.runs import forget_accelerator
     from train_loop.cli import main
 
     folder = tmp_path_factory.mktemp("replayed") / "run"

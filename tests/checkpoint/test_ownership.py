@@ -21,20 +21,25 @@ from train_loop.checkpoint import ownership
 from train_loop.checkpoint.ownership import LOCK, RECORD, Owner, Ownership
 from train_loop.errors import InputError
 
-# What a process does: takes a folder, says so, and keeps it until it is told to go on.
+# What a process does: takes a folder, at a moment that it may be told, says so, and keeps it until it is told to go on.
 PROGRAM = """
 import os, sys, time
 from pathlib import Path
 from train_loop.checkpoint import ownership
 from train_loop.errors import InputError
-locks, folder, begin, child = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
-ownership._PATIENCE_SECONDS, ownership._BEAT_SECONDS = 0.5, 0.1
+locks, folder, wait, child = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+ownership._PATIENCE_SECONDS, ownership._BEAT_SECONDS, ownership._POLL_SECONDS = 0.5, 0.1, 0.05
+if not wait:
+    ownership._SETTLE_SECONDS = 0.1
 if locks == "no locks":
     def flock(*_):
         raise OSError(37, "No locks available")
     ownership.fcntl.flock = flock
-while time.time() < begin:
-    pass
+if wait:
+    print("ready", flush=True)
+    begin = float(sys.stdin.readline())
+    while time.time() < begin:
+        pass
 try:
     with ownership.Ownership(folder) as own:
         own.take()
@@ -56,8 +61,8 @@ def start() -> Iterator[Start]:
     """Start a process that takes a folder."""
     begun: list[subprocess.Popen[str]] = []
 
-    def process(folder: Path, locks: str = "locks", begin: float = 0.0, child: str = "") -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", PROGRAM, locks, str(folder), str(begin), child]
+    def process(folder: Path, locks: str = "locks", wait: str = "", child: str = "") -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", PROGRAM, locks, str(folder), wait, child]
         pipe = subprocess.PIPE
         begun.append(
             subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
@@ -74,7 +79,14 @@ def start() -> Iterator[Start]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds are tenths."""
-    for name, seconds in (("PATIENCE", 0.3), ("LONG_PATIENCE", 4.0), ("BEAT", 0.1), ("STALE", 1.0), ("SETTLE", 0.1)):
+    for name, seconds in (
+        ("PATIENCE", 0.3),
+        ("LONG_PATIENCE", 4.0),
+        ("BEAT", 0.1),
+        ("STALE", 1.0),
+        ("SETTLE", 0.1),
+        ("POLL", 0.05),
+    ):
         monkeypatch.setattr(ownership, f"_{name}_SECONDS", seconds)
 
 
@@ -89,8 +101,14 @@ def let_go(process: subprocess.Popen[str]) -> None:
 
 @LOCKS
 def test_of_several_that_start_at_the_same_moment_exactly_one_wins(tmp_path: Path, start: Start, locks: str) -> None:
-    folder, begin = tmp_path / "new" / "run", time.time() + 1.5
-    contenders = [start(folder, locks, begin) for _ in range(5)]
+    folder = tmp_path / "new" / "run"
+    contenders = [start(folder, locks, "wait") for _ in range(5)]
+    assert [said(each) for each in contenders] == ["ready"] * 5
+    begin = time.time() + 0.2
+    for each in contenders:
+        assert each.stdin is not None
+        each.stdin.write(f"{begin}\n")
+        each.stdin.flush()
     answers = {each.pid: said(each) for each in contenders}
     (winner,) = (pid for pid, answer in answers.items() if answer == "mine")
     for pid, answer in answers.items():

@@ -1,5 +1,6 @@
 """What is read from a token file is what was written, or it is an error; the process is never killed."""
 
+import multiprocessing
 import os
 import pickle
 from pathlib import Path
@@ -168,8 +169,12 @@ def test_a_worker_of_the_loader_hands_on_the_line(path: Path) -> None:
     store = TokenStore(path.parent, "<u2", Ledger(text_tokens=1000), "another digest")
     reverse(path)
     windows = Windows(store, 9, filler=0)
+    before = {*multiprocessing.active_children()}
     with pytest.raises(InputError) as error:
         list(batches(windows, [MicroBatch(0, np.arange(3))], num_workers=1))
+    for worker in {*multiprocessing.active_children()} - before:  # torch waits for it in vain when the error is freed
+        worker.kill()
+        worker.join()
     assert str(error.value) == (
         f"{path}: damaged (has been written to); remove {path.parent.parent} to prepare it again"
     )

@@ -6,13 +6,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.support.launch import CONFIGS, ON_CPU, ROOT, command, environment, free_port, processes, run
+from tests.support import forked
+from tests.support.launch import CONFIGS, ON_CPU, ROOT, command, environment, free_port, launchers, processes, run
 from tests.support.runs import Command, events
 from train_loop.config.load import config_from_arguments
 from train_loop.distributed import launch
@@ -200,20 +202,27 @@ def test_a_configuration_says_how_it_is_used(path: Path) -> None:
     config_from_arguments(["--config", str(ROOT / arguments[1]), *arguments[2:]])
 
 
-def test_waiting_for_the_slowest_does_not_time_out() -> None:
+@pytest.fixture(scope="module")
+def waited() -> dict[str, list[tuple[int, str]]]:
+    """How two processes end that wait for each other, in each way of `waiting.py`; all at once: they mostly sleep."""
+    ways = {what: launchers(2, processes(2), ON_CPU) for what in ("together", "barrier", "mistake")}
+    with ThreadPoolExecutor(len(ways)) as pool:
+        ended = pool.map(lambda way: forked.together("tests.support.waiting", way[:1], way[1], 100), ways.items())
+        return dict(zip(ways, ended, strict=True))
+
+
+def test_waiting_for_the_slowest_does_not_time_out(waited: dict[str, list[tuple[int, str]]]) -> None:
     """Collectives time out after two seconds here, and one process is busy for five, twice."""
-    patient = run(processes(2), ["together"], "tests.support.waiting", **ON_CPU)
-    assert patient.returncode == 0, patient.stderr
-    assert sorted(patient.stdout.split("\n")) == ["", *["done by 0"] * 2, *["done by 1"] * 2]
-    impatient = run(processes(2), ["barrier"], "tests.support.waiting", **ON_CPU)
-    assert impatient.returncode != 0 and "imed out" in impatient.stderr
+    assert [(code, said.count(f"done by {rank}\n")) for rank, (code, said) in enumerate(waited["together"])] == [
+        (0, 2),
+        (0, 2),
+    ], waited["together"]
+    assert any(code and "imed out" in said for code, said in waited["barrier"]), waited["barrier"]
 
 
-def test_a_mistake_on_one_host_is_everybodys() -> None:
-    result = run(processes(2), ["mistake"], "tests.support.waiting", **ON_CPU)
-    assert result.returncode == 0, result.stderr
-    said = [f"process {process}: a file is missing on this host" for process in (0, 1)]
-    assert sorted(filter(None, result.stdout.split("\n"))) == sorted(said * 2)
+def test_a_mistake_on_one_host_is_everybodys(waited: dict[str, list[tuple[int, str]]]) -> None:
+    for rank, (code, said) in enumerate(waited["mistake"]):
+        assert code == 0 and said.count(f"process {rank}: a file is missing on this host\n") == 2, said
 
 
 @pytest.mark.parametrize(

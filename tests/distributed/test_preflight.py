@@ -63,10 +63,13 @@ def test_paths_may_differ_between_hosts_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("absent", [(), (2,), (1, 3)])
 def test_everybody_at_a_roll_call_is_told_who_is_missing(absent: tuple[int, ...]) -> None:
-    port, told = free_port(), {}
+    port, told, seconds = free_port(), {}, 1.0
 
     def call(number: int) -> None:
-        told[number] = host_check.report("127.0.0.1", port, number, 2.0) if number else host_check.listen(port, 4, 2.0)
+        if number:
+            told[number] = host_check.report("127.0.0.1", port, number, seconds)
+        else:
+            told[number] = host_check.listen(port, 4, seconds)
 
     callers = [threading.Thread(target=call, args=(number,)) for number in range(4) if number not in absent]
     for caller in callers:

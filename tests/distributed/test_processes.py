@@ -1,6 +1,6 @@
 """One run on one, two and three processes, with DDP and with FSDP2: the same numbers.
 
-The runs are two epochs of 31 steps with a last step of one sequence, dropout on, documents of 5 to 200 words, and three
+The runs are two epochs of 16 steps with a last step of one sequence, dropout on, documents of 5 to 200 words, and three
 micro-batches a step, which two processes cannot share evenly.
 """
 
@@ -34,6 +34,8 @@ WITHOUT_DROPOUT: dict[str, dict[str, Any]] = {
     "llama": TINY_MODELS["llama"],
     "llama-tied": TINY_MODELS["llama"] | {"tie_word_embeddings": True},
 }
+FILES = "[03]*.txt"  # of the corpus: 20 of its 40 documents, the shortest and the longest
+STEPS = 32
 WORLDS = ["1", "2", "3", "2-fsdp2"]
 DDP = ["1", "2", "3"]
 
@@ -98,7 +100,7 @@ class Runs:
             train("llama-resumed", model__architecture=json.dumps(SHAPES["llama"]))
             folder = self.root / f"{world}-llama-resumed"
             shutil.copytree(self.folder("1", "llama"), folder)
-            shutil.rmtree(folder / "checkpoints" / "step-00000062")
+            shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08d}")
             shutil.rmtree(folder / "model")
         for name in SHAPES:
             for size in (1, 3, 7):
@@ -109,7 +111,8 @@ class Runs:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folder: Path) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"), functools.partial(arguments_for, corpus, tokenizer_folder), corpus)
+    make = functools.partial(arguments_for, corpus, tokenizer_folder, data__files=f"{corpus}/{FILES}")
+    return Runs(tmp_path_factory.mktemp("runs"), make, corpus)
 
 
 def same(one: list[float], two: list[float], tolerance: float) -> None:
@@ -123,7 +126,7 @@ def same(one: list[float], two: list[float], tolerance: float) -> None:
 def test_losses_and_evaluations_do_not_depend_on_the_processes(runs: Runs, world: str, name: str) -> None:
     for key in ("learning_rate", "tokens", "step", "epoch"):
         assert runs.steps("1", name, key) == runs.steps(world, name, key)
-    assert len(runs.steps("1", name, "loss")) == 62 and min(runs.steps("1", name, "tokens")) <= 32
+    assert len(runs.steps("1", name, "loss")) == STEPS and min(runs.steps("1", name, "tokens")) <= 32
     same(runs.steps("1", name, "loss"), runs.steps(world, name, "loss"), 1e-5)
     one, other = (events(runs.folder(each, name), "evaluation") for each in ("1", world))
     assert [event["tokens"] for event in one] == [event["tokens"] for event in other]
@@ -161,7 +164,7 @@ def test_bitwise_means_the_same_bits_on_any_number_of_processes(runs: Runs, name
         weights = hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
         losses = [(event["loss"], event["grad_norm"]) for event in events(folder, "step")]
         kept.append((weights, losses, events(folder, "evaluation")))
-    assert len(kept[0][1]) == 62
+    assert len(kept[0][1]) == STEPS
     assert kept[0] == kept[1] == kept[2]
     same(runs.steps("1", f"{name}-bitwise", "loss"), runs.steps("1", name, "loss"), 1e-5)
 

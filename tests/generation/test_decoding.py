@@ -1,5 +1,7 @@
 """Generation: greedy text is `generate`'s, and a prompt's continuation is the same however it is computed."""
 
+import copy
+import functools
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,16 +23,22 @@ from train_loop.models import building
 from train_loop.ops.packed_linear import pack
 
 CONTEXT = 32
+NARROW = 12  # takes less until older tokens slide out
+LONG = 26  # beyond the narrow context, twice
 PROMPT = [5, 17, 300, 42, 8]
 RAGGED = [PROMPT, [9], [11, 50, 51, 52, 53, 54, 60, 7], [250] * 3]
 
 
-def build(kind: str, tokenizer_folder: Path) -> Any:
-    return building.build(configured(PATHS[kind][0], CONTEXT), tokenizer.load(str(tokenizer_folder))).eval()
+KINDS = ["gpt2", "llama", "qwen3", "gpt_neox"]
 
 
-@pytest.fixture(params=["gpt2", "llama", "qwen3", "gpt_neox"])
+def build(kind: str, tokenizer_folder: Path, context: int = CONTEXT) -> Any:
+    return building.build(configured(PATHS[kind][0], context), tokenizer.load(str(tokenizer_folder))).eval()
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def built(request: pytest.FixtureRequest, tokenizer_folder: Path) -> Any:
+    """A model that all tests share, and none changes."""
     return build(request.param, tokenizer_folder)
 
 
@@ -49,6 +57,22 @@ def one(built: Any, prompt: list[int], sampling: Sampling, eos: int | None = Non
 
 def alone(built: Any, prompts: list[list[int]], sampling: Sampling, eos: int | None = None) -> list[list[int]]:
     return [one(built, prompt, sampling, eos) for prompt in prompts]
+
+
+class Narrow:
+    """A model with a small context; what it says to a prompt alone is worked out once for all tests."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._one = functools.cache(lambda prompt, sampling, eos: one(model, list(prompt), sampling, eos))
+
+    def alone(self, prompts: list[list[int]], sampling: Sampling, eos: int | None = None) -> list[list[int]]:
+        return [self._one(tuple(prompt), sampling, eos) for prompt in prompts]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def narrow(request: pytest.FixtureRequest, tokenizer_folder: Path) -> Narrow:
+    return Narrow(build(request.param, tokenizer_folder, NARROW))
 
 
 def test_greedy_is_generates(built: Any) -> None:
@@ -86,26 +110,27 @@ def test_log_probabilities_are_the_models(built: Any) -> None:
     assert generate(Decoder(built), [PROMPT], Sampling(20, seed=5), None)[0].log_probabilities == []
 
 
-@pytest.mark.parametrize("new", [20, 70])  # 70: beyond the context, twice
+@pytest.mark.parametrize("new", [10, LONG])
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"seed": 3}], ids=["greedy", "sampled"])
-def test_cached_is_uncached(built: Any, sampling: dict[str, Any], new: int) -> None:
+def test_cached_is_uncached(narrow: Narrow, sampling: dict[str, Any], new: int) -> None:
     settings = Sampling(new, **sampling)
-    cached, uncached = (one(built, PROMPT, settings, use_cache=cache) for cache in (True, False))
+    cached, uncached = (one(narrow.model, PROMPT, settings, use_cache=cache) for cache in (True, False))
     assert cached == uncached and len(cached) == new
 
 
-@pytest.mark.parametrize("new", [20, 70])
-def test_a_ragged_batch_is_each_alone(built: Any, new: int) -> None:
+@pytest.mark.parametrize("new", [10, LONG])
+def test_a_ragged_batch_is_each_alone(narrow: Narrow, new: int) -> None:
+    model = narrow.model
     for sampling in (Sampling(new, seed=7), Sampling(new, temperature=0, repetition_penalty=1.3)):
-        free = alone(built, RAGGED, sampling)
-        assert tokens(generate(Decoder(built), RAGGED, sampling, None)) == free
-        assert tokens(generate(Decoder(built), RAGGED[::-1], sampling, None)) == free[::-1]
+        free = narrow.alone(RAGGED, sampling)
+        assert tokens(generate(Decoder(model), RAGGED, sampling, None)) == free
+        assert tokens(generate(Decoder(model), RAGGED[::-1], sampling, None)) == free[::-1]
         # Now some rows end early, and the others go on without them.
         eos = free[2][7]
-        expected = alone(built, RAGGED, sampling, eos)
+        expected = narrow.alone(RAGGED, sampling, eos)
         assert len({len(row) for row in expected}) > 1
-        assert tokens(generate(Decoder(built), RAGGED, sampling, eos)) == expected
-        assert tokens(generate(Decoder(built, use_cache=False), RAGGED, sampling, eos)) == expected
+        assert tokens(generate(Decoder(model), RAGGED, sampling, eos)) == expected
+        assert tokens(generate(Decoder(model, use_cache=False), RAGGED, sampling, eos)) == expected
 
 
 needs_static_cache = pytest.mark.skipif(
@@ -114,15 +139,15 @@ needs_static_cache = pytest.mark.skipif(
 
 
 @needs_static_cache
-@pytest.mark.parametrize("new", [20, 70])
-def test_a_static_cache_is_a_growing_one(built: Any, new: int) -> None:
-    assert StaticDecoder.fits(built)
+@pytest.mark.parametrize("new", [10, LONG])
+def test_a_static_cache_is_a_growing_one(narrow: Narrow, new: int) -> None:
+    assert StaticDecoder.fits(narrow.model)
     sampling = Sampling(new, seed=7)
-    eos = alone(built, RAGGED, sampling)[2][7]
-    feed = StaticDecoder(built, lambda step, rewind: step)
+    eos = narrow.alone(RAGGED, sampling)[2][7]
+    feed = StaticDecoder(narrow.model, lambda step, rewind: step)
     shorter = [row[:2] for row in RAGGED]  # in memory that is there already
     for prompts in (RAGGED[:2], [RAGGED[2]], RAGGED, shorter, RAGGED):
-        assert tokens(generate(feed, prompts, sampling, eos)) == alone(built, prompts, sampling, eos)
+        assert tokens(generate(feed, prompts, sampling, eos)) == narrow.alone(prompts, sampling, eos)
 
 
 @needs_static_cache
@@ -180,6 +205,7 @@ def test_a_step_that_cannot_be_recorded_is_taken_as_it_is(built: Any, monkeypatc
 @needs_onednn
 def test_matrices_in_another_order_give_the_same_text(built: Any) -> None:
     torch.manual_seed(0)
+    built = copy.deepcopy(built)
     for parameter in built.parameters():
         if parameter.dim() == 1:  # biases are zeros at first
             torch.nn.init.normal_(parameter, 1.0, 0.1)

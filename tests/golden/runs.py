@@ -81,7 +81,7 @@ def launched(folder: Path) -> dict[str, Any]:
     for name in ON_TWO:
         given = settings(folder, name)
         commands += [["train", *given], ["evaluate", "--model", str(folder / name), *given]]
-    outcomes = launch.several(2, commands, **KERNELS)
+    outcomes = launch.fresh(2, commands, **KERNELS)
     for outcome in outcomes:
         if outcome.code:
             raise SystemExit(outcome.err)

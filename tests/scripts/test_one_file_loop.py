@@ -17,7 +17,7 @@ import yaml
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from scripts import one_file_loop
-from tests.support.launch import ON_CPU, ROOT, environment, free_port
+from tests.support.launch import ON_CPU, ROOT, environment, free_port, several
 from tests.support.runs import TINY_MODELS, Command, events, forget_accelerator, text
 
 SCRIPT = ROOT / "scripts" / "one_file_loop.py"
@@ -123,7 +123,8 @@ def test_on_one_process(config: Path, tmp_path: Path, command: Command, monkeypa
 @pytest.mark.parametrize("config", ["gpt2"], indirect=True)
 def test_on_two_processes(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    launched("-m", "train_loop", "train", "--config", config, "--run.output_dir", run, *ONLY_THE_PACKAGE)
+    (package,) = several(2, [["train", "--config", str(config), "--run.output_dir", str(run), *ONLY_THE_PACKAGE]])
+    assert package.codes == [0, 0], package.err
     compare(run, launched(SCRIPT, "--config", config), 2)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from train_loop import versions
 from train_loop.analysis import truth_sheet
 from train_loop.checkpoint import storage
 from train_loop.checkpoint.manager import CheckpointManager
@@ -123,6 +124,7 @@ def another_version(patch: pytest.MonkeyPatch, process: int, at: int) -> None:
     """On one process, what Python finds first of the libraries' versions is in another folder."""
     if _here(process):
         patch.syspath_prepend(os.environ["TESTS_OTHER_VERSION"])
+        patch.setattr(versions, "version", versions.version.__wrapped__)  # which remembers nothing
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch, int, int], None]] = {

@@ -6,23 +6,28 @@ write outside of its folder is refused and listed.
 
 import errno
 import functools
+import importlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 IMPORTED = (
     *("train_loop.cli", "train_loop.job", "train_loop.generation.sampler", "train_loop.analysis.inspection"),
     *("train_loop.report.server", "train_loop.report.figures", "datasets", "yaml"),
     *("transformers.models.gpt2.modeling_gpt2", "transformers.models.auto.modeling_auto", "tests.support.forked"),
     *("transformers.models.llama.modeling_llama", "transformers.models.gpt2.tokenization_gpt2"),
+    *("tests.support.several", "accelerate", "torch.distributed.fsdp"),
 )
 CLOSED = "closed"
+ROOT = Path(__file__).parents[2]
 
 
 class Outcome(NamedTuple):
@@ -83,6 +88,78 @@ def run(
     notes = watched.splitlines()
     peak = int(notes.pop()) if notes and notes[-1].isdigit() else 0
     return Outcome(code, out, err, peak, sorted(set(notes)))
+
+
+def together(
+    module: str, arguments: Sequence[str], environments: Sequence[dict[str, str]], seconds: float
+) -> list[tuple[int, str]]:
+    """`MODULE.main(ARGUMENTS)` in a process for each environment, all at the same time: exit codes, what they printed.
+
+    Where one fails, the others are killed: they would wait for it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder) / str(number) for number in range(len(environments))]
+        children = [
+            _context().Process(target=_member, args=(module, list(arguments), each, str(path)))
+            for each, path in zip(environments, said, strict=True)
+        ]
+        for child in children:
+            child.start()
+        deadline = time.monotonic() + seconds
+        waiting = {child.sentinel: child for child in children}
+        while waiting and (ended := multiprocessing.connection.wait(waiting, deadline - time.monotonic())):
+            failed = [waiting.pop(each).exitcode for each in ended]
+            if any(failed):
+                break
+        for child in waiting.values():
+            child.kill()
+        for child in children:
+            child.join()
+        printed = [path.read_text("utf-8", "replace") if path.exists() else "" for path in said]
+        return [(child.exitcode or 0, each) for child, each in zip(children, printed, strict=True)]
+
+
+class Popen:
+    """Stands in for `subprocess.Popen` where that starts `python -m train_loop ...` in a session of its own."""
+
+    def __init__(self, command: Sequence[str], stdout: IO[bytes], env: dict[str, str], **options: Any) -> None:
+        module, *arguments = command[command.index("-m") + 1 :]
+        assert module == "train_loop" and options == {"stderr": stdout, "start_new_session": True}
+        self._process = _context().Process(target=_led, args=(arguments, env, stdout.name))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int | None:
+        self._process.join()
+        return self._process.exitcode
+
+
+def _led(arguments: list[str], environment: dict[str, str], said: str) -> None:
+    os.setsid()
+    _settle(environment, said)
+    sys.exit(importlib.import_module("train_loop.cli").main(arguments))
+
+
+def _member(module: str, arguments: list[str], environment: dict[str, str], said: str) -> None:
+    _settle(environment, said)
+    os.chdir(ROOT)
+    importlib.import_module(module).main(*arguments)
+
+
+def _settle(environment: dict[str, str], said: str) -> None:
+    opened = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(opened, number)
+    os.close(opened)
+    os.environ.clear()
+    os.environ |= environment
 
 
 def _child(arguments: list[str], folder: str, memory: int, options: dict[str, Any]) -> None:

@@ -6,9 +6,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tests.support import forked
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = ROOT / "configs" / "accelerate"
@@ -61,6 +63,22 @@ def processes(number: int) -> list[str]:
     return ["--num_processes", str(number), *(["--multi_gpu"] if number > 1 else ["--cpu"])]
 
 
+def launchers(number: int, options: Sequence[str], variables: dict[str, str]) -> list[dict[str, str]]:
+    """The environments that `accelerate launch OPTIONS` and torch's launcher below it give to `number` processes."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    port = str(free_port())
+    given = launch_command_parser().parse_args([*options, "--main_process_port", port, "-m", "train_loop"])
+    theirs = prepare_multi_gpu_env(_validate_launch_command(given)[0])
+    common = environment(variables) | {
+        name: theirs[name] for name in theirs if name.startswith(("ACCELERATE_", "FSDP_"))
+    }
+    common |= variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(number)}
+    common |= {"LOCAL_WORLD_SIZE": str(number), "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0"}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+
+
 class Outcome(NamedTuple):
     """What a command of `several` came to; `codes` are those of all processes, the rest is the first one's."""
 
@@ -73,14 +91,41 @@ class Outcome(NamedTuple):
 def several(
     number: int, commands: Sequence[Sequence[Any]], fsdp2: bool = False, seconds: float = 500, **more: str
 ) -> list[Outcome]:
-    """Runs commands one after the other in the same `number` processes: to start them takes longer than to train."""
+    """Runs commands one after the other in the same `number` processes: to start them takes longer than to train.
+
+    They are forked, from one that has imported everything, instead of launched.
+    """
+    sharded = ["--config_file", str(CONFIGS / "fsdp2.yaml"), "--num_processes", str(number)]
+    variables = ON_CPU | more | ({"TESTS_FSDP2_ON_CPU": "true"} if fsdp2 else {})
+    alone = number == 1 and not fsdp2
+    each = [environment(variables)] if alone else launchers(number, sharded if fsdp2 else processes(number), variables)
+
+    def start(*paths: str) -> None:
+        ended = forked.together("tests.support.several", paths, each, seconds)
+        assert not any(code for code, _ in ended), ended
+
+    return _outcomes(number, commands, start)
+
+
+def fresh(number: int, commands: Sequence[Sequence[Any]], **more: str) -> list[Outcome]:
+    """The same in new processes: `more` has what libraries read when they are loaded."""
+
+    def start(*paths: str) -> None:
+        program, pipes = [sys.executable, "-m", "tests.support.several", *paths], {"stderr": subprocess.PIPE}
+        started = [
+            subprocess.Popen(program, env=each, cwd=ROOT, text=True, **pipes)
+            for each in launchers(number, processes(number), ON_CPU | more)
+        ]
+        ended = [(each.communicate(timeout=300)[1], each.returncode) for each in started]
+        assert not any(code for _, code in ended), ended
+
+    return _outcomes(number, commands, start)
+
+
+def _outcomes(number: int, commands: Sequence[Sequence[Any]], start: Callable[..., None]) -> list[Outcome]:
     with tempfile.TemporaryDirectory() as folder:
         todo, done = Path(folder) / "todo.json", Path(folder) / "done.json"
         todo.write_text(json.dumps(commands))
-        sharded = ["--config_file", str(CONFIGS / "fsdp2.yaml"), "--num_processes", str(number)]
-        variables = ON_CPU | more | ({"TESTS_FSDP2_ON_CPU": "true"} if fsdp2 else {})
-        launcher = sharded if fsdp2 else processes(number)
-        result = run(launcher, [str(todo), str(done)], "tests.support.several", seconds, **variables)
-        assert result.returncode == 0, result.stderr
+        start(str(todo), str(done))
         found = [json.loads(done.with_name(f"{done.name}.{rank}").read_text()) for rank in range(number)]
         return [Outcome(*each[0], codes=[code for code, _, _ in each]) for each in zip(*found, strict=True)]

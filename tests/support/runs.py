@@ -110,6 +110,7 @@ def arguments_for(corpus: Path, tokenizer_folder: Path, output: Path, **changes:
         "batch.sequences_per_step": 8,
         "optimizer.learning_rate": 1e-2,
         "train.epochs": 2,
+        "sample.max_new_tokens": 9,  # a hundred, the default, take as long as the rest of the run
         "export.verify": "false",  # takes five seconds
     }
     values |= {key.replace("__", "."): value for key, value in changes.items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.runs import last_of_each
-from train_loop.cli import main
+from train_loop import cli
 
 
 def shard_on_cpu() -> None:
@@ -51,17 +51,18 @@ def run(command: list[Any]) -> tuple[int, str, str]:
         arguments.append(last)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), broken:
-        code = main(last_of_each(arguments))
+        code = cli.main(last_of_each(arguments))
     return code, out.getvalue(), err.getvalue()
 
 
-if __name__ == "__main__":
+def main(*paths: str) -> None:
+    """Runs the commands in `todo`; what they come to is in `done.RANK`."""
     from accelerate import PartialState
 
     # The commands share one process group: a second one would find the first one's addresses in the launcher's store.
+    todo, done = map(Path, paths)
     destroy = PartialState.destroy_process_group
     PartialState.destroy_process_group = lambda *_: None  # type: ignore[method-assign]
-    todo, done = map(Path, sys.argv[1:])
     written: set[str] = set()
     if root := os.environ.get("TESTS_NOTE_WRITES"):
         note_writes(root, written)
@@ -70,3 +71,7 @@ if __name__ == "__main__":
     if root:
         Path(root, f"written.{os.environ.get('RANK', '0')}").write_text("\n".join(sorted(written)))
     destroy(PartialState())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -87,32 +87,33 @@ def test_the_order_and_the_result_depend_on_the_seed_alone(
     assert losses[0] == losses[1] != losses[2]
 
 
-@pytest.mark.parametrize("name", TINY_MODELS)
 def test_transformers_takes_the_exported_model(
-    command: Command, settings: Callable[..., list[str]], tmp_path: Path, name: str
+    command: Command, settings: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """In a process without this package: the same evaluation loss, and text from a pipeline."""
-    arguments = settings(model__architecture=json.dumps(TINY_MODELS[name]))
-    assert command("train", *arguments) == 0
+    """In a process without this package: the same evaluation loss, and text from a pipeline; for each kind of model."""
+    for name, architecture in TINY_MODELS.items():
+        arguments = settings(model__architecture=json.dumps(architecture), run__output_dir=tmp_path / name)
+        assert command("train", *arguments) == 0
     prepared = preparation.prepare(config_from_arguments(arguments), shown=False)
     tokens = prepared.validation.tokens[:].astype("int64").tolist()
     program = """
 import sys, json, torch
 assert "train_loop" not in sys.modules
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-folder, tokens = sys.argv[1], json.loads(sys.stdin.read())
-model = AutoModelForCausalLM.from_pretrained(folder)
-nll = 0.0
-with torch.no_grad():
-    for start in range(0, len(tokens) - 1, 32):
-        ids = torch.tensor([tokens[start : start + 33]])
-        picked = model(ids[:, :-1]).logits.double().log_softmax(-1).gather(2, ids[:, 1:, None])
-        nll -= picked.sum().item()
-text = pipeline("text-generation", model=folder)("the ", max_new_tokens=5)[0]["generated_text"]
-print(json.dumps([nll / (len(tokens) - 1), text, AutoTokenizer.from_pretrained(folder).model_max_length]))
+tokens = json.loads(sys.stdin.read())
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    nll = 0.0
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 1, 32):
+            ids = torch.tensor([tokens[start : start + 33]])
+            picked = model(ids[:, :-1]).logits.double().log_softmax(-1).gather(2, ids[:, 1:, None])
+            nll -= picked.sum().item()
+    text = pipeline("text-generation", model=folder)("the ", max_new_tokens=5)[0]["generated_text"]
+    print(json.dumps([nll / (len(tokens) - 1), text, AutoTokenizer.from_pretrained(folder).model_max_length]))
 """
     result = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "run" / "model")],
+        [sys.executable, "-c", program, *(str(tmp_path / name / "model") for name in TINY_MODELS)],
         input=json.dumps(tokens),
         capture_output=True,
         text=True,
@@ -120,9 +121,10 @@ print(json.dumps([nll / (len(tokens) - 1), text, AutoTokenizer.from_pretrained(f
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    loss, generated, context = json.loads(result.stdout.splitlines()[-1])
-    assert loss == pytest.approx(events(tmp_path / "run", "evaluation")[-1]["loss"], rel=1e-6)
-    assert generated.startswith("the ") and context == 32
+    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
+    for name, (loss, generated, context) in zip(TINY_MODELS, found, strict=True):
+        assert loss == pytest.approx(events(tmp_path / name, "evaluation")[-1]["loss"], rel=1e-6)
+        assert generated.startswith("the ") and context == 32
 
 
 def test_the_model_folder(command: Command, settings: Callable[..., list[str]], tmp_path: Path) -> None:
