@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from train_loop import versions
+from train_loop import libraries, versions
 from train_loop.analysis import batch_size, probe, truth_sheet
 from train_loop.analysis.replay import Replay
 from train_loop.analysis.samples import Samples
@@ -62,7 +62,7 @@ class Setup:
     damaged: dict[int, str]
 
 
-@versions.ready()
+@libraries.ready()
 def train(
     config: Config,
     *,
@@ -346,7 +346,7 @@ def _choose_compiled(run: Run) -> None:
     run.context.accelerator.unwrap_model(run.context.objective).compiled = shapes
 
 
-@versions.ready()
+@libraries.ready()
 def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, Any]:
     """Evaluate a model exactly on the configured validation data; all processes get the same result.
 

@@ -1,12 +1,9 @@
 """The libraries that train_loop uses: which versions work, which are installed, and what to say if they don't fit.
 
-Nothing here imports a library before its version is checked, so one that cannot be imported gets a clear message.
+Nothing here imports a library, so even a version that cannot be imported gets a clear message.
 """
 
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import ModuleType
 
 from train_loop.errors import InputError, one_line
@@ -48,25 +45,6 @@ def check() -> None:
         if release(found) < release(floor):
             cure = f"train_loop needs {floor} or later: pip install '{name}>={floor}'"
             raise InputError(f"{name} {found} is too old; {cure}")
-
-
-@contextmanager
-def ready() -> Iterator[None]:
-    """Check the libraries' versions; within this, they print nothing but errors, since their notes drown out ours."""
-    check()
-    # Datasets reads this when it is loaded; loading it takes a second and is not always needed.
-    os.environ.setdefault("DATASETS_VERBOSITY", "error")
-    import transformers
-
-    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()
 
 
 def too_new(error: BaseException) -> str | None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from train_loop import versions
+from train_loop import libraries
 from train_loop.config.load import cache_dir, checked
 from train_loop.config.schema import Config
 from train_loop.data import preparation
@@ -30,7 +30,7 @@ class Documents(NamedTuple):
     texts: Iterable[str]
 
 
-@versions.ready()
+@libraries.ready()
 def prepare(config: Config, documents: Documents | tuple[str, Iterable[str]] | None = None) -> Prepared:
     """Turn documents into a token store, or find the existing one. This needs no torch.
 
