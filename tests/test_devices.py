@@ -23,6 +23,7 @@ from train_loop.distributed.collectives import reduce_exactly
 from train_loop.generation import logits_processors
 
 CPU = torch.device("cpu")
+COMPUTES_BF16: Any = devices.cpu_computes_bf16
 RUNS: dict[str, dict[str, Any]] = {
     "gpt2": {
         "model__architecture": json.dumps(TINY_MODELS["gpt2"] | NO_DROPOUT),  # tied weights
@@ -185,6 +186,27 @@ def test_a_cpu_says_what_it_has(command: Command, settings: Callable[..., list[s
     assert devices.name(CPU) == "CPU" and devices.peak_memory(CPU)() > 2**20
     assert command("train", *settings(run__mixed_precision="fp16")) == 2
     assert "run.mixed_precision fp16: this device (CPU) does not support it; it supports no | bf16" in command.err
+
+
+@pytest.mark.parametrize(
+    ("told", "capability", "expected"),
+    [
+        ({"flags": "avx2 avx512f avx512_bf16"}, "AVX512", True),
+        ({"flags": "avx2 avx512f amx_bf16 amx_tile"}, "AVX512", True),
+        ({"flags": "avx2 avx512f amx_bf16 amx_tile"}, "AVX2", False),  # was told to do without
+        ({"flags": "avx2 avx512f"}, "AVX512", False),
+        ({"flags": "avx2 fma"}, "AVX2", False),
+        ({"Features": "fp asimd sve bf16"}, "DEFAULT", True),
+        ({"Features": "fp asimd"}, "DEFAULT", False),
+        ({}, "DEFAULT", True),  # does not say
+    ],
+)
+def test_a_cpus_bf16_is_read_off_its_flags(
+    monkeypatch: pytest.MonkeyPatch, told: dict[str, str], capability: str, expected: bool
+) -> None:
+    monkeypatch.setattr(devices, "_told_of_cpu", lambda: told)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert COMPUTES_BF16.__wrapped__() == expected
 
 
 def test_what_is_exact_goes_where_float64_is(monkeypatch: pytest.MonkeyPatch) -> None:

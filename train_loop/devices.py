@@ -6,6 +6,7 @@ by name, because it needs no copying, no waiting and no warming up.
 
 import contextlib
 import functools
+import itertools
 import platform
 import resource
 import sys
@@ -108,11 +109,26 @@ def name(device: torch.device) -> str:
 @functools.cache
 def processor() -> tuple[str, str]:
     """The maker of the CPU as it calls itself (GenuineIntel, AuthenticAMD, arm64), and what torch uses of it (AVX2)."""
+    return _told_of_cpu().get("vendor_id", platform.machine()), torch.backends.cpu.get_cpu_capability()
+
+
+@functools.cache
+def cpu_computes_bf16() -> bool:
+    """Whether the CPU has instructions for bf16 that torch may use, or doesn't say: without them, fp32 is faster."""
+    told = _told_of_cpu()
+    flags = told.get("flags", told.get("Features", "")).split()
+    if not flags:
+        return True
+    wide = "Features" in told or torch.backends.cpu.get_cpu_capability() == "AVX512"  # and not told to do without
+    return wide and bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
+
+
+def _told_of_cpu() -> dict[str, str]:
+    """What Linux says of the first CPU; nothing on other systems."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.startswith("vendor_id"):
-                return line.split(":", 1)[1].strip(), torch.backends.cpu.get_cpu_capability()
-    return platform.machine(), torch.backends.cpu.get_cpu_capability()
+        lines = itertools.takewhile(str.strip, file)
+        return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return {}
 
 
 def peak_memory(device: torch.device) -> Callable[[], int]:

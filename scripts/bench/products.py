@@ -100,11 +100,9 @@ def main() -> None:
         print(f"{product:44}" + "".join(f"{rates[product]:20,.0f}" for rates in told.values()))
     print(f"\nthe table: {', '.join(f'{role} {name}' for role, name in chosen.items())}")
     for product, rate in told.pop(TABLE).items():
-        best = max(told, key=lambda name, product=product: told[name][product])
-        if rate < (1 - _WRONG) * told[best][product]:
-            print(
-                f"the table is wrong for {product}: {best} computes it at {told[best][product] / rate:.2f} of its rate"
-            )
+        best_rate, best = max((rates[product], name) for name, rates in told.items())
+        if rate < (1 - _WRONG) * best_rate:
+            print(f"the table is wrong for {product}: {best} computes it at {best_rate / rate:.2f} times its rate")
 
 
 def _rates(process: Library) -> dict[str, float]:

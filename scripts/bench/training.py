@@ -1,8 +1,9 @@
 """Tokens per second and memory of training, against `Trainer` and against the rate of matrix products.
 
-    python scripts/bench/training.py [--shape distilgpt2 | llama-128k] [--capability avx2] [--rounds 5] [--json]
+    python scripts/bench/training.py [--shape distilgpt2 | llama-128k] [--mixed_precision bf16] [--capability avx2]
+        [--rounds 5] [--json]
 
-8 x 128 tokens a step in fp32, dropout as the model has it, from random weights. Each contender is a process of its own
+8 x 128 tokens a step, in fp32 if nothing else is said, dropout as the model has it, from random weights. Each contender is a process of its own
 (how the C library keeps memory is a property of a process) that trains a step when it is its turn; the first steps warm
 up. Memory is the process's peak beyond what it had before the model, weights, gradients and moments (16 bytes a
 parameter) not counted. The bound is all matrix products of a step and nothing else (`products.py`), by the fastest of
@@ -43,16 +44,17 @@ def main() -> None:
     """Run the benchmark."""
     options = parser(__doc__, rounds=5)
     options.add_argument("--shape", choices=SHAPES, default="distilgpt2", help="of the model (distilgpt2)")
+    options.add_argument("--mixed_precision", choices=("no", "bf16"), default="no", help="of both loops (no)")
     options.add_argument("--contender", choices=CONTENDERS, help="what a process started by this one is")
     given = options.parse_args()
     if given.contender:
         with contextlib.redirect_stdout(sys.stderr):
             if given.contender == "Trainer":
-                _trainer(given.shape)
+                _trainer(given.shape, given.mixed_precision == "bf16")
             else:
-                _loop(given.shape, keep_memory=given.contender == "train_loop")
+                _loop(given.shape, given.mixed_precision, keep_memory=given.contender == "train_loop")
         return
-    command = [sys.executable, __file__, "--shape", given.shape]
+    command = [sys.executable, __file__, "--shape", given.shape, "--mixed_precision", given.mixed_precision]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     processes = {name: subprocess.Popen([*command, "--contender", name], text=True, **pipes) for name in CONTENDERS}
     told: dict[str, dict[str, float]] = {}
@@ -76,7 +78,8 @@ def main() -> None:
         process.kill()
     for library in alone.values():
         library.kill()
-    report(f"a training step, {given.shape}, {SEQUENCES} x {BLOCK} tokens", found, tokens, "tokens", given.json)
+    title = f"a training step, {given.shape}, {SEQUENCES} x {BLOCK} tokens, mixed precision {given.mixed_precision}"
+    report(title, found, tokens, "tokens", given.json)
     bound, mine = min(statistics.median(found[name]) for name in alone), statistics.median(found["train_loop"])
     memory = {name: round(each["extra_mb"]) for name, each in told.items()}
     rows = {
@@ -119,7 +122,7 @@ def _model(shape: str) -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
 
 
-def _loop(shape: str, keep_memory: bool) -> None:
+def _loop(shape: str, precision: str, keep_memory: bool) -> None:
     from train_loop import job
     from train_loop.config.load import config_from_arguments
     from train_loop.training.state import Observer, StepBatch, TrainState
@@ -138,6 +141,7 @@ def _loop(shape: str, keep_memory: bool) -> None:
                 *("--model.architecture", json.dumps(SHAPES[shape]), "--tokenizer.train_vocab_size", "4096"),
                 *("--data.block_size", str(BLOCK), "--batch.sequences_per_step", str(SEQUENCES)),
                 *("--train.max_steps", "1000", "--evaluation.every", "1000", "--checkpoint.every", "1000"),
+                *("--run.mixed_precision", precision),
                 *("--run.keep_memory", str(keep_memory).lower(), "--run.output_dir", str(folder)),
             ]
         ),
@@ -145,7 +149,7 @@ def _loop(shape: str, keep_memory: bool) -> None:
     )
 
 
-def _trainer(shape: str) -> None:
+def _trainer(shape: str, bf16: bool) -> None:
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments, logging
 
@@ -172,6 +176,7 @@ def _trainer(shape: str) -> None:
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
+        bf16=bf16,
     )
     data: Any = [{"input_ids": row, "labels": row} for row in ids]
     Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Callback()]).train()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support.runs import TINY_MODELS, Command, events, last_of_each
-from train_loop import job
+from train_loop import devices, job
 from train_loop.analysis import truth_sheet
 from train_loop.config.load import config_from_arguments
 from train_loop.errors import InputError
@@ -91,6 +91,20 @@ def test_precision_is_what_was_found(command: Command, settings: Settings, tmp_p
     assert set(precision["parameters"]) == set(precision["gradients"]) == set(precision["moments"]) == {"float32"}
 
 
+def test_without_instructions_for_bf16_a_cpu_computes_in_fp32_and_says_so(
+    command: Command, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "cpu_computes_bf16", lambda: False)
+    assert command("train", *settings(run__mixed_precision="bf16", train__epochs=1)) == 0
+    assert command.err.count("this CPU has no instructions for it, so all is computed in fp32") == 1
+    precision = json.loads((tmp_path / "run" / "truth.json").read_text())["precision"]
+    assert (precision["asked"], precision["granted"], precision["compute"]) == ("bf16", "no", "float32")
+    plain = settings(train__epochs=1, run__output_dir=tmp_path / "plain")
+    assert command("train", *plain) == 0
+    found, expected = (events(tmp_path / name, "step") for name in ("run", "plain"))
+    assert [each["loss"] for each in found] == [each["loss"] for each in expected]
+
+
 def change(*path: str | int, to: object) -> Callable[[dict[str, Any]], None]:
     def apply(sheet: Any) -> None:
         for step in path[:-1]:
@@ -107,7 +121,7 @@ def change(*path: str | int, to: object) -> Callable[[dict[str, Any]], None]:
         (change("precision", "parameters", to={"bfloat16": 3}), "parameters are bfloat16 but should be float32"),
         (change("precision", "gradients", to={"float16": 3}), "gradients are float16"),
         (change("precision", "moments", to={"float32": 3, "bfloat16": 1}), "moments are float32, bfloat16"),
-        (change("precision", "asked", to="bf16"), "should compute in bfloat16, but the model computes in float32"),
+        (change("precision", "granted", to="bf16"), "should compute in bfloat16, but the model computes in float32"),
         (change("parameters", "in_no_group", to=["lm_head.weight"]), "lm_head.weight"),
         (change("parameters", "in_several_groups", to=["wte.weight"]), "holds ['wte.weight'] more than once"),
         (change("loss", "difference", to=1e-3), "the model's own"),

@@ -87,10 +87,17 @@ def test_several_threads_at_once_get_their_own_products(library: str) -> None:
         assert all(pool.map(work, range(4)))
 
 
-def test_every_library_here_is_proven_and_draws_nothing_of_ours() -> None:
+def test_every_library_here_is_proven_wherever_it_is_asked_for_first() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    assert all(products.proven.__wrapped__(library) for library in products.available())
+    default = torch.get_default_dtype()
+    for autocast in (False, True):
+        torch.set_default_dtype(torch.float64 if autocast else torch.float32)
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.device("meta" if autocast else "cpu"):
+                assert all(products.proven.__wrapped__(library) for library in products.available())
+        finally:
+            torch.set_default_dtype(default)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import settings as hypothesis_settings
 
 from tests.support.runs import TINY_MODELS, Command, arguments_for, forget_accelerator, text
+from train_loop import devices
 from train_loop.metrics import throughput
 
 # The machines are shared: how long an example takes says nothing.
@@ -50,6 +51,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Pat
     building.build(config, its_tokenizer).save_pretrained(folder)
     its_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def bf16_on_any_cpu() -> Iterator[None]:
+    """What is asked for is tested also on a CPU without instructions for it, where a run would compute in fp32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "cpu_computes_bf16", lambda: True)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -74,7 +74,12 @@ def measure(run: Run) -> dict[str, Any]:
             "parallelism": parallelism,
             "each": describe_ranks(accelerator),
         },
-        "precision": {"asked": config.run.mixed_precision, **dtypes, "loss_scaling": accelerator.scaler is not None},
+        "precision": {
+            "asked": config.run.mixed_precision,
+            "granted": accelerator.mixed_precision,
+            **dtypes,
+            "loss_scaling": accelerator.scaler is not None,
+        },
         "reproducible": config.run.reproducible,
         "parameters": _parameters(state),
         "causality": sees | {"refusal": causality.refusal(model, _source(config))},
@@ -109,7 +114,7 @@ def check(sheet: dict[str, Any]) -> None:
                 f"truth sheet: {what} are {', '.join(precision[what])} but should be float32; "
                 "weights and moments must not be rounded; leave precision to run.mixed_precision"
             )
-    computing = PRECISIONS[precision["asked"]].dtype
+    computing = PRECISIONS[precision["granted"]].dtype
     if precision["compute"] != computing:
         raise InputError(
             f"truth sheet: run.mixed_precision {precision['asked']} should compute in {computing}, "

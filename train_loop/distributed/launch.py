@@ -12,12 +12,13 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from train_loop import compat, devices
 from train_loop.config.schema import RunConfig
+from train_loop.console import say
 from train_loop.distributed.heartbeat import Heartbeat
 from train_loop.errors import InputError, one_line
 
@@ -38,7 +39,7 @@ def start(run: RunConfig, heartbeat: Heartbeat, project_dir: Path | None = None)
     with heartbeat.connecting(), compat.stdout_kept_clean():
         try:
             accelerator = Accelerator(
-                mixed_precision=run.mixed_precision,
+                mixed_precision=_granted(run.mixed_precision),
                 log_with=run.log_with or None,
                 project_dir=None if project_dir is None else str(project_dir),
                 # `train_step` accumulates by itself. A number from the launcher would divide its gradients again.
@@ -63,6 +64,16 @@ def start(run: RunConfig, heartbeat: Heartbeat, project_dir: Path | None = None)
         policy = MixedPrecisionPolicy(param_dtype=policy.param_dtype, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     return accelerator
+
+
+def _granted(precision: str) -> str:
+    """The precision that a run gets: as asked, but fp32 instead of bf16 on a CPU that has no instructions for bf16."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or torch.accelerator.current_accelerator(True) is None
+    if precision == "bf16" and on_cpu and not devices.cpu_computes_bf16():
+        if os.environ.get("RANK", "0") == "0":
+            say("careful: run.mixed_precision bf16: this CPU has no instructions for it, so all is computed in fp32")
+        return "no"
+    return precision
 
 
 def asked_for() -> int | None:

@@ -145,7 +145,8 @@ def choice() -> Choice:
     if ONEDNN in found and not (ONEDNN in available() and proven(ONEDNN)):
         found = _TORCH_ALONE
     if not proven(TORCH):
-        raise TrainingError("torch multiplies matrices wrong on this processor; install another build of it")
+        cure = "install another build of it, or don't let it round (torch.set_float32_matmul_precision)"
+        raise TrainingError(f"torch multiplies matrices wrong on this processor; {cure}")
     return found
 
 
@@ -211,16 +212,23 @@ def proven(library: str) -> bool:
     """
     if library not in available():
         return False
+    with torch.autocast("cpu", enabled=False), torch.no_grad(), torch.device("cpu"):
+        return _multiplies_right(library)
+
+
+def _multiplies_right(library: str) -> bool:
     generator = torch.Generator().manual_seed(0)
     multiply, add_to = _MULTIPLY[library], _ADD[library]
     for m, k, n in ((1, 1, 1), (1, 300, 2), (17, 33, 65), (130, 257, 67), (64, 256, 192), (5, 0, 3)):
-        a, b, wide = (torch.randn(*shape, generator=generator) for shape in ((m, k), (k, n), (k, 2 * n)))
+        a, b, wide = (
+            torch.randn(shape, generator=generator, dtype=torch.float32) for shape in ((m, k), (k, n), (k, 2 * n))
+        )
         pairs = [(a, b), (a, b.t().contiguous().t()), (a.t().contiguous().t(), b), (a, wide[:, n:])]
         pairs += [(a, a.t()), (a.t(), a), (b.t(), b)]
         for left, right in pairs:
             exact = _float64(left, right)
             within = (left.shape[1] + 2) * _ROUNDING * _float64(left.abs(), right.abs())
-            total = torch.ones(exact.shape)
+            total = torch.ones(exact.shape, dtype=torch.float32)
             add_to(total, left, right)
             found = multiply(left, right).double()
             close = (found - exact).abs() <= within
