@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import TINY_MODELS, Command
+from tests.support.runs import TINY_MODELS, Command, last_of_each
 
 COMMANDS = ("prepare", "train", "evaluate", "sample")
 
@@ -31,13 +31,57 @@ def test_a_reader_that_leaves_early_sees_no_traceback() -> None:
     assert result.stdout.startswith("usage: ") and result.stderr == ""
 
 
-def test_help_imports_none_of_the_heavy_libraries() -> None:
-    program = (
-        "import sys; from train_loop.cli import main; main(['train', '--help']); "
-        "print([name for name in ('torch', 'transformers', 'datasets', 'evaluate') if name in sys.modules])"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-1] == "[]"
+PROGRAM = """
+import sys
+from train_loop.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print(*sys.modules, sep="\\n", file=sys.stderr)
+"""
+# What takes long to load, and what each command may not load before, or without, a use for it.
+RARE = {"datasets", "evaluate", "pyarrow", "pandas", "matplotlib", "tensorboard", "wandb", "sklearn", "torchvision"}
+HEAVY = {"torch", "transformers", "accelerate", "numpy", "tokenizers", "safetensors", "huggingface_hub", "tqdm"} | RARE
+
+
+def loaded(*arguments: object, program: str = PROGRAM) -> set[str]:
+    """The modules that a command has loaded by its end, or a program by the time that it names them."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines())
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS, "inspect", "report"])
+def test_help_loads_none_of_the_heavy_libraries(name: str) -> None:
+    found = loaded(*name.split(), "--help")
+    assert "train_loop.cli" in found and not found & HEAVY
+    assert not found & {"importlib.metadata", "email", "hashlib", "socket"}  # as long as all the rest takes
+
+
+def test_data_is_prepared_without_torch(settings: Callable[..., list[str]]) -> None:
+    arguments = [*settings(), "--tokenizer.name_or_path", "null", "--tokenizer.train_vocab_size", "300"]
+    assert "tokenizers" in loaded("prepare", *last_of_each(arguments))
+    found = loaded("prepare", *last_of_each(arguments))  # it is there already
+    assert "tokenizers" in found and not found & {"torch", "accelerate", *RARE}
+
+
+def test_training_begins_without_what_only_some_runs_need(settings: Callable[..., list[str]]) -> None:
+    program = """
+import os, sys
+import train_loop
+from train_loop.config.load import config_from_arguments
+
+class Names(train_loop.Observer):
+    def after_step(self, state, record):
+        print(*sys.modules, sep="\\n", file=sys.stderr, flush=True)
+        os._exit(0)
+
+train_loop.train(config_from_arguments(sys.argv[1:]), callbacks=[Names()])
+"""
+    found = loaded(*settings(), program=program)
+    assert "torch" in found and not found & RARE
+
+
+def test_help_is_there_at_once() -> None:
     times = []
     for _ in range(5):
         began = time.perf_counter()

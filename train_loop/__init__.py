@@ -21,7 +21,7 @@ _HOMES = {
     "Config": "config.schema",
     "load_config": "config.load",
     "Documents": "data.documents",
-    "prepare": "job",
+    "prepare": "data.documents",
     "train": "job",
     "evaluate": "job",
     "Summary": "job",
@@ -38,10 +38,10 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for tools that read code and do n
     from train_loop.config.load import load_config
     from train_loop.config.sampling import Sampling
     from train_loop.config.schema import Config
-    from train_loop.data.documents import Documents
+    from train_loop.data.documents import Documents, prepare
     from train_loop.errors import InputError, TrainingError
     from train_loop.generation.sampler import Sampler
-    from train_loop.job import Summary, evaluate, prepare, train
+    from train_loop.job import Summary, evaluate, train
     from train_loop.training.state import Observer, StepBatch, TrainState
     from train_loop.versions import __version__
 

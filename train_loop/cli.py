@@ -151,9 +151,9 @@ def prepare(arguments: list[str]) -> int:
         return EXIT_DONE
     config = config_from_arguments(arguments)
     _ready_libraries()
-    from train_loop import job
+    from train_loop.data import documents
 
-    prepared = job.prepare(config)
+    prepared = documents.prepare(config)
     print(to_json({"folder": str(prepared.folder)} | prepared.ledger(), indent=2))
     return EXIT_DONE
 

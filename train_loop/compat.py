@@ -13,53 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
 from train_loop.versions import release
-
-
-def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
-    ignored: int,
-    chunk: int,
-) -> torch.Tensor:
-    """The summed nll of targets under softmax(W h + b), without ever holding all logits; built into torch 2.13.
-
-    Takes hidden [positions, width], weight W [vocabulary, width], targets int64 [positions], bias b [vocabulary], the
-    target value that does not count, and the number of positions whose logits are held at once. Returns the sum in
-    nats, [] float32. Under autocast, products have its type and sums are in fp32, forward and backward.
-    """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    if hasattr(F, "linear_cross_entropy"):
-        # Autocast does not know this function.
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
-        # With "none", the sum below is in fp32. The built-in sum would add up bf16 numbers in bf16.
-        nll = F.linear_cross_entropy(
-            hidden, weight, targets, linear_bias=bias, reduction="none", ignore_index=ignored, options=options
-        )
-        return nll.float().sum()
-
-    def of_chunk(state: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        # Rounded here, so that the gradients of all chunks are added up in the weight's own type.
-        with torch.autocast(device, enabled=False):
-            logits = F.linear(state.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-            return F.cross_entropy(logits.float(), target, ignore_index=ignored, reduction="sum")
-
-    # Logits are computed again in the backward pass.
-    parts = [
-        checkpoint(of_chunk, *each, use_reentrant=False, preserve_rng_state=False)
-        for each in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    ]
-    return torch.stack(parts).sum()
 
 
 def checkpoint_activations(model: PreTrainedModel, on: bool) -> None:

@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from tqdm import tqdm
+# tqdm is imported when it is first used: that takes half as long as `--help` does in all.
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_LOOKS = 0.1  # between updates of the bar's values
@@ -71,8 +71,10 @@ class Progress:
         self.curve = Sparkline()
         self.last_look = 0.0
         self.started = self.last_line = time.monotonic()
-        self.bar: tqdm | None = None
+        self.bar: Any = None
         if shown and STDERR.isatty():
+            from tqdm import tqdm
+
             scaled = unit == "B"
             amounts: dict[str, Any] = {"total": total, "initial": start, "unit": unit, "unit_scale": scaled}
             self.bar = tqdm(desc=title, dynamic_ncols=True, file=STDERR, **amounts)
@@ -144,6 +146,8 @@ def _scaled(count: int, unit: str) -> str:
 
 def say(message: str) -> None:
     """Print one line on stderr, above the bar if one is shown."""
+    from tqdm import tqdm
+
     tqdm.write(message, file=STDERR)
 
 

@@ -8,7 +8,6 @@ nothing that was there before is written to, followed or removed. What a killed 
 import itertools
 import os
 import re
-import secrets
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +26,7 @@ def sync(path: Path) -> None:
 
 def new_token() -> str:
     """What makes a name one that nobody can foresee."""
-    return secrets.token_hex(8)
+    return os.urandom(8).hex()
 
 
 def private(path: Path, token: str | None = None) -> Path:

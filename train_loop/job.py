@@ -1,18 +1,15 @@
 """Puts one run together: set up, resume, train, finish. This is the only module that knows all the others."""
 
-import os
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from train_loop import versions
+from train_loop import libraries, versions
 from train_loop.analysis import batch_size, probe, truth_sheet
 from train_loop.analysis.replay import Replay
 from train_loop.analysis.samples import Samples
@@ -65,37 +62,7 @@ class Setup:
     damaged: dict[int, str]
 
 
-@contextmanager
-def _ready() -> Iterator[None]:
-    """Check the libraries' versions; within this, they print nothing but errors, since their notes drown out ours."""
-    versions.check()
-    os.environ.setdefault("DATASETS_VERBOSITY", "error")
-    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()
-
-
-@_ready()
-def prepare(config: Config, documents: Documents | tuple[str, Iterable[str]] | None = None) -> Prepared:
-    """Turn documents into a token store, or find the existing one.
-
-    Args:
-        config: only its sections data and tokenizer matter.
-        documents: a name and texts, instead of the configured source.
-
-    Raises:
-        InputError: for data that cannot be read.
-    """
-    return preparation.prepare(configure(config, documents))
-
-
-@_ready()
+@libraries.ready()
 def train(
     config: Config,
     *,
@@ -384,7 +351,7 @@ def _choose_compiled(run: Run) -> None:
     run.context.accelerator.unwrap_model(run.context.objective).compiled = shapes
 
 
-@_ready()
+@libraries.ready()
 def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, Any]:
     """Evaluate a model exactly on the configured validation data; all processes get the same result.
 

@@ -5,8 +5,10 @@ earlier samples.
 """
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # data is prepared without torch
+    import torch
 
 
 def key(purpose: str, *numbers: int) -> int:
@@ -23,12 +25,14 @@ def uniform(purpose: str, *numbers: int) -> float:
     return (key(purpose, *numbers) >> 10) / 2**53
 
 
-def seed_torch(device: torch.device, purpose: str, *numbers: int) -> None:
+def seed_torch(device: "torch.device", purpose: str, *numbers: int) -> None:
     """Seed torch's default generators for the CPU and for a device.
 
     `torch.manual_seed` would seed every kind of accelerator. For each kind that is not in use, it records the call
     stack every time, which costs as much as a small step.
     """
+    import torch
+
     seed = key(purpose, *numbers)
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":

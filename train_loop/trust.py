@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING
 from transformers.utils import cached_file
 
 from train_loop.disguises import POINTER, refuse_pointers
@@ -47,7 +46,7 @@ def check_model(name: str) -> None:
     if (weights := settings.get("transformers_weights")) not in (None, *WEIGHTS):
         raise InputError(f"{where}: config.json names {weights} as its weights; only {' and '.join(WEIGHTS)} are read")
     check_implementations(settings, where)
-    if str(settings.get("model_type")) not in CONFIG_MAPPING:
+    if str(settings.get("model_type")) not in transformers.CONFIG_MAPPING:  # which brings torch along
         _refuse_code(where, settings.get("auto_map"), "config.json")
 
 

@@ -159,9 +159,9 @@ def _losses(given: argparse.Namespace) -> None:
     import torch
     import torch.nn.functional as F
 
-    from train_loop import compat, devices
+    from train_loop import devices
     from train_loop.data.loader import IGNORED
-    from train_loop.training.objective import _CHUNK
+    from train_loop.ops.cross_entropy import linear_cross_entropy
 
     device = device_of(given)
     positions = given.sequences * given.block
@@ -170,7 +170,7 @@ def _losses(given: argparse.Namespace) -> None:
     targets = torch.randint(0, given.vocabulary, (positions,), device=device)
     ways: dict[str, Callable[[], Any]] = {
         "over all logits": lambda: F.cross_entropy((hidden @ weight.t()).float(), targets, reduction="sum"),
-        "chunk by chunk": lambda: compat.linear_cross_entropy(hidden, weight, targets, None, IGNORED, _CHUNK),
+        "chunk by chunk": lambda: linear_cross_entropy(hidden, weight, None, targets, IGNORED),
     }
     if LIGER and not given.cpu:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss

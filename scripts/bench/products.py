@@ -9,6 +9,7 @@ turn. The last contender multiplies as the table of `train_loop/ops/products.py`
 """
 
 import contextlib
+import functools
 import json
 import statistics
 import subprocess
@@ -48,7 +49,7 @@ class Library:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self._process.args}: ended with exit code {self._process.wait()}")
+            raise SystemExit(f"products.py: a process ended with exit code {self._process.wait()}")
         return json.loads(line)
 
     def step(self) -> float:
@@ -132,7 +133,7 @@ def _serve(library: str, shape: str) -> None:
 
     chosen = products.choice()
     if library != TABLE:
-        forced = products.Choice(*5 * [library], chosen.chunk)
+        forced = products.by_one(library, chosen.chunk)
         products.choice = lambda: forced  # type: ignore[assignment]
     cpu.keep_freed_memory()
     products.follow_threads()
@@ -149,12 +150,12 @@ def _serve(library: str, shape: str) -> None:
         inputs, outputs = sizes
         x, weight, gradient = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
         name, of = f"{rows} x {inputs} x {outputs}", f"number {number}"
-        work[f"{name}: forward, {of}"] = lambda: products.forward(x, weight)
-        work[f"{name}: to inputs, {of}"] = lambda: products.to_inputs(gradient, weight)
+        work[f"{name}: forward, {of}"] = functools.partial(products.forward, x, weight)
+        work[f"{name}: to inputs, {of}"] = functools.partial(products.to_inputs, gradient, weight)
         if adds:
-            work[f"{name}: added to what is there, {of}"] = lambda: add_up(gradient, x)
+            work[f"{name}: added to what is there, {of}"] = functools.partial(add_up, gradient, x)
         else:
-            work[f"{name}: to weights, {of}"] = lambda: products.to_weights(gradient, x)
+            work[f"{name}: to weights, {of}"] = functools.partial(products.to_weights, gradient, x)
 
     chunk = chosen.chunk
     for number in range(layers):

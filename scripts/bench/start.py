@@ -78,6 +78,7 @@ def main() -> None:
         def work() -> float:
             folder = Path(tempfile.mkdtemp(dir=scratch)) / "run"
             shutil.copytree(template, folder)
+            os.sync()  # a log that a run finds has long been on disk
             taken = run(folder, step + 1)
             shutil.rmtree(folder)
             return taken

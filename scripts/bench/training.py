@@ -72,8 +72,10 @@ def main() -> None:
     contenders = [Contender(name, functools.partial(step, name)) for name in CONTENDERS]
     contenders += [Contender(name, library.step) for name, library in alone.items()]
     found = alternate(contenders, given.rounds)
-    for process in (*processes.values(), *alone.values()):
+    for process in processes.values():
         process.kill()
+    for library in alone.values():
+        library.kill()
     report(f"a training step, {given.shape}, {SEQUENCES} x {BLOCK} tokens", found, tokens, "tokens", given.json)
     bound, mine = min(statistics.median(found[name]) for name in alone), statistics.median(found["train_loop"])
     memory = {name: round(each["extra_mb"]) for name, each in told.items()}

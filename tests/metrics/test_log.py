@@ -77,6 +77,8 @@ DAMAGE: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {
     "zeros": (lambda each: [*each[:2], b"\0" * 512 + b"\n", *each[2:]], "line 3 can't be read"),
     "not UTF-8": (lambda each: [each[0].replace(b"4.0", b'"\xff"'), *each[1:]], "line 1 can't be read"),
     "no loss": (lambda each: [*each[:1], b'{"event": "evaluation", "step": 1}\n', *each[1:]], "line 2 can't be read"),
+    "no number": (lambda each: [*each[:2], each[2].replace(b"2,", b"2x,", 1), *each[3:]], "line 3 can't be read"),
+    "two in one": (lambda each: [each[0][:-2] + b", " + each[1], *each[2:]], "line 1 can't be read"),
     "a gap": (lambda each: [each[0], *each[5:]], "step 2 has no line"),
     "twice": (lambda each: [*each[:5], *each], "steps 1 to 2 have more than one line; the last one counts"),
     "another order": (lambda each: [*each[5:6], *each[:5], *each[6:]], "not in the order of their steps"),
@@ -85,10 +87,17 @@ DAMAGE: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {
 }
 
 
+@pytest.mark.parametrize("bulk", [100, 1 << 18])  # one line at a time, all together
 @pytest.mark.parametrize(("change", "expected"), DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_log_is_told_and_what_is_left_counts(
-    file: Path, capsys: pytest.CaptureFixture[str], change: Callable[[list[bytes]], list[bytes]], expected: str
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[list[bytes]], list[bytes]],
+    expected: str,
+    bulk: int,
 ) -> None:
+    monkeypatch.setattr(past, "_BULK", bulk)
     damaged = b"".join(change(file.read_bytes().splitlines(keepends=True)))
     file.write_bytes(damaged + b"\0" * 100)
     log = MetricsLog(Accelerator(), file, 5)
@@ -134,6 +143,23 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 def test_only_the_last_steps_are_parsed(file: Path, parsed: list[bytes]) -> None:
     assert find(file, 6, {"evaluation"}).skipped == 3
     assert len(parsed) == 3 + 6 + 1 + 3  # back to the third step, and each evaluation
+
+
+@pytest.mark.parametrize("bulk", [1, 1000, 1 << 18])
+def test_lines_that_are_judged_together_say_the_same_as_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parsed: list[bytes], bulk: int
+) -> None:
+    steps = [1, 2, 9, 10, 11, 99, 100, 101, 999_999, 1_000_000, 10**14, 10**15 - 1, 10**15, 5]
+    written: list[dict[str, Any]] = [{"event": "step", "step": step, "loss": step / 3} for step in steps]
+    written.insert(4, {"event": "sample", "step": 10, "continuation": '{} }\n{"event": '})
+    written.insert(7, {"event": "evaluation", "step": 11, "loss": 2.0, "parts": {"a": 1}})
+    written.append({"event": "step", "step": 9})  # a short one
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in written))
+    monkeypatch.setattr(past, "_BULK", bulk)
+    found = past._upto(path, path.stat().st_size, 10**15 - 1, {"evaluation"})
+    assert list(found.steps) == [*steps[:-2], 5, 9] and found.events == [written[7]] and not found.damaged
+    assert len(parsed) == (2 if bulk == 1 else len(written))  # what doesn't look as usual makes all of it be parsed
 
 
 def test_of_what_was_watched_only_the_end_and_the_probes_are_parsed(tmp_path: Path, parsed: list[bytes]) -> None:

@@ -13,10 +13,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from train_loop import libraries
 from train_loop.config.load import cache_dir, checked
 from train_loop.config.schema import Config
+from train_loop.data import preparation
 from train_loop.data.cache_folder import sweep, unfinished, writing
 from train_loop.data.formats import encodable
+from train_loop.data.token_store import Prepared
 from train_loop.errors import InputError
 
 
@@ -25,6 +28,20 @@ class Documents(NamedTuple):
 
     name: str
     texts: Iterable[str]
+
+
+@libraries.ready()
+def prepare(config: Config, documents: Documents | tuple[str, Iterable[str]] | None = None) -> Prepared:
+    """Turn documents into a token store, or find the existing one. This needs no torch.
+
+    Args:
+        config: only its sections data and tokenizer matter.
+        documents: a name and texts, instead of the configured source.
+
+    Raises:
+        InputError: for data that cannot be read.
+    """
+    return preparation.prepare(configure(config, documents))
 
 
 def configure(config: Config, documents: Documents | tuple[str, Iterable[str]] | None) -> Config:

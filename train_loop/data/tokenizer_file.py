@@ -9,8 +9,9 @@ import os
 import re
 from typing import Any
 
+import transformers
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from train_loop.config import paths
 from train_loop.errors import InputError, one_line
@@ -50,7 +51,7 @@ def load(name: str) -> PreTrainedTokenizerFast:
     path, content = find(name, _FILE), read_json(where, name, _FILE)
     plain = path is not None and is_plain(settings.get("tokenizer_class"))
     file = None if path is None or plain else _core(where, path)
-    loader: Any = PreTrainedTokenizerFast if plain else AutoTokenizer
+    loader: Any = PreTrainedTokenizerFast if plain else transformers.AutoTokenizer  # which brings torch along
     try:
         tokenizer = loader.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the core raises plain exceptions, and classes whatever their files lack
@@ -73,7 +74,7 @@ def load(name: str) -> PreTrainedTokenizerFast:
 
 def misread(folder: str, tokenizer: PreTrainedTokenizerFast) -> str | None:
     """The class that AutoTokenizer takes for a saved tokenizer, if it makes other ids of texts; None if it does not."""
-    found: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    found: Any = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ours, theirs = (_copy(each) for each in (tokenizer, found))
     return type(found).__name__ if any(_ids(ours, text) != _ids(theirs, text) for text in PROBES) else None
 

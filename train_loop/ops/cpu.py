@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from train_loop.ops import products
+from train_loop.ops.cross_entropy import TiedGradient
 from train_loop.ops.dropout import use_cheap_dropout
 
 
@@ -101,24 +102,8 @@ class _Product(torch.autograd.Function):
         return to_x, to_weight, to_bias, None
 
 
-class TiedGradient:
-    """Where an output layer's gradient waits for that of the embedding that shares its weight.
-
-    In torch, the embedding's gradient is a second matrix of that size, with zeros except in the rows of a few tokens.
-    Backpropagation reaches the embedding last, so here its rows are added to the gradient that is already there.
-    """
-
-    def __init__(self) -> None:
-        self.waiting: torch.Tensor | None = None
-
-    def take(self) -> torch.Tensor | None:
-        """Hand out the waiting gradient, if there is one; nothing waits afterwards."""
-        gradient, self.waiting = self.waiting, None
-        return gradient
-
-
 def tie_gradients(model: PreTrainedModel) -> TiedGradient | None:
-    """Let a tied embedding add its gradient to that of `LinearCrossEntropy`, in place.
+    """Let a tied embedding add its gradient to that of `cross_entropy`, in place.
 
     Returns its argument; None if weights are not tied, or the embedding does more than look up.
     """
@@ -153,68 +138,6 @@ class _Rows(torch.autograd.Function):
         return to_weight if waiting is None else None, None, None, None
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """Summed nll of targets under softmax(W h + b), in chunks of positions, so that logits are never held whole.
-
-    The forward pass does the work of both, as the gradient needs only the probabilities, which are there anyway:
-
-        d nll / d logits = softmax(logits) - onehot(target)
-
-    Arguments of `apply`: hidden [positions, width], weight [vocabulary, width], bias [vocabulary] or None, targets
-    [positions] int64, the value of targets to ignore, positions per chunk, and the `TiedGradient` of a weight that an
-    embedding shares. Returns the nll, [] float32, in nats.
-    """
-
-    @staticmethod
-    def forward(  # noqa: D102, PLR0913  the class says it all
-        context: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        targets: torch.Tensor,
-        ignored: int,
-        chunk: int,
-        tied: TiedGradient | None,
-    ) -> torch.Tensor:
-        wanted = context.needs_input_grad
-        to_hidden = torch.empty_like(hidden) if wanted[0] else None
-        to_weight = None
-        to_bias = torch.zeros_like(bias) if wanted[2] and bias is not None else None
-        nll = []
-        for first in range(0, len(hidden), chunk):
-            rows = slice(first, first + chunk)
-            real = (targets[rows] != ignored).float()[:, None]
-            target = targets[rows].clamp(min=0)[:, None]
-            logits = products.forward(hidden[rows], weight, bias)
-            logits -= logits.amax(dim=-1, keepdim=True)
-            picked = logits.gather(1, target)
-            total = logits.exp_().sum(dim=-1, keepdim=True)
-            nll.append(((total.log() - picked) * real)[:, 0])
-            if not any(wanted):
-                continue
-            gradient = logits.mul_(real / total).scatter_add_(1, target, -real)
-            if to_hidden is not None:
-                to_hidden[rows] = products.to_inputs(gradient, weight)
-            if wanted[1]:
-                if to_weight is None:
-                    to_weight = products.to_weights(gradient, hidden[rows])
-                else:
-                    products.add(to_weight, gradient, hidden[rows])
-            if to_bias is not None:
-                to_bias += gradient.sum(0)
-            del logits, gradient  # before the next chunk, so that only one is held
-        context.gradients, context.tied = (to_hidden, to_weight, to_bias), tied
-        return torch.cat(nll).sum()
-
-    @staticmethod
-    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
-        scaled = [None if each is None else each.mul_(gradients[0]) for each in context.gradients]
-        context.gradients = ()
-        if context.tied is not None:
-            context.tied.waiting = scaled[1]
-        return (*scaled, None, None, None, None)
-
-
 def keep_freed_memory() -> bool:
     """Let the C library, if it is glibc, keep freed memory for the next step instead of handing it back to the kernel.
 
@@ -234,7 +157,7 @@ def speed_up(
     """Do all of this for a model on a CPU, in place; a model on another device stays as it is.
 
     `training` says whether gradients and dropout masks will be needed, `linear` whether linear layers are to be
-    replaced, which compiled ones must not be. Returns what `LinearCrossEntropy` needs to know about a tied embedding.
+    replaced, which compiled ones must not be. Returns what `cross_entropy` needs to know about a tied embedding.
     """
     if model.device.type != "cpu":
         return None

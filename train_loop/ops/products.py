@@ -32,7 +32,7 @@ _ROUNDING = 2.0**-24  # of a float32
 class Choice(NamedTuple):
     """The library for each role; results of `to_weights` that are wider than tall have their own.
 
-    `chunk` is the number of positions whose logits are computed at a time (see `cpu.LinearCrossEntropy`).
+    `chunk` is the number of positions whose logits are computed at a time (see `cross_entropy.py`).
     """
 
     forward: str
@@ -40,19 +40,24 @@ class Choice(NamedTuple):
     to_weights: str
     to_wide_weights: str
     add: str
-    chunk: int = 256
+    chunk: int
 
 
-_TORCH_ALONE = Choice(*5 * [TORCH], chunk=512)
+def by_one(library: str, chunk: int) -> Choice:
+    """A library for all roles."""
+    return Choice(library, library, library, library, library, chunk)
+
+
+_TORCH_ALONE = by_one(TORCH, 512)
 # By the processor's maker and torch's name for what it can do. Billions of operations a second of MKL, oneDNN and
 # OpenBLAS, in the layers of DistilGPT2 on two cores, are beside them; docs/speed.md has the whole tables.
 _TABLE = {
     ("GenuineIntel", "AVX512"): _TORCH_ALONE,  # 300, 108 to 280, 240
     ("GenuineIntel", "AVX2"): _TORCH_ALONE,  # 175, 32 to 185, 185: as a newer processor that was told to do without
-    ("AuthenticAMD", "AVX512"): Choice(ONEDNN, ONEDNN, TORCH, ONEDNN, TORCH),  # MKL does without AVX-512 here
-    ("AuthenticAMD", "AVX2"): Choice(*5 * [OPENBLAS]),  # 80 to 128, 50 to 133, 130 to 140
+    ("AuthenticAMD", "AVX512"): Choice(ONEDNN, ONEDNN, TORCH, ONEDNN, TORCH, 256),  # MKL does without AVX-512 here
+    ("AuthenticAMD", "AVX2"): by_one(OPENBLAS, 256),  # 80 to 128, 50 to 133, 130 to 140
 }
-_WITHOUT_OPENBLAS = {("AuthenticAMD", "AVX2"): Choice(ONEDNN, TORCH, TORCH, TORCH, TORCH)}
+_WITHOUT_OPENBLAS = {("AuthenticAMD", "AVX2"): Choice(ONEDNN, TORCH, TORCH, TORCH, TORCH, 256)}
 
 
 def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,8 +6,8 @@ It returns the sum, not the mean: `step.py` divides by the number of targets in 
 micro-batches and on all processes. The loss is part of the module that Accelerate wraps, so wrappers see one number
 come out, not a tensor of logits [batch, block, vocabulary] that mixed precision would copy to fp32.
 
-Two paths lead to the same number. *fused*: the hidden states go through `linear_cross_entropy` (in fp32 on a CPU:
-`cpu.LinearCrossEntropy`), which computes logits for one chunk of positions at a time and never holds them all.
+Two paths lead to the same number. *fused*: the hidden states go through `linear_cross_entropy`, which computes logits
+for one chunk of positions at a time and never holds them all.
 *logits*: the model computes its own logits; this is for architectures that need more than one matrix product (scale,
 cap). A measurement, not a list of models, decides which path a model takes.
 """
@@ -21,13 +21,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from train_loop import compat
 from train_loop.data.loader import IGNORED
 from train_loop.devices import exact
 from train_loop.models.building import context_length
-from train_loop.ops import cpu, products
+from train_loop.ops.cross_entropy import TiedGradient, linear_cross_entropy
 
-_CHUNK = 1024  # positions whose logits are held at once
+_CHUNK = 1024  # positions whose logits are held at once where nothing is trained
 _LOGIT_BYTES = {"cpu": 2**25}  # their limit when nothing is trained, so that no vocabulary is too large
 _LOGIT_BYTES_ELSEWHERE = 2**28  # GPUs want larger products
 
@@ -49,7 +48,7 @@ class Objective(nn.Module):
 
     Args:
         model: any causal language model of Transformers.
-        tied: see `cpu.TiedGradient`.
+        tied: see `TiedGradient`.
 
     Attributes:
         loss_path: "fused" or "logits".
@@ -57,7 +56,7 @@ class Objective(nn.Module):
             such as a short last micro-batch, run uncompiled, because compiling again would take longer.
     """
 
-    def __init__(self, model: PreTrainedModel, tied: cpu.TiedGradient | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, tied: TiedGradient | None = None) -> None:
         super().__init__()
         self.model = model
         self.loss_path = "fused" if head_is_plain(model) else "logits"
@@ -116,11 +115,7 @@ class Objective(nn.Module):
         hidden, head = self._hidden(inputs, positions), self._head()
         weight: torch.Tensor = head.weight
         bias: torch.Tensor | None = head.bias
-        if cpu.fits(hidden, weight, bias):
-            return cpu.LinearCrossEntropy.apply(
-                hidden, weight, bias, targets, IGNORED, products.choice().chunk, self.tied
-            )
-        return compat.linear_cross_entropy(hidden, weight, targets, bias, IGNORED, _CHUNK)
+        return linear_cross_entropy(hidden, weight, bias, targets, IGNORED, self.tied)
 
     def _hidden(self, inputs: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         """Last hidden states [batch * block, width]."""

@@ -1,0 +1,76 @@
+"""The output layer's loss: that of all logits, and its gradients, with the logits of one chunk at a time."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from train_loop.data.loader import IGNORED
+from train_loop.ops import products
+from train_loop.ops.cross_entropy import _LinearCrossEntropy, linear_cross_entropy
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("biased", [False, True])
+def test_cross_entropy_is_torchs_in_chunks_of_any_size(chunk: int, biased: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*size, generator=generator) * 5 for size in ((20, 8), (31, 8), (31,)))
+    targets = torch.randint(0, 31, (20,), generator=generator)
+    targets[3:6] = IGNORED
+    leaves = [each.requires_grad_() for each in ((hidden, weight, bias) if biased else (hidden, weight))]
+    mine = _LinearCrossEntropy.apply(hidden, weight, bias if biased else None, targets, IGNORED, chunk, None)
+    double = [each.detach().double().requires_grad_() for each in leaves]
+    theirs = F.cross_entropy(F.linear(*double), targets, reduction="sum", ignore_index=IGNORED)
+    torch.testing.assert_close(mine.double(), theirs, rtol=1e-6, atol=0)
+    found = torch.autograd.grad(3 * mine, leaves)
+    for gradient, expected in zip(found, torch.autograd.grad(3 * theirs, double), strict=True):
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        again = _LinearCrossEntropy.apply(hidden, weight, bias if biased else None, targets, IGNORED, chunk, None)
+    assert torch.equal(again, mine)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_under_autocast_it_is_the_plain_one_to_rounding(
+    monkeypatch: pytest.MonkeyPatch, bias: bool, dtype: torch.dtype | None
+) -> None:
+    """nll and gradients are those of all logits in float64, and small gradients don't vanish in fp16."""
+    monkeypatch.setattr(products, "choice", lambda: products.by_one(products.TORCH, 16))
+    torch.manual_seed(0)
+    hidden, head = torch.randn(70, 24, requires_grad=True), nn.Linear(24, 3000, bias=bias)
+    targets = torch.randint(0, 300, (70,))
+    targets[3:60:7] = IGNORED
+    leaves = [hidden, *head.parameters()]
+    double = [each.detach().double().requires_grad_() for each in leaves]
+    exact = 2**10 * F.cross_entropy(F.linear(*double), targets, reduction="sum")
+    expected = [exact, *torch.autograd.grad(exact, double)]
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        nll = linear_cross_entropy(hidden, head.weight, head.bias, targets, IGNORED)
+    assert nll.dtype == torch.float32
+    scaled = 2**10 * nll  # as a loss is in fp16
+    for mine, theirs in zip([scaled, *torch.autograd.grad(scaled, leaves)], expected, strict=True):
+        difference = float((mine.detach().double() - theirs.detach()).norm() / theirs.detach().norm())
+        assert difference < (1e-6 if dtype is None else 1e-2)
+        assert (mine[theirs != 0] == 0).double().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_it_holds_the_logits_of_a_chunk_only(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None) -> None:
+    monkeypatch.setattr(products, "choice", lambda: products.by_one(products.TORCH, 32))
+    sizes: list[int] = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda *arguments: sizes.append(len(arguments[0])) or linear(*arguments))
+    hidden, weight = torch.randn(100, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    kept: list[Any] = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each.shape) or each, lambda each: each),
+        torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None),
+    ):
+        nll = linear_cross_entropy(hidden, weight, None, torch.zeros(100, dtype=torch.int64), IGNORED)
+    assert sizes == [32, 32, 32, 4] and not any(50 in shape and len(shape) == 2 and shape[0] > 32 for shape in kept)
+    nll.backward()
+    again = [4, 32, 32, 32] if dtype == torch.float16 else []
+    assert sorted(sizes[4:]) == again

@@ -1,0 +1,138 @@
+"""The loss of an output layer: summed nll of targets under softmax(W h + b), without ever holding all logits.
+
+Logits are computed for one chunk of positions at a time. The forward pass does the work of both passes, as the gradient
+needs only the probabilities, which are there anyway:
+
+    d nll / d logits = softmax(logits) - onehot(target)
+
+Products have the type of the hidden states, all sums are in fp32. In fp16 such a gradient would come to nothing,
+because it is small and not yet scaled: there the backward pass computes each chunk's logits again.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from train_loop.ops import products
+
+_CHUNK = 4096  # positions whose logits are held at once on a GPU
+_LOGITS = 1 << 27  # and how many numbers these may be at most, in fp32: half a gigabyte
+
+
+class TiedGradient:
+    """Where an output layer's gradient waits for that of the embedding that shares its weight.
+
+    In torch, the embedding's gradient is a second matrix of that size, with zeros except in the rows of a few tokens.
+    Backpropagation reaches the embedding last, so here its rows are added to the gradient that is already there.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: torch.Tensor | None = None
+
+    def take(self) -> torch.Tensor | None:
+        """Hand out the waiting gradient, if there is one; nothing waits afterwards."""
+        gradient, self.waiting = self.waiting, None
+        return gradient
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    ignored: int,
+    tied: TiedGradient | None = None,
+) -> torch.Tensor:
+    """The summed nll of targets under softmax(W h + b).
+
+    Takes hidden [positions, width], weight W [vocabulary, width], bias b [vocabulary], targets int64 [positions], the
+    value of targets that does not count, and the `TiedGradient` of a weight that an embedding shares. Returns the sum
+    in nats, [] float32.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    chunk = products.choice().chunk if device == "cpu" else max(1, min(_CHUNK, _LOGITS // weight.shape[0]))
+    with torch.autocast(device, enabled=False):
+        hidden = hidden.to(dtype)
+        if dtype != torch.float16:
+            return _LinearCrossEntropy.apply(hidden, weight, bias, targets, ignored, chunk, tied)
+
+        def of_chunk(state: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            # Rounded here, so that the gradients of all chunks are added up in the weight's own type.
+            with torch.autocast(device, enabled=False):
+                logits = F.linear(state, weight.to(dtype), None if bias is None else bias.to(dtype))
+                return F.cross_entropy(logits.float(), target, ignore_index=ignored, reduction="sum")
+
+        parts = [
+            checkpoint(of_chunk, *each, use_reentrant=False, preserve_rng_state=False)
+            for each in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        ]
+        return torch.stack(parts).sum()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """`linear_cross_entropy` in fp32 or bf16; the gradient of the weight is added up in fp32."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0913
+        context: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        ignored: int,
+        chunk: int,
+        tied: TiedGradient | None,
+    ) -> torch.Tensor:
+        wanted = context.needs_input_grad
+        dtype, plain = hidden.dtype, hidden.dtype == torch.float32 and hidden.device.type == "cpu"
+        rounded, rounded_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        to_hidden = torch.empty_like(hidden) if wanted[0] else None
+        to_weight: torch.Tensor | None = None
+        to_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] and bias is not None else None
+        nll = []
+        for first in range(0, len(hidden), chunk):
+            rows = slice(first, first + chunk)
+            real = (targets[rows] != ignored).float()[:, None]
+            target = targets[rows].clamp(min=0)[:, None]
+            logits = (products.forward if plain else F.linear)(hidden[rows], rounded, rounded_bias).float()
+            logits -= logits.amax(dim=-1, keepdim=True)
+            picked = logits.gather(1, target)
+            total = logits.exp_().sum(dim=-1, keepdim=True)
+            nll.append(((total.log() - picked) * real)[:, 0])
+            if not any(wanted):
+                continue
+            gradient = logits.mul_(real / total).scatter_add_(1, target, -real)
+            if to_bias is not None:
+                to_bias += gradient.sum(0)
+            gradient = gradient.to(dtype)
+            if to_hidden is not None:
+                to_hidden[rows] = (products.to_inputs if plain else torch.mm)(gradient, rounded)
+            if wanted[1]:
+                to_weight = _added(to_weight, gradient, hidden[rows], plain)
+            del logits, gradient  # before the next chunk, so that only one is held
+        context.tied = tied
+        made = ((to_hidden, hidden), (to_weight, weight), (to_bias, bias))
+        context.gradients = [None if each is None or of is None else each.to(of.dtype) for each, of in made]
+        return torch.cat(nll).sum()
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scaled = [None if each is None else each.mul_(gradients[0]) for each in context.gradients]
+        context.gradients = []
+        if context.tied is not None:
+            context.tied.waiting = scaled[1]
+        return (*scaled, None, None, None, None)
+
+
+def _added(total: torch.Tensor | None, gradient: torch.Tensor, rows: torch.Tensor, plain: bool) -> torch.Tensor:
+    """A weight's gradient so far, in fp32, with that of a chunk."""
+    if not plain:
+        product = gradient.t() @ rows
+        return product.float() if total is None else total.add_(product)
+    if total is None:
+        return products.to_weights(gradient, rows)
+    products.add(total, gradient, rows)
+    return total
