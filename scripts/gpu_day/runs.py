@@ -17,9 +17,11 @@ from gpu_day.rows import one_line
 STEPS = {True: 24, False: 60}  # on a CPU, and elsewhere
 _LIBRARIES = [
     "accelerate",
+    "evaluate",
     "train_loop.job",
     "train_loop.metrics.language_model",
     "transformers.models.gpt2.modeling_gpt2",
+    "transformers.pipelines",
 ]
 _PAUSE_SECONDS = 0.002  # a step on a GPU takes about ten milliseconds
 

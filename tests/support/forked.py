@@ -24,7 +24,8 @@ IMPORTED = (
     *("train_loop.report.server", "train_loop.report.figures", "datasets", "yaml"),
     *("transformers.models.gpt2.modeling_gpt2", "transformers.models.auto.modeling_auto", "tests.support.forked"),
     *("transformers.models.llama.modeling_llama", "transformers.models.gpt2.tokenization_gpt2"),
-    *("tests.support.several", "accelerate", "torch.distributed.fsdp"),
+    *("tests.support.several", "accelerate", "torch.distributed.fsdp", "evaluate", "transformers.pipelines"),
+    "train_loop.metrics.language_model",
 )
 CLOSED = "closed"
 ROOT = Path(__file__).parents[2]
