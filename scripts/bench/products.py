@@ -127,11 +127,11 @@ def _serve(library: str, shape: str) -> None:
     # isort: split
     import torch
 
-    from train_loop.ops import cpu, products
+    from train_loop.ops import cpu, cross_entropy, products
 
     chosen = products.choice()
     if library != TABLE:
-        forced = products.by_one(library, chosen.chunk)
+        forced = products.by_one(library)
         products.choice = lambda: forced  # type: ignore[assignment]
     cpu.keep_freed_memory()
     products.follow_threads()
@@ -155,7 +155,7 @@ def _serve(library: str, shape: str) -> None:
         else:
             work[f"{name}: to weights, {of}"] = functools.partial(products.to_weights, gradient, x)
 
-    chunk = chosen.chunk
+    chunk = cross_entropy._CPU_CHUNK
     for number in range(layers):
         for place, sizes in enumerate(linear):
             plan(sizes, ROWS, number * len(linear) + place, False)

@@ -10,7 +10,7 @@ import torch
 from tests.support.runs import PATHS, batch, configured
 from train_loop.data import tokenizer
 from train_loop.models import building
-from train_loop.ops import cpu, products
+from train_loop.ops import cpu, cross_entropy, products
 from train_loop.training.objective import Objective
 
 
@@ -44,7 +44,8 @@ def test_loss_and_gradients_are_torchs(
     used: list[int] = []
     forward = products.forward
     monkeypatch.setattr(products, "forward", lambda *arguments: used.append(0) or forward(*arguments))
-    monkeypatch.setattr(products, "choice", lambda: products.by_one(library, 50))  # two chunks: gradients are added up
+    monkeypatch.setattr(products, "choice", lambda: products.by_one(library))
+    monkeypatch.setattr(cross_entropy, "_CPU_CHUNK", 50)  # two chunks: gradients are added up
     found, mine = gradients(built)
     assert len(used) > 10
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)

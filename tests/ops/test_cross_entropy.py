@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from train_loop.data.loader import IGNORED
-from train_loop.ops import products
+from train_loop.ops import cross_entropy
 from train_loop.ops.cross_entropy import _LinearCrossEntropy, linear_cross_entropy
 
 
@@ -38,7 +38,7 @@ def test_under_autocast_it_is_the_plain_one_to_rounding(
     monkeypatch: pytest.MonkeyPatch, bias: bool, dtype: torch.dtype | None
 ) -> None:
     """nll and gradients are those of all logits in float64, and small gradients don't vanish in fp16."""
-    monkeypatch.setattr(products, "choice", lambda: products.by_one(products.TORCH, 16))
+    monkeypatch.setattr(cross_entropy, "_CPU_CHUNK", 16)
     torch.manual_seed(0)
     hidden, head = torch.randn(70, 24, requires_grad=True), nn.Linear(24, 3000, bias=bias)
     targets = torch.randint(0, 300, (70,))
@@ -59,7 +59,7 @@ def test_under_autocast_it_is_the_plain_one_to_rounding(
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_it_holds_the_logits_of_a_chunk_only(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None) -> None:
-    monkeypatch.setattr(products, "choice", lambda: products.by_one(products.TORCH, 32))
+    monkeypatch.setattr(cross_entropy, "_CPU_CHUNK", 32)
     sizes: list[int] = []
     linear = F.linear
     monkeypatch.setattr(F, "linear", lambda *arguments: sizes.append(len(arguments[0])) or linear(*arguments))

@@ -30,7 +30,7 @@ CHOICE = products.choice.__wrapped__  # worked out anew each time
 
 @pytest.fixture(params=products.available())
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(products, "choice", lambda: products.by_one(request.param, 256))
+    monkeypatch.setattr(products, "choice", lambda: products.by_one(request.param))
     return str(request.param)
 
 
@@ -143,7 +143,7 @@ def by(found: Choice) -> set[str]:
 def test_the_table_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert by(chosen(monkeypatch, INTEL)) == {TORCH}
     assert by(chosen(monkeypatch, AMD)) == {OPENBLAS}
-    assert chosen(monkeypatch, NEWER_AMD) == Choice(ONEDNN, ONEDNN, TORCH, ONEDNN, TORCH, 256)
+    assert chosen(monkeypatch, NEWER_AMD) == Choice(ONEDNN, ONEDNN, TORCH, ONEDNN, TORCH)
     for unknown in (("aarch64", "DEFAULT"), ("GenuineIntel", "DEFAULT"), ("", "")):
         assert by(chosen(monkeypatch, unknown)) == {TORCH}
 

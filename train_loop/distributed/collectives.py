@@ -1,10 +1,12 @@
 """What all processes do together: agree on a value, wait for work of unknown duration, gather a sharded model."""
 
+import itertools
 import json
+import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, TypeVar
 
@@ -99,6 +101,28 @@ def reduce_exactly(accelerator: Accelerator, tensor: torch.Tensor, operation: Li
         return tensor
     gathered = torch.tensor(gather_object([tensor.tolist()]), dtype=torch.float64)
     return gathered.sum(0) if operation == "sum" else gathered.amax(0)
+
+
+def sum_exactly(accelerator: Accelerator, columns: Sequence[Sequence[float]]) -> list[float]:
+    """The sum of each column over all processes, rounded once: their number and order make no difference.
+
+    A process sends the few numbers that hold its own sums exactly, however long its columns are. They are sent as
+    Python's numbers, because not every device has float64.
+    """
+    if accelerator.num_processes == 1:
+        return list(map(math.fsum, columns))
+    gathered = gather_object([list(map(exact_parts, columns))])
+    return [math.fsum(itertools.chain(*parts)) for parts in zip(*gathered, strict=True)]
+
+
+def exact_parts(values: Sequence[float]) -> list[float]:
+    """A few numbers whose exact sum is that of the values: its rounded value, that of what is left, and so on."""
+    parts: list[float] = []
+    while rest := math.fsum(itertools.chain(values, (-part for part in parts))):
+        parts.append(rest)
+        if not math.isfinite(rest):
+            break
+    return parts
 
 
 def check_same(accelerator: Accelerator, what: str, value: object, cure: str) -> None:

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from train_loop.ops import products
 
-_CHUNK = 4096  # positions whose logits are held at once on a GPU
+_CPU_CHUNK = 256  # positions whose logits are held at once: with 512, a step takes 2 % less time, but 50 MB more
+_CHUNK = 4096  # the same on a GPU
 _LOGITS = 1 << 27  # and how many numbers these may be at most, in fp32: half a gigabyte
 
 
@@ -53,7 +54,7 @@ def linear_cross_entropy(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    chunk = products.choice().chunk if device == "cpu" else max(1, min(_CHUNK, _LOGITS // weight.shape[0]))
+    chunk = _CPU_CHUNK if device == "cpu" else max(1, min(_CHUNK, _LOGITS // weight.shape[0]))
     with torch.autocast(device, enabled=False):
         hidden = hidden.to(dtype)
         if dtype != torch.float16:

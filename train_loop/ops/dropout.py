@@ -27,7 +27,7 @@ _operators.define("random_bits(Tensor like) -> Tensor", tags=[torch.Tag.nondeter
 
 def _random_bits(like: torch.Tensor) -> torch.Tensor:
     """16 random bits for each number of `like`, as int16 of the same shape."""
-    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device="cpu").random_(-(2**63), None)
     return words.view(torch.int16)[: like.numel()].view(like.shape)
 
 
@@ -138,7 +138,7 @@ def attention(  # noqa: PLR0913  Transformers' own signature
 class _Attention(torch.autograd.Function):
     """The same in fp32, row by row of the batch, so that a row's scores stay in a cache from one operation to the next.
 
-    The dropped probabilities are computed again in the backward pass, from the bits.
+    The backward pass computes probabilities again, and drops some of them by the bits of the forward pass.
     """
 
     @staticmethod
@@ -152,23 +152,19 @@ class _Attention(torch.autograd.Function):
         threshold: int,
     ) -> torch.Tensor:
         batch, heads, queries, width = query.shape
-        probabilities = query.new_empty(batch, heads, queries, key.shape[2])
-        bits = _random_bits(probabilities)
+        bits = _random_bits(torch.empty(batch, heads, queries, key.shape[2], device="meta"))
+        masks = [None] * batch if mask is None else list(mask.expand(batch, *mask.shape[-3:]))
         output = query.new_empty(batch, queries, heads, width)
-        masks = [None] * batch if mask is None else mask.expand(batch, *mask.shape[-3:])
-        for row, row_mask in enumerate(masks):
-            scores = torch.bmm(query[row], key[row].transpose(1, 2), out=probabilities[row]).mul_(scaling)
-            if row_mask is not None:
-                scores += row_mask
-            torch._softmax(scores, -1, False, out=scores)
-            output[row] = torch.bmm(_dropped(scores, bits[row], threshold), value[row]).transpose(0, 1)
-        context.save_for_backward(query, key, value, probabilities, bits)
+        for row in range(batch):
+            probabilities = _probabilities(query[row], key[row], masks[row], scaling)
+            output[row] = torch.bmm(_dropped(probabilities, bits[row], threshold), value[row]).transpose(0, 1)
+        context.save_for_backward(query, key, value, bits, *([] if mask is None else masks))
         context.scaling, context.threshold = scaling, threshold
         return output
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, probabilities, bits = context.saved_tensors
+        query, key, value, bits, *masks = context.saved_tensors
         # Laid out like a projection's output, [batch, tokens, heads, width].
         to_query, to_key, to_value = (
             torch.empty_like(each.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
@@ -176,10 +172,19 @@ class _Attention(torch.autograd.Function):
         )
         for row, gradient in enumerate(gradients[0].transpose(1, 2)):
             kept = functools.partial(_dropped, bits=bits[row], threshold=context.threshold)
-            to_value[row] = torch.bmm(kept(probabilities[row]).transpose(1, 2), gradient)
+            probabilities = _probabilities(query[row], key[row], masks[row] if masks else None, context.scaling)
+            to_value[row] = torch.bmm(kept(probabilities).transpose(1, 2), gradient)
             to_probabilities = kept(torch.bmm(gradient, value[row].transpose(1, 2)))
-            to_scores = torch._softmax_backward_data(to_probabilities, probabilities[row], -1, torch.float32)
+            to_scores = torch._softmax_backward_data(to_probabilities, probabilities, -1, torch.float32)
             to_scores *= context.scaling
             to_query[row] = torch.bmm(to_scores, key[row])
             to_key[row] = torch.bmm(to_scores.transpose(1, 2), query[row])
         return to_query, to_key, to_value, None, None, None
+
+
+def _probabilities(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+    """softmax(Q K^T scaling + mask) [heads, queries, keys] of a row of the batch."""
+    scores = torch.bmm(query, key.transpose(1, 2)).mul_(scaling)
+    if mask is not None:
+        scores += mask
+    return torch._softmax(scores, -1, False, out=scores)

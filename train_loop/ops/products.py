@@ -30,34 +30,30 @@ _ROUNDING = 2.0**-24  # of a float32
 
 
 class Choice(NamedTuple):
-    """The library for each role; results of `to_weights` that are wider than tall have their own.
-
-    `chunk` is the number of positions whose logits are computed at a time (see `cross_entropy.py`).
-    """
+    """The library for each role; results of `to_weights` that are wider than tall have their own."""
 
     forward: str
     to_inputs: str
     to_weights: str
     to_wide_weights: str
     add: str
-    chunk: int
 
 
-def by_one(library: str, chunk: int) -> Choice:
+def by_one(library: str) -> Choice:
     """A library for all roles."""
-    return Choice(library, library, library, library, library, chunk)
+    return Choice(library, library, library, library, library)
 
 
-_TORCH_ALONE = by_one(TORCH, 512)
+_TORCH_ALONE = by_one(TORCH)
 # By the processor's maker and torch's name for what it can do. Billions of operations a second of MKL, oneDNN and
 # OpenBLAS, in the layers of DistilGPT2 on two cores, are beside them; docs/speed.md has the whole tables.
 _TABLE = {
     ("GenuineIntel", "AVX512"): _TORCH_ALONE,  # 300, 108 to 280, 240
     ("GenuineIntel", "AVX2"): _TORCH_ALONE,  # 175, 32 to 185, 185: as a newer processor that was told to do without
-    ("AuthenticAMD", "AVX512"): Choice(ONEDNN, ONEDNN, TORCH, ONEDNN, TORCH, 256),  # MKL does without AVX-512 here
-    ("AuthenticAMD", "AVX2"): by_one(OPENBLAS, 256),  # 80 to 128, 50 to 133, 130 to 140
+    ("AuthenticAMD", "AVX512"): Choice(ONEDNN, ONEDNN, TORCH, ONEDNN, TORCH),  # MKL does without AVX-512 here
+    ("AuthenticAMD", "AVX2"): by_one(OPENBLAS),  # 80 to 128, 50 to 133, 130 to 140
 }
-_WITHOUT_OPENBLAS = {("AuthenticAMD", "AVX2"): Choice(ONEDNN, TORCH, TORCH, TORCH, TORCH, 256)}
+_WITHOUT_OPENBLAS = {("AuthenticAMD", "AVX2"): Choice(ONEDNN, TORCH, TORCH, TORCH, TORCH)}
 
 
 def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -171,7 +167,7 @@ def in_words(told: dict[str, Any] | None) -> str:
     """A line for what is `told`; nothing of a device other than the CPU, or if it is damaged."""
     if not isinstance(told, dict) or told.keys() < {"maker", "capability", "threads", *Choice._fields}:
         return ""
-    roles = {name: told[name] for name in Choice._fields if name != "chunk"}
+    roles = {name: told[name] for name in Choice._fields}
     libraries = {name: [role.replace("_", " ") for role, by in roles.items() if by == name] for name in LIBRARIES}
     used = {name: ", ".join(its) for name, its in libraries.items() if its}
     by = "; ".join(f"{its} by {name}" for name, its in used.items()) if len(used) > 1 else f"by {', '.join(used)}"

@@ -7,21 +7,19 @@ fsum), so neither their order nor the number of processes makes a difference. A 
 tokens of a short last batch; a gathered, padded last batch would count some tokens twice. No logits are kept.
 """
 
-import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import nn
 
 from train_loop.console import Progress
 from train_loop.data.loader import Windows, loader
 from train_loop.data.order import Ids, cut
 from train_loop.devices import exact, pins_memory
+from train_loop.distributed.collectives import sum_exactly
 
 
 def evaluate(
@@ -84,7 +82,5 @@ def measure(
     objective.train(training)
     if stopped:
         return None
-    local = [torch.stack(rows).tolist()]  # sent as Python numbers: not every device has float64
-    gathered = gather_object(local) if accelerator.num_processes > 1 else local
-    nll, correct, targets = (math.fsum(column) for column in zip(*itertools.chain(*gathered), strict=True))
+    nll, correct, targets = sum_exactly(accelerator, torch.stack(rows).T.tolist())
     return nll, correct, targets
