@@ -6,8 +6,8 @@
 8 x 128 tokens a step, in fp32 if nothing else is said, dropout as the model has it, from random weights. Each contender
 is a process of its own (how the C library keeps memory is a property of a process) that trains a step when it is its
 turn; the first steps warm up. Memory is the process's peak beyond what it had before the model, weights, gradients and
-moments (16 bytes a parameter) not counted. The bound is all matrix products of a step and nothing else (`products.py`), by the fastest of
-the libraries; each of them is a contender, too, so that it meets the same minutes of a shared machine.
+moments (16 bytes a parameter) not counted. The bound is all matrix products of a step and nothing else (`products.py`),
+by the fastest of the libraries; each of them is a contender, too, so that it meets the same minutes of the machine.
 """
 
 import contextlib

@@ -123,6 +123,26 @@ def test_attention_is_that_of_the_bits(kind: str, heads: int) -> None:
         assert torch.equal(mine, theirs)
 
 
+def test_attention_under_autocast_rounds_as_it_does_without_dropout() -> None:
+    """Queries and keys that were rotated are fp32 there, values bf16."""
+    torch.manual_seed(1)
+    query, key = (torch.randn(4, 4, 32, 64, requires_grad=True) for _ in range(2))
+    value = torch.randn(4, 4, 32, 64, dtype=torch.bfloat16, requires_grad=True)
+
+    def computed() -> torch.Tensor:
+        torch.manual_seed(7)
+        return dropout.attention(torch.nn.Module(), query, key, value.to(query.dtype), None, dropout=0.25)[0]
+
+    exact = computed()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(7)
+        found = dropout.attention(torch.nn.Module(), query, key, value, None, dropout=0.25)[0]
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), exact, rtol=0.1, atol=0.1)
+    found.float().sum().backward()
+    assert all(each.grad is not None and bool(each.grad.isfinite().all()) for each in (query, key, value))
+
+
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_a_model_without_dropout_is_not_changed(name: str) -> None:
     built = AutoModelForCausalLM.from_config(

@@ -126,7 +126,8 @@ def attention(  # noqa: PLR0913  Transformers' own signature
     if attention_mask is not None and attention_mask.dtype == torch.bool:  # adding is faster than filling in
         hidden = torch.zeros_like(attention_mask, dtype=query.dtype)
         attention_mask = hidden.masked_fill_(~attention_mask, torch.finfo(query.dtype).min)
-    if query.dtype == torch.float32 and not torch.compiler.is_compiling():
+    rounds = torch.is_autocast_enabled("cpu") or {query.dtype, key.dtype, value.dtype} != {torch.float32}
+    if not rounds and not torch.compiler.is_compiling():
         return _Attention.apply(query, key, value, attention_mask, scaling, round(dropout * _STEPS)), None
     scores = (query * scaling) @ key.transpose(-2, -1)
     if attention_mask is not None:
