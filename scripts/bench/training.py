@@ -6,13 +6,14 @@
 8 x 128 tokens a step, in fp32 if nothing else is said, dropout as the model has it, from random weights. Each contender
 is a process of its own (how the C library keeps memory is a property of a process) that trains a step when it is its
 turn; the first steps warm up. Memory is the process's peak beyond what it had before the model, weights, gradients and
-moments (16 bytes a parameter) not counted. The bound is all matrix products of a step and nothing else (`products.py`),
+moments (16 bytes a parameter) not counted. The bound is all fp32 products of a step and nothing else (`products.py`),
 by the fastest of the libraries; each of them is a contender, too, so that it meets the same minutes of the machine.
 """
 
 import contextlib
 import functools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -69,7 +70,8 @@ def main() -> None:
 
     for name in CONTENDERS:  # begin one after the other, and warm up
         step(name)
-    alone = {f"products alone, {name}": Library(name, given.shape) for name in libraries()}
+    in_fp32 = given.mixed_precision == "no"
+    alone = {f"products alone, {name}": Library(name, given.shape) for name in libraries() if in_fp32}
     tokens = SEQUENCES * BLOCK
     contenders = [Contender(name, functools.partial(step, name)) for name in CONTENDERS]
     contenders += [Contender(name, library.step) for name, library in alone.items()]
@@ -80,11 +82,11 @@ def main() -> None:
         library.kill()
     title = f"a training step, {given.shape}, {SEQUENCES} x {BLOCK} tokens, mixed precision {given.mixed_precision}"
     report(title, found, tokens, "tokens", given.json)
-    bound, mine = min(statistics.median(found[name]) for name in alone), statistics.median(found["train_loop"])
+    bound = min((statistics.median(found[name]) for name in alone), default=math.nan)
     memory = {name: round(each["extra_mb"]) for name, each in told.items()}
     rows = {
         "parameters": told["train_loop"]["parameters"],
-        "share_of_bound": bound / mine,
+        "share_of_bound": bound / statistics.median(found["train_loop"]) if in_fp32 else None,
         "memory_beyond_state_mb": memory,
         "memory_of_trainers": round(memory["train_loop"] / memory["Trainer"], 3),
     }

@@ -25,10 +25,9 @@ _PATIENCE_SHARE = 0.75  # of a shape's time, until its contenders must be ready
 
 
 def checks(rows: Rows, cpu: bool, folder: Path) -> None:
-    """Both shapes, one after the other: nothing else is at work meanwhile."""
-    for number, (shape, sizes) in enumerate(_SHAPES.items()):
-        seconds = (rows.seconds_left - _RESERVE_SECONDS) / (len(_SHAPES) - number)
-        bench = Bench(shape, _TINY if cpu else sizes, seconds)
+    """Both shapes, one after the other: nothing else is at work meanwhile. The second has what the first one leaves."""
+    for shape, sizes in _SHAPES.items():
+        bench = Bench(shape, _TINY if cpu else sizes, rows.seconds_left - _RESERVE_SECONDS)
         rows.check(f"{shape}: tokens per second", bench.run)
         for name, reason in bench.left_out.items():
             rows.add(f"{shape}: {name}", Finding(None, "skipped", why=f"left out: {reason}"))

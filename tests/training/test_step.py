@@ -3,8 +3,10 @@
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from train_loop.training.accumulators import FixedPoint, LossScaled
 from train_loop.training.loop import History, Loop
 from train_loop.training.schedule import learning_rate
 from train_loop.training.state import Observer, Run, TrainState
-from train_loop.training.step import gradient_norm, train_step
+from train_loop.training.step import gradient_norm, reduce_scalars, train_step
 
 
 def set_up(settings: Callable[..., list[str]], name: str, **changes: object) -> Run:
@@ -321,3 +323,20 @@ def test_no_limit_leaves_gradients_as_they_are() -> None:
     accelerator.clip_grad_norm_(layer.parameters(), float("inf"))
     assert torch.equal(layer.weight.grad, before)
     assert learning_rate(0, 1, 1.0, ScheduleConfig()) == 1.0
+
+
+@pytest.mark.parametrize("asked", [0, 1, 2])
+def test_one_process_that_is_asked_to_stop_stops_all(asked: int) -> None:
+    """Whichever it is, and the loss is the sum of all processes, whatever their order."""
+    others = [[2.0, float(asked == rank), 5.0] for rank in (1, 2)]
+
+    class Three:
+        num_processes = 3
+        gather = staticmethod(lambda ranks: torch.cat([ranks, torch.tensor(others)]))
+
+    context: Any = SimpleNamespace(
+        accelerator=Three(), stop=SimpleNamespace(asked=asked == 0), clock=lambda part: nullcontext()
+    )
+    assert reduce_scalars(context, [torch.tensor(1.0)], torch.tensor(5.0)) == (5.0, 5.0, True)
+    context.stop.asked, others[0][1], others[1][1] = False, 0.0, 0.0
+    assert reduce_scalars(context, [torch.tensor(1.0)], torch.tensor(5.0)) == (5.0, 5.0, False)

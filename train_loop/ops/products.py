@@ -25,7 +25,7 @@ from train_loop import devices, environment
 from train_loop.errors import TrainingError
 
 TORCH, ONEDNN, OPENBLAS = LIBRARIES = "torch", "onednn", "openblas"
-_BLOCK = 2048  # rows of a result that are added to what is there at a time, so that they stay in a cache
+_BLOCK = 8192  # rows of a result that are added to what is there at a time
 _ROUNDING = 2.0**-24  # of a float32
 
 
