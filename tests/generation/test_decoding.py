@@ -20,7 +20,9 @@ from train_loop.errors import InputError
 from train_loop.generation.decoding import Generated, NotFiniteError, generate, slid_out
 from train_loop.generation.kv_cache import Decoder, StaticDecoder, recorder, takes_positions
 from train_loop.models import building
-from train_loop.ops.packed_linear import pack
+from train_loop.ops import packed_linear
+from train_loop.ops.packed_linear import Way, pack
+from train_loop.ops.products import ONEDNN, TORCH
 
 CONTEXT = 32
 NARROW = 12  # takes less until older tokens slide out
@@ -203,7 +205,8 @@ def test_a_step_that_cannot_be_recorded_is_taken_as_it_is(built: Any, monkeypatc
 
 
 @needs_onednn
-def test_matrices_in_another_order_give_the_same_text(built: Any) -> None:
+@pytest.mark.parametrize("way", [Way(0, ONEDNN), Way(2, ONEDNN), Way(1, TORCH)], ids=str)
+def test_matrices_in_another_order_give_the_same_text(built: Any, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     built = copy.deepcopy(built)
     for parameter in built.parameters():
@@ -211,12 +214,43 @@ def test_matrices_in_another_order_give_the_same_text(built: Any) -> None:
             torch.nn.init.normal_(parameter, 1.0, 0.1)
     sampling = Sampling(20, seed=7)
     expected = alone(built, RAGGED, sampling)
+    few = torch.tensor([[token] for token in PROMPT])
+    monkeypatch.setattr(packed_linear, "choice", lambda: way)
     with torch.no_grad():
-        logits = built(torch.tensor([PROMPT])).logits
+        logits = built(few).logits
         assert pack(built)
-        found = built(torch.tensor([PROMPT])).logits
-    torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(built(few).logits, logits, rtol=1e-5, atol=1e-5)
     assert tokens(generate(Decoder(built), RAGGED, sampling, None)) == expected
+    assert alone(built, RAGGED, sampling) == expected
+
+
+@needs_onednn
+def test_copies_of_matrices_are_made_when_a_step_needs_them(gpt2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reordered: list[Any] = []
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    counted = lambda weight, rows: reordered.append(weight) or reorder(weight, rows)  # noqa: E731
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", counted)
+    monkeypatch.setattr(packed_linear, "choice", lambda: Way(2, ONEDNN))
+    assert pack(gpt2)
+    generate(Decoder(gpt2), [PROMPT] * 2, Sampling(3), None)  # the prompts are ten rows
+    assert not reordered
+    generate(Decoder(gpt2), [PROMPT] * 3, Sampling(3), None)
+    assert len(reordered) == 4 * gpt2.config.n_layer + 1
+    generate(Decoder(gpt2), [PROMPT] * 3, Sampling(3), None)
+    assert len(reordered) == 4 * gpt2.config.n_layer + 1
+
+
+def test_a_cache_grows_in_place(gpt2: Any) -> None:
+    feed = Decoder(gpt2)
+    feed.start(RAGGED, 20)
+    feed.step(torch.tensor([1, 2, 3, 4]))
+    places = [layer.keys.data_ptr() for layer in feed._cache.layers]
+    feed.step(torch.tensor([1, 2, 3, 4]))
+    assert [layer.keys.data_ptr() for layer in feed._cache.layers] == places
+    feed.select_rows([2])
+    found = feed.step(torch.tensor([5]))
+    fresh = Decoder(gpt2)
+    torch.testing.assert_close(found, fresh.start([[*RAGGED[2], 3, 3, 5]], 0))
 
 
 @needs_onednn

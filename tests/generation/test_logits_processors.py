@@ -143,6 +143,16 @@ def test_ties_with_the_last_one_of_top_k_can_be_drawn() -> None:
     assert drawn.tolist() == [0, VOCABULARY // 2, VOCABULARY - 1]
 
 
+def test_ties_that_the_temperature_makes_can_be_drawn() -> None:
+    """Two numbers side by side, whose third parts are rounded to the same."""
+    least = torch.tensor(1.0).nextafter(torch.tensor(2.0))
+    while least / 3 != least.nextafter(torch.tensor(2.0)) / 3:
+        least = least.nextafter(torch.tensor(2.0))
+    one = torch.tensor([[float(least.nextafter(torch.tensor(2.0))), -9.0, float(least)]])
+    drawn = logits_processors.choose(Sampling(temperature=3.0, top_k=1, top_p=1.0), one, torch.tensor([0.9]).double())
+    assert drawn.tolist() == [2]
+
+
 def test_a_draw_inverts_the_cumulative_distribution() -> None:
     one = torch.tensor([[0.25, 0.0, 0.5, 0.25, 0.0]]).log().expand(6, -1)
     uniforms = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-53], dtype=torch.float64)

@@ -13,13 +13,15 @@ from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel, StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from train_loop import compat, devices
 from train_loop.models.building import first_position
 
 Rows = Sequence[Sequence[int]]
 """Token ids, row by row; rows may differ in length."""
+
+_ROOM = 64  # tokens
 
 
 class Feed(Protocol):
@@ -85,8 +87,48 @@ class Decoder:
             # A few models train, but cannot use their own cache: their texts are recomputed.
             self._use_cache, self._cache = False, None
             return self._forward()
+        if self._use_cache and self._cache is None:
+            _make_room(output.get(self._cache_name))
         self._cache = output.get(self._cache_name) if self._use_cache else None
         return output.logits[:, -1].float()
+
+
+class _Roomy(DynamicLayer):
+    """Keys and values of a layer, [batch, heads, length, width], with room behind them: a new token copies no old ones.
+
+    Whatever else changes them, as dropping rows does, leaves tensors outside of that room, and they move to a new one.
+    """
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        super().__init__()
+        vars(self).update(vars(layer))
+        self._rooms: list[torch.Tensor | None] = [None, None]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add keys and values of new tokens; returns all of them."""
+        assert self.keys is not None and self.values is not None
+        self.keys, self.values = self._added(0, self.keys, key_states), self._added(1, self.values, value_states)
+        return self.keys, self.values
+
+    def _added(self, which: int, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        room, length = self._rooms[which], old.shape[-2]
+        end = length + new.shape[-2]
+        if room is None or old.data_ptr() != room.data_ptr() or end > room.shape[-2]:
+            room = old.new_empty(*old.shape[:-2], end + max(_ROOM, end // 4), old.shape[-1])
+            room[..., :length, :] = old
+            self._rooms[which] = room
+        room[..., length:end, :] = new
+        return room[..., :end, :]
+
+
+def _make_room(cache: Any) -> None:
+    """Let a filled cache's layers grow in place; those of other kinds (windows that slide, states) stay as they are."""
+    layers = getattr(cache, "layers", [])
+    for place, layer in enumerate(layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            layers[place] = _Roomy(layer)
 
 
 class StaticDecoder:

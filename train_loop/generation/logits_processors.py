@@ -91,7 +91,7 @@ def choose(sampling: Sampling, logits: torch.Tensor, uniforms: torch.Tensor) -> 
     """The next tokens, int64 [batch], from logits [batch, vocabulary] and random numbers, float64 [batch] in [0, 1)."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    kept, tokens = _likeliest(scale_by_temperature(logits, sampling.temperature), sampling.top_k)
+    kept, tokens = _likeliest(logits, sampling.top_k, sampling.temperature)
     if sampling.top_p < 1:
         kept = keep_top_p(kept, sampling.top_p)
     if sampling.min_p > 0:
@@ -102,13 +102,18 @@ def choose(sampling: Sampling, logits: torch.Tensor, uniforms: torch.Tensor) -> 
     return drawn if tokens is None else tokens.gather(-1, drawn[:, None])[:, 0]
 
 
-def _likeliest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `keep_top_k` keeps, logits and ids [batch, k], to sort fewer; logits, None if ties or k = 0 leave more."""
+def _likeliest(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `keep_top_k` keeps of scaled logits, and the ids, both [batch, k]: what follows goes over k tokens only.
+
+    The ids are None, and the logits [batch, vocabulary], if k = 0 or ties leave more. Scaling keeps the order, but may
+    round two logits to the same: so the next one after the k likeliest is looked at, too.
+    """
     if k == 0 or k >= logits.shape[-1]:
-        return logits, None
-    values, tokens = logits.topk(k, dim=-1)
-    if bool(((logits >= values[:, -1:]).sum(dim=-1) > k).any()):
-        return keep_top_k(logits, k), None
+        return scale_by_temperature(logits, temperature), None
+    values, tokens = logits.topk(k + 1, dim=-1)
+    values = scale_by_temperature(values, temperature)
+    if bool((values[:, k] == values[:, k - 1]).any()):
+        return keep_top_k(scale_by_temperature(logits, temperature), k), None
     # In the vocabulary's order: if rounding makes two nearly equal logits change places, no draw changes.
-    tokens, order = tokens.sort(dim=-1)
+    tokens, order = tokens[:, :k].sort(dim=-1)
     return values.gather(-1, order), tokens
