@@ -145,7 +145,7 @@ def test_ties_with_the_last_one_of_top_k_can_be_drawn() -> None:
 
 def test_ties_that_the_temperature_makes_can_be_drawn() -> None:
     """Two numbers side by side, whose third parts are rounded to the same."""
-    least = torch.tensor(1.0).nextafter(torch.tensor(2.0))
+    least = torch.tensor(1.5)  # from here to 2, third parts of numbers lie closer together than numbers there can be
     while least / 3 != least.nextafter(torch.tensor(2.0)) / 3:
         least = least.nextafter(torch.tensor(2.0))
     one = torch.tensor([[float(least.nextafter(torch.tensor(2.0))), -9.0, float(least)]])
