@@ -184,8 +184,8 @@ def _resume(setup: Setup) -> None:
         say(f"resuming from {setup.found.folder}")
         then, now = setup.found.state.get("products"), products.told(accelerator.device)
         if then is not None and then != now:
-            was, is_now = products.in_words(then), products.in_words(now)
-            say(f"careful: matrices were multiplied {was}, now {is_now or 'by the device'}; losses differ by rounding")
+            was, is_now = products.in_words(then), products.in_words(now) or "by the device"
+            say(f"careful: matrix products until now: {was}; from here on: {is_now}; so losses are rounded otherwise")
 
 
 def _observers(setup: Setup, log: MetricsLog, progress: Progress) -> list[Observer]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from train_loop.data.loader import IGNORED
-from train_loop.ops import cross_entropy
+from train_loop.ops import cross_entropy, products
 from train_loop.ops.cross_entropy import _LinearCrossEntropy, linear_cross_entropy
 
 
@@ -59,6 +59,7 @@ def test_under_autocast_it_is_the_plain_one_to_rounding(
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_it_holds_the_logits_of_a_chunk_only(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None) -> None:
+    monkeypatch.setattr(products, "choice", lambda: products.by_one(products.TORCH))  # calls `F.linear`
     monkeypatch.setattr(cross_entropy, "_CPU_CHUNK", 32)
     sizes: list[int] = []
     linear = F.linear

@@ -48,6 +48,7 @@ def test_roles_are_what_they_say(library: str, transposed: bool) -> None:
     close: Any = {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(products.forward(x, weight, bias).double(), exact, **close)
     torch.testing.assert_close(products.forward(x, weight).double(), exact - bias.double(), **close)
+    torch.testing.assert_close(products.forward(x[:1, :1], weight, bias).double(), exact[:1, :1], **close)
     torch.testing.assert_close(
         products.to_inputs(gradient, weight).double(), gradient.double() @ weight.double(), **close
     )
@@ -227,5 +228,5 @@ def test_a_run_that_goes_on_by_other_products_says_so(
     told = products.told
     monkeypatch.setattr(products, "told", lambda device: (told(device) or {}) | {"threads": 77})
     assert command("train", *arguments) == 0, command.err
-    assert command.err.count("careful: matrices were multiplied by ") == 1 and "77 threads); losses" in command.err
-    assert "products       by " in command.err
+    assert command.err.count("careful: matrix products until now: ") == 1 and "77 threads); so losses" in command.err
+    assert "\nproducts       " in command.err

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from train_loop.ops import products
 
-_CPU_CHUNK = 384  # positions whose logits are held at once: fewer take more time, more take more memory
+_CPU_CHUNK = 256  # positions whose logits are held at once: fewer take more time, more take more memory
 _CHUNK = 4096  # the same on a GPU
 _LOGITS = 1 << 27  # and how many numbers these may be at most, in fp32: half a gigabyte
 
