@@ -42,7 +42,7 @@ class Library:
     def __init__(self, name: str, shape: str) -> None:
         self.each: dict[str, list[float]] = defaultdict(list)
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._process = subprocess.Popen([sys.executable, __file__, "--shape", shape, "--library", name], **pipes)
+        self._process = subprocess.Popen([sys.executable, __file__, "--shape", shape, "--multiply_by", name], **pipes)
         self.chosen: dict[str, str] = self._read()
 
     def _read(self) -> Any:
@@ -78,11 +78,11 @@ def main() -> None:
     """Run the benchmark."""
     options = parser(__doc__, rounds=5)
     options.add_argument("--shape", choices=SHAPES, default="distilgpt2", help="of the model (distilgpt2)")
-    options.add_argument("--library", help="what a process started by this one multiplies by")
+    options.add_argument("--multiply_by", help="what a process started by this one multiplies by")
     given = options.parse_args()
-    if given.library:
+    if given.multiply_by:
         with contextlib.redirect_stdout(sys.stderr):
-            _serve(given.library, given.shape)
+            _serve(given.multiply_by, given.shape)
         return
     processes = {name: Library(name, given.shape) for name in (*libraries(), TABLE)}
     found = alternate([Contender(name, each.step) for name, each in processes.items()], given.rounds)

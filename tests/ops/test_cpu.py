@@ -83,6 +83,8 @@ def test_the_outputs_of_gelus_and_norms_are_made_again(tokenizer_folder: Path) -
     tokens, config = batch()[0].numel(), built.config
     outputs = 4 * tokens * (4 * config.n_embd + 2 * config.n_embd) * config.n_layer  # a GELU's and two norms' a layer
     assert kept(built) == before - outputs
+    with torch.no_grad():
+        assert not hasattr(built.transformer.ln_f(torch.ones(1, config.n_embd)), "made_from")
     # Changed in place on its way, it is no GELU's any more.
     mlp = built.transformer.h[0].mlp
     mlp.act.register_forward_hook(lambda module, inputs, output: output.mul_(3))

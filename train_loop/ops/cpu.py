@@ -53,7 +53,8 @@ class _Remade:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         output = self._forward(x)
-        output.made_from = (self._forward, x.detach())  # type: ignore[attr-defined]
+        if output.requires_grad:  # then torch keeps the input, too, and refuses one that was changed in place
+            output.made_from = (self._forward, x.detach())  # type: ignore[attr-defined]
         return output
 
 
