@@ -60,8 +60,9 @@ def made(name: str, **changes: Any) -> PreTrainedModel:
     config = AutoConfig.for_model(**SPECIAL, **(SMALL | TYPES[name] | changes))
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
     with torch.no_grad():
-        for each in model.parameters():
-            each.mul_(4)  # so that experts are not used alike
+        for key, each in model.named_parameters():
+            if "router" in key or "gate.weight" in key:
+                each.mul_(20)  # so that experts are not used alike
     return model
 
 
