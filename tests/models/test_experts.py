@@ -182,8 +182,9 @@ def test_evaluation_does_not_count() -> None:
     assert found is not None
     objective = Objective(model, experts=found).train()
     with evaluating(objective):
-        objective(inputs, targets, statistics=True)
         objective(inputs, targets)
+        objective(inputs, targets, statistics=True)
+        assert not found._outputs
     with torch.no_grad():
         objective(inputs, targets)
     assert not found.sums
