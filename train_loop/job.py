@@ -352,7 +352,7 @@ def _take(folder: RunFolder, config: Config, own: Ownership | None) -> None:
 def replay(folder: Path, steps: Sequence[int]) -> Replay:
     """Get ready to replay steps of a run; see `Replay`."""
     padded = RunFolder(folder).padded
-    return Replay(folder, steps, lambda config: set_up(config, padded=padded).run)
+    return Replay(folder, steps, lambda config, heartbeat: set_up(config, None, heartbeat, padded=padded).run)
 
 
 def _data(accelerator: Accelerator, config: Config, tokenizer: PreTrainedTokenizerFast | None = None) -> Prepared:
