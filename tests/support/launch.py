@@ -107,6 +107,17 @@ def several(
     return _outcomes(number, commands, start)
 
 
+def under(told: Sequence[dict[str, str]], commands: Sequence[Sequence[Any]], seconds: float = 200) -> list[Outcome]:
+    """The same for processes that are told nothing but these variables, each its own."""
+    each = [environment(variables) for variables in told]
+
+    def start(*paths: str) -> None:
+        ended = forked.together("tests.support.several", paths, each, seconds)
+        assert not any(code for code, _ in ended), ended
+
+    return _outcomes(len(told), commands, start)
+
+
 def fresh(number: int, commands: Sequence[Sequence[Any]], **more: str) -> list[Outcome]:
     """The same in new processes: `more` has what libraries read when they are loaded."""
 

@@ -1,4 +1,4 @@
-"""Devices and processes: what `accelerate launch` started, checked against what it was asked to start.
+"""Devices and processes: what a launcher started, checked against what it was asked to start.
 
 Some ways of launching silently do something other than what they say: one process instead of two, two processes that
 each believe they are alone, plain data parallelism instead of FSDP. All stop here, with the command that works.
@@ -36,9 +36,12 @@ def start(run: RunConfig, heartbeat: Heartbeat, project_dir: Path | None = None)
         torch.set_num_threads(1)  # kernels on a CPU split their sums by thread
     # Each process builds the whole model from the same numbers, so none has to wait for the first one's weights.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")  # Accelerate's default gathers all at once
     with heartbeat.connecting(), compat.stdout_kept_clean():
         try:
             accelerator = Accelerator(
+                # Without this, each of several processes would work alone where there are only CPUs.
+                cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.accelerator.current_accelerator(True) is None,
                 mixed_precision=_granted(run.mixed_precision),
                 log_with=run.log_with or None,
                 project_dir=None if project_dir is None else str(project_dir),

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from train_loop import files
+from train_loop import files, launchers
 from train_loop.data.loader import Windows, loader
 from train_loop.data.order import Ids, cut
 from train_loop.errors import TrainingError
@@ -35,7 +35,8 @@ _PROGRAM = str(Path(__file__).with_name("verify_subprocess.py"))
 _PROMPT = 8  # tokens, the first ones of the validation data
 _POLL_SECONDS = 0.1
 # Variables that launchers set for their own processes; the clean process must not see them.
-_LAUNCHERS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PARALLELISM_CONFIG_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_")
+_TORCHS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PARALLELISM_CONFIG_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_")
+_LAUNCHERS = _TORCHS + launchers.PREFIXES
 
 
 @dataclass(frozen=True)
