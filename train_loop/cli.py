@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from train_loop import environment, versions
+from train_loop import environment, launchers, versions
 from train_loop.config.arguments import Parser, number_of, path_of
 from train_loop.config.load import config_from_arguments
 from train_loop.config.parsing import documented, help_text
@@ -41,6 +41,7 @@ from train_loop.streams import OutputError, unbreakable
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    launchers.translate()  # one line on each host is enough, also for a mistake in the command line
     given = list(sys.argv[1:] if arguments is None else arguments)
     only_prints = given[:1] != ["train"] or bool({"-h", "--help"} & set(given))  # a run goes on without its output
     with unbreakable(strict=only_prints) as rest_of_output:

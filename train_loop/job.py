@@ -29,7 +29,7 @@ from train_loop.data.loader import Windows
 from train_loop.data.order import Plan
 from train_loop.data.token_store import Prepared, TokenStore
 from train_loop.devices import pins_memory
-from train_loop.distributed import launch, sharding
+from train_loop.distributed import launch, shards
 from train_loop.distributed.agreement import any_rank_stopping
 from train_loop.distributed.collectives import check_same, run_on_all_ranks
 from train_loop.distributed.heartbeat import Heartbeat, is_communication_error
@@ -334,11 +334,11 @@ def _prepared(
         objective.to(accelerator.device)
         return launch.prepare(accelerator, objective, training)
     prepared = launch.prepare(accelerator, objective, training)
-    shards = sharding.Shards(objective.model)
-    run_on_all_ranks(accelerator, "weights", lambda: weights(shards.place))
-    check_same(accelerator, "the initial weights' digest", shards.digest(), same)
+    held = shards.Shards(objective.model)
+    run_on_all_ranks(accelerator, "weights", lambda: weights(held.place))
+    check_same(accelerator, "the initial weights' digest", held.digest(), same)
     objective.choose_path()
-    sharding.reshard(objective)
+    shards.reshard(objective)
     return prepared
 
 

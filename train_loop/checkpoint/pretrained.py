@@ -85,10 +85,10 @@ def _weights(found: storage.CheckpointRef, model: PreTrainedModel, attention: st
     config, names = model.config, {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
 
     def weights(place: Place) -> None:
-        saved = storage.tensors(found)
-        for name, tensor in saved.items():
-            place(name, tensor)
-        initialise(on_meta(config, attention), 0, place, only=names - saved.keys())
+        saved = storage.opened(found)
+        for name in saved.shapes:
+            place(name, saved.read(name))
+        initialise(on_meta(config, attention), 0, place, only=names - saved.shapes.keys())
 
     return weights
 
