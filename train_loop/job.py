@@ -38,12 +38,13 @@ from train_loop.export.finalize import finalize
 from train_loop.export.summary import Summary, summarize
 from train_loop.generation.decoding import check_prompt
 from train_loop.generation.sampler import prompt_ids
+from train_loop.metrics.balance import BalanceLoss
 from train_loop.metrics.log import MetricsLog
 from train_loop.metrics.past import last_steps
 from train_loop.metrics.progress import ProgressLines
 from train_loop.metrics.throughput import Throughput
 from train_loop.metrics.trackers import check_trackers, start_trackers
-from train_loop.models import building, ends, loading
+from train_loop.models import building, ends, experts, loading
 from train_loop.models.initialization import Weights
 from train_loop.models.parameters import digest
 from train_loop.ops import cpu, products
@@ -194,7 +195,10 @@ def _observers(setup: Setup, log: MetricsLog, progress: Progress) -> list[Observ
     """A run's observers, in the order in which they are called."""
     run, past, step = setup.run, log.past, setup.run.state.step
     study, evaluated = run.config.study, past.evaluations[-1]["step"] if past.evaluations else None
-    observers: list[Observer] = [log, ProgressLines(progress, evaluated)]
+    found = run.context.accelerator.unwrap_model(run.context.objective).experts
+    balanced = found is not None and found.weight > 0
+    observers: list[Observer] = [BalanceLoss(run.context.accelerator, found)] if balanced else []
+    observers += [log, ProgressLines(progress, evaluated)]
     if study.every is not None:
         steps = last_steps(setup.folder.metrics, study.every) if run.context.accelerator.is_main_process else []
         observers.append(StepStatistics(run, study.every, log.write_study, [each.get("grad_norm") for each in steps]))
@@ -288,7 +292,7 @@ def set_up(
         probe.check(language_model, data.tokenizer, config)
     for prompt in config.sample.prompts or []:
         check_prompt(language_model, prompt_ids(data.tokenizer, prompt))
-    objective = Objective(language_model)
+    objective = Objective(language_model, experts=experts.find(language_model, config.model.balance_weight))
     prepared = _prepared(accelerator, objective, weights)
     linear, keep_memory = not config.model.compile, config.run.keep_memory
     objective.tied = cpu.speed_up(language_model, training=True, linear=linear, keep_memory=keep_memory)

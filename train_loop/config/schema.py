@@ -72,6 +72,9 @@ class ModelConfig:
             compiling.
         activation_checkpointing: recompute activations in the backward pass, which takes less memory and about a third
             more time.
+        balance_weight: of the load-balancing loss, which keeps all experts of a mixture of experts in use; it is taken
+            of each sequence in each layer, and is no part of the reported loss. null takes router_aux_loss_coef from
+            the model's configuration if output_router_logits is true there, else 0; 0 balances nothing.
     """
 
     name_or_path: str | None = None
@@ -79,6 +82,7 @@ class ModelConfig:
     attention: str | None = None
     compile: bool = False
     activation_checkpointing: bool = False
+    balance_weight: NonNegativeFloat | None = None
 
 
 @dataclass

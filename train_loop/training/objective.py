@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from train_loop.data.loader import IGNORED
 from train_loop.devices import exact
 from train_loop.models.building import context_length
+from train_loop.models.experts import Experts
 from train_loop.ops.cross_entropy import TiedGradient, linear_cross_entropy
 
 _CHUNK = 1024  # positions whose logits are held at once where nothing is trained
@@ -49,6 +50,7 @@ class Objective(nn.Module):
     Args:
         model: any causal language model of Transformers.
         tied: see `TiedGradient`.
+        experts: the model's, if it has some; the gradient of their balance joins that of the loss.
 
     Attributes:
         loss_path: "fused" or "logits".
@@ -56,10 +58,12 @@ class Objective(nn.Module):
             such as a short last micro-batch, run uncompiled, because compiling again would take longer.
     """
 
-    def __init__(self, model: PreTrainedModel, tied: TiedGradient | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tied: TiedGradient | None = None, experts: Experts | None = None
+    ) -> None:
         super().__init__()
         self.model = model
-        self.tied = tied
+        self.tied, self.experts = tied, experts
         self.compiled: set[tuple[bool, int, int]] | None = None
         self.loss_path = "logits"
         if model.device.type != "meta":
@@ -116,6 +120,10 @@ class Objective(nn.Module):
             for logits, target in self._chunks(inputs, targets, positions):
                 visit(logits, target)
             return None
+        nll_sum = self._nll_sum(inputs, targets, positions)
+        return nll_sum if self.experts is None else self.experts.attach(nll_sum, targets.view_as(inputs))
+
+    def _nll_sum(self, inputs: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         if self.loss_path == "logits":
             logits = self._logits(inputs, positions).float()
             return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
