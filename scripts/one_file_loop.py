@@ -159,7 +159,7 @@ def main() -> None:
 
     # The loop. A step minimises the mean over all of its targets, in all micro-batches m, on all W processes:
     #         loss = sum_m nll_m / T          T = targets of the step, known before the first forward pass
-    # Gradients are averaged over the processes, so each sum is scaled by W / T. A mean of means would be another number.
+    # Gradients are averaged over processes, so each sum is scaled by W / T. A mean of means would be another number.
     for step in range(steps):
         epoch, place = divmod(step, per_epoch)
         ids = [permuted(i, n, key_of("order", seed, epoch)) for i in range(n)[place * per_step :][:per_step]]
