@@ -309,11 +309,17 @@ def inspect(arguments: list[str]) -> int:
     from train_loop.analysis import inspection
 
     replay = job.replay(Path(given.run), steps)
-    if given.set:
-        found = replay.instead(given.step, given.set)
-    else:
-        replayed = {step: replay.step(step) for step in sorted(set(steps))}
-        found = [replayed[step] for step in steps]
+    with replay.heartbeat.naming_failures():
+        if given.set:
+            found = replay.instead(given.step, given.set)
+        else:
+            replayed = {step: replay.step(step) for step in sorted(set(steps))}
+            found = [replayed[step] for step in steps]
+        replay.run.context.accelerator.end_training()
+    verdicts = [each["verification"]["verdict"] for each in found if each["verification"]]
+    code = EXIT_FAILED if "different" in verdicts else EXIT_DONE
+    if os.environ.get("RANK", "0") != "0":
+        return code
     if given.html:
         title = f"{Path(given.run).resolve().name}, step {' and '.join(map(str, steps))}"
         try:
@@ -326,8 +332,7 @@ def inspect(arguments: list[str]) -> int:
     else:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print(inspection.lines(found, colour))
-    verdicts = [each["verification"]["verdict"] for each in found if each["verification"]]
-    return EXIT_FAILED if "different" in verdicts else EXIT_DONE
+    return code
 
 
 def report(arguments: list[str]) -> int:

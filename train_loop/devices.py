@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
@@ -137,6 +138,14 @@ def _told_of_cpu() -> dict[str, str]:
         lines = itertools.takewhile(str.strip, file)
         return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     return {}
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a device, or (on a CPU) on this machine; infinitely many if the device doesn't say."""
+    if device.type == "cpu":
+        return float(psutil.virtual_memory().available)
+    told = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return float("inf") if told is None or not _works(lambda: told(device)) else float(told(device)[0])
 
 
 def peak_memory(device: torch.device) -> Callable[[], int]:

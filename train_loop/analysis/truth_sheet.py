@@ -29,7 +29,7 @@ from train_loop.data.loader import IGNORED
 from train_loop.distributed import launch, sharding
 from train_loop.distributed.collectives import describe_ranks, unsharded
 from train_loop.errors import InputError, one_line
-from train_loop.models import causality
+from train_loop.models import causality, experts
 from train_loop.models.building import vocabulary, without_compile
 from train_loop.models.parameters import EMBEDDING, MATRIX, kind
 from train_loop.ops import products
@@ -84,6 +84,7 @@ def measure(run: Run) -> dict[str, Any]:
         "parameters": _parameters(state),
         "causality": sees | {"refusal": causality.refusal(model, _source(config))},
         "loss": {"path": accelerator.unwrap_model(context.objective).loss_path, **loss},
+        "experts": experts.facts(accelerator.unwrap_model(context.objective).experts),
         "documents": {"isolated": config.data.isolate_documents, "cross": cross},
         "duplicates": duplicates.counts(run.data.train.ledger, run.data.validation.ledger),
         "batch": _batch(run.batches),
@@ -200,6 +201,7 @@ def table(sheet: dict[str, Any]) -> str:
         "causality": "no earlier logit moves if later tokens change"
         + (f", but by rounding ({sheet['causality']['moved']:.0e})" if sheet["causality"]["moved"] else ""),
         "loss": f"{sheet['loss']['path']}, {sheet['loss']['difference']:.1e} from the model's own",
+        "experts": experts.in_words(sheet["experts"]),
         "documents": ("isolated" if documents["isolated"] else "packed")
         + (": one influences the next" if documents["cross"] else ": none influences another"),
         "duplicates": "{shared:,} of {validation:,} validation documents are also training documents; {repeated:,} of "
@@ -301,6 +303,7 @@ def _tokens(accelerator: Accelerator, objective: nn.Module, rows: int, length: i
 def _loss_difference(context: StepContext, model: PreTrainedModel, block_size: int) -> dict[str, Any]:
     """The training loss of a made-up batch, and the loss that the model itself computes from labels.
 
+    The balance of experts is part of neither.
     Most models compare their logits with the labels one place on; decoders such as BART's expect labels moved already.
     """
     accelerator, objective = context.accelerator, context.objective
@@ -311,7 +314,7 @@ def _loss_difference(context: StepContext, model: PreTrainedModel, block_size: i
     targets[:, -1] = IGNORED
     with evaluating(objective):
         value = float(objective(inputs, targets)) / int((targets != IGNORED).sum())
-        with unsharded(accelerator, objective), accelerator.autocast():
+        with unsharded(accelerator, objective), accelerator.autocast(), experts.without_own_balance(model):
 
             def loss(labels: torch.Tensor) -> float:
                 return float(model(input_ids=inputs, labels=labels, use_cache=False).loss)

@@ -67,8 +67,11 @@ class Heartbeat:
 
     @contextmanager
     def connecting(self) -> Iterator[None]:
-        """Within this context, the processes have to reach each other in time; LostError names those not reached."""
-        if self.world_size == 1:
+        """Within this context, the processes have to reach each other in time; LostError names those not reached.
+
+        A second time, they have.
+        """
+        if self.world_size == 1 or self._threads[0].is_alive():
             yield
             return
         self._store_heard = time.monotonic()

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from train_loop import compat, devices
 from train_loop.config.schema import RunConfig
 from train_loop.console import say
-from train_loop.distributed import sharding
+from train_loop.distributed import sharding, shards
 from train_loop.distributed.heartbeat import Heartbeat
 from train_loop.errors import InputError, one_line
 
@@ -213,9 +213,8 @@ def _not_sharded() -> InputError:
     )
 
 
-def prepare_to_evaluate(accelerator: Accelerator, objective: nn.Module) -> nn.Module:
-    """A module prepared for evaluation only: sharded if FSDP2 is used, else as it is, with mixed precision."""
-    if accelerator.is_fsdp2:  # Accelerate only shards a module together with its optimizer
-        prepared, _ = accelerator.prepare(objective, torch.optim.SGD(objective.parameters(), lr=0.0))
-        return prepared
-    return accelerator.prepare_model(objective, evaluation_mode=True)
+def prepare(accelerator: Accelerator, module: nn.Module, training: bool = True) -> nn.Module:
+    """A module as Accelerate prepares it: sharded with FSDP2, else (to be trained) with DDP; with mixed precision."""
+    if accelerator.is_fsdp2:
+        return shards.shard(accelerator, module)
+    return accelerator.prepare_model(module, evaluation_mode=not training)
