@@ -85,6 +85,11 @@ def test_torchrun_without_the_variable_stops_and_with_it_works(settings: Setting
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "asks for DeepSpeed; train_loop shards with FSDP2"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "Megatron-LM"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "set fsdp_version: 2"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            {},
+            "set fsdp_activation_checkpointing: false and say --model.activation_checkpointing full",
+        ),
         ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, {}, "tp_size > 1"),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},

@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from train_loop import compat, files
+from train_loop import files
 from train_loop.config.load import to_yaml
 from train_loop.config.schema import Config
 from train_loop.console import say, shown
@@ -48,8 +48,6 @@ def write(
     """
     config, model, tokenizer = run.config, run.state.model, run.data.tokenizer
     folder.mkdir()
-    if config.model.activation_checkpointing:
-        compat.checkpoint_activations(model, False)
     model.generation_config = generation_config(config, tokenizer, ends(model, tokenizer))
     model.save_pretrained(folder, state_dict=dict(weights))  # a copy, because this empties it
     if (context := context_length(model)) is not None:

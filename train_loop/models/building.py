@@ -18,6 +18,7 @@ from train_loop.config.load import ONE_MODEL
 from train_loop.config.schema import Config
 from train_loop.data.tokenizer import highest_id
 from train_loop.errors import InputError, one_line
+from train_loop.models.activation_checkpointing import recompute
 from train_loop.models.architecture import configuration, is_causal
 from train_loop.models.loading import blame_attention, check_given, load
 from train_loop.models.size import check_size
@@ -49,8 +50,7 @@ def build(
     if not padded:
         train_padding(model)
     fuse_activations(model)
-    if config.model.activation_checkpointing:
-        compat.checkpoint_activations(model, True)
+    recompute(model, config.model.activation_checkpointing)
     if config.model.compile:
         compile_layers(model)
     return model
