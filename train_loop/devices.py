@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
@@ -129,6 +130,22 @@ def _told_of_cpu() -> dict[str, str]:
         lines = itertools.takewhile(str.strip, file)
         return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     return {}
+
+
+def has_peak_memory(device: torch.device) -> bool:
+    """Whether a device's allocator knows the peak of its tensors' bytes."""
+    return device.type != "cpu" and hasattr(torch.get_device_module(device), "max_memory_allocated")
+
+
+def memory(device: torch.device) -> int:
+    """A device's memory in bytes; on a CPU, the machine's."""
+    if device.type != "cpu":
+        module: Any = torch.get_device_module(device)
+        with contextlib.suppress(AttributeError, RuntimeError):
+            return int(module.get_device_properties(device).total_memory)
+        with contextlib.suppress(AttributeError, RuntimeError):
+            return int(module.mem_get_info(device)[1])
+    return int(psutil.virtual_memory().total + psutil.swap_memory().total)
 
 
 def peak_memory(device: torch.device) -> Callable[[], int]:
