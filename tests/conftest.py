@@ -82,7 +82,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             kind = "cluster"
         elif (folder, file) == ("report", "test_page.py"):
             kind = "browser"
-        elif folder == "distributed" and file in ("test_launching.py", "test_processes.py", "test_study.py"):
+        elif folder == "distributed" and file in (
+            *("test_launching.py", "test_processes.py", "test_study.py", "test_hsdp.py"),
+        ):
             kind = "distributed"
         elif (folder, file) in (("distributed", "test_survival.py"), ("scripts", "test_one_file_loop.py")):
             kind = "distributed"

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from train_loop import environment, versions
+from train_loop import environment, launchers, versions
 from train_loop.config.arguments import Parser, bytes_of, number_of, path_of
 from train_loop.config.load import config_from_arguments
 from train_loop.config.parsing import documented, help_text
@@ -41,6 +41,7 @@ from train_loop.streams import OutputError, unbreakable
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    launchers.translate()  # one line on each host is enough, also for a mistake in the command line
     given = list(sys.argv[1:] if arguments is None else arguments)
     only_prints = given[:1] != ["train"] or bool({"-h", "--help"} & set(given))  # a run goes on without its output
     with unbreakable(strict=only_prints) as rest_of_output:
@@ -308,11 +309,17 @@ def inspect(arguments: list[str]) -> int:
     from train_loop.analysis import inspection
 
     replay = job.replay(Path(given.run), steps)
-    if given.set:
-        found = replay.instead(given.step, given.set)
-    else:
-        replayed = {step: replay.step(step) for step in sorted(set(steps))}
-        found = [replayed[step] for step in steps]
+    with replay.heartbeat.naming_failures():
+        if given.set:
+            found = replay.instead(given.step, given.set)
+        else:
+            replayed = {step: replay.step(step) for step in sorted(set(steps))}
+            found = [replayed[step] for step in steps]
+        replay.run.context.accelerator.end_training()
+    verdicts = [each["verification"]["verdict"] for each in found if each["verification"]]
+    code = EXIT_FAILED if "different" in verdicts else EXIT_DONE
+    if os.environ.get("RANK", "0") != "0":
+        return code
     if given.html:
         title = f"{Path(given.run).resolve().name}, step {' and '.join(map(str, steps))}"
         try:
@@ -325,8 +332,7 @@ def inspect(arguments: list[str]) -> int:
     else:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print(inspection.lines(found, colour))
-    verdicts = [each["verification"]["verdict"] for each in found if each["verification"]]
-    return EXIT_FAILED if "different" in verdicts else EXIT_DONE
+    return code
 
 
 def report(arguments: list[str]) -> int:

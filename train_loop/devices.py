@@ -107,6 +107,16 @@ def name(device: torch.device) -> str:
     return str(named(device)) if named is not None else device.type.upper()
 
 
+def identities(kind: torch.device) -> list[str]:
+    """What tells each device of a kind that this process sees from all others; nothing if the library has no such."""
+    module = torch.get_device_module(kind)
+    found: list[str] = []
+    if hasattr(module, "get_device_properties"):
+        uuids = [getattr(module.get_device_properties(each), "uuid", None) for each in range(module.device_count())]
+        found = [str(each) for each in uuids if each is not None]
+    return found
+
+
 @functools.cache
 def processor() -> tuple[str, str]:
     """The maker of the CPU as it calls itself (GenuineIntel, AuthenticAMD, arm64), and what torch uses of it (AVX2)."""
@@ -146,6 +156,14 @@ def memory(device: torch.device) -> int:
         with contextlib.suppress(AttributeError, RuntimeError):
             return int(module.mem_get_info(device)[1])
     return int(psutil.virtual_memory().total + psutil.swap_memory().total)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a device, or (on a CPU) on this machine; infinitely many if the device doesn't say."""
+    if device.type == "cpu":
+        return float(psutil.virtual_memory().available)
+    told = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return float("inf") if told is None or not _works(lambda: told(device)) else float(told(device)[0])
 
 
 def peak_memory(device: torch.device) -> Callable[[], int]:

@@ -325,7 +325,8 @@ def lines(found: dict[str, Any]) -> str:
     where = "this machine" if found["device"] == "cpu" else "a device"
     told += [
         "",
-        f"a checkpoint takes {found['checkpoint_bytes'] / 1e9:.3f} GB on disk; checkpoint.keep: {found['checkpoints_kept']}",
+        f"a checkpoint takes {found['checkpoint_bytes'] / 1e9:.3f} GB on disk; the newest {found['checkpoints_kept']} "
+        "and the best are kept",
         f"{where} has {found['memory_bytes'] / 1e9:.1f} GB: this {'fits' if found['fits'] else 'does not fit'} "
         f"({OWN_BYTES / 1e9} GB are left to each process for all that is no tensor)",
         "",

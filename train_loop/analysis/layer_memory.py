@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from train_loop.config.schema import Config
 from train_loop.data.tokenizer import placeholder
 from train_loop.devices import has_peak_memory
-from train_loop.models import building
+from train_loop.models import building, experts
 from train_loop.ops import cpu, cross_entropy
 from train_loop.training.objective import Objective
 
@@ -175,7 +175,7 @@ def _cut(config: Config, outline: PreTrainedModel, sizes: tuple[int, int], passe
             parameter.data = parameter.data.to(passes.dtype)
     model.to(passes.device)
     tied = cpu.speed_up(model, training=True, linear=not config.model.compile, keep_memory=False)
-    return Objective(model, tied).train()
+    return Objective(model, tied, experts.find(model, config.model.balance_weight)).train()
 
 
 def shortened(config: PreTrainedConfig, layers: int, most: int, vocabulary: int) -> PreTrainedConfig:
