@@ -84,10 +84,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         elif (folder, file) == ("report", "test_page.py"):
             kind = "browser"
         elif folder == "distributed" and file in (
-            "test_experts.py",
-            "test_launching.py",
-            "test_processes.py",
-            "test_study.py",
+            *("test_launching.py", "test_processes.py", "test_study.py", "test_hsdp.py", "test_experts.py"),
+            "test_shards.py",
         ):
             kind = "distributed"
         elif (folder, file) in (("distributed", "test_survival.py"), ("scripts", "test_one_file_loop.py")):

@@ -22,7 +22,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folde
         if world in "12":
             kinds |= {"of-1": {"batch__micro_batch_size": 1}, "of-4": {"batch__micro_batch_size": 4}}
         if "fsdp2" in world:
-            kinds["recomputed"] = {"model__activation_checkpointing": "true"}
+            kinds["recomputed"] = {"model__activation_checkpointing": "full"}
         else:
             kinds["bitwise"] = {"run__reproducible": "bitwise"}
         commands = []

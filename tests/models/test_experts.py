@@ -12,12 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from tests.support.runs import MIXTRAL, TINY_MODELS, Command, events, forget_accelerator
-from train_loop import compat, job
+from train_loop import job
 from train_loop.analysis.trial_step import evaluating
 from train_loop.config.load import config_from_arguments
 from train_loop.data.loader import IGNORED
 from train_loop.errors import InputError
 from train_loop.models import experts
+from train_loop.models.activation_checkpointing import recompute
 from train_loop.models.experts import sequence_balance
 from train_loop.training.objective import Objective
 
@@ -159,11 +160,12 @@ def test_two_layers_that_collapse_on_other_experts_do_not_look_balanced() -> Non
         assert float(sequence_balance(each.softmax(-1), real, 2)) == pytest.approx(4, abs=0.01)
 
 
-def test_recomputed_activations_count_once_with_the_same_gradient() -> None:
+@pytest.mark.parametrize("choice", ["full", 2, "attention"])
+def test_recomputed_activations_count_once_with_the_same_gradient(choice: int | str) -> None:
     gradients = []
-    for recomputed in (False, True):
+    for chosen in ("none", choice):
         model, (inputs, targets) = made("mixtral", attention_dropout=0.1), batch()
-        compat.checkpoint_activations(model, recomputed)
+        recompute(model, chosen)
         found = experts.find(model, 0.5)
         assert found is not None
         objective = Objective(model, experts=found).train()
