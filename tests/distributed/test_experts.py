@@ -1,4 +1,4 @@
-"""The balance of experts on one, two and three processes, with DDP and FSDP2, in micro-batches of any size."""
+"""The balance of experts on one to four processes, with DDP, FSDP2 and HSDP, in micro-batches of any size."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import pytest
 from tests.support.launch import several
 from tests.support.runs import MIXTRAL, arguments_for, events
 
-WORLDS = ["1", "2", "3", "2-fsdp2"]
+WORLDS = ["1", "2", "3", "2-fsdp2", "4-hsdp"]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folde
             kinds |= {"of-1": {"batch__micro_batch_size": 1}, "of-4": {"batch__micro_batch_size": 4}}
         if "fsdp2" in world:
             kinds["recomputed"] = {"model__activation_checkpointing": "full"}
-        else:
+        if world in "123":
             kinds["bitwise"] = {"run__reproducible": "bitwise"}
         commands = []
         for kind, changes in kinds.items():
@@ -33,7 +33,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folde
             commands.append(
                 ["train", *arguments_for(corpus, tokenizer_folder, root / f"{world}-{kind}", **base | changes)]
             )
-        for outcome in several(int(world[0]), commands, world.endswith("fsdp2")):
+        copies = 2 if world.endswith("hsdp") else 1
+        for outcome in several(int(world[0]), commands, world.endswith(("fsdp2", "hsdp")), copies=copies):
             assert outcome.code == 0, outcome.err
     return root
 
@@ -44,7 +45,7 @@ def of_steps(runs: Path, name: str, key: str) -> list[float]:
 
 def test_losses_and_balance_do_not_depend_on_processes_and_micro_batches(runs: Path) -> None:
     folders = list(runs.iterdir())
-    assert len(folders) == 12
+    assert len(folders) == 13
     for folder in folders:
         for key in ("loss", "balance_loss", "grad_norm"):
             expected = of_steps(runs, "1-of-4", key)

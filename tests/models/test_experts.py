@@ -178,6 +178,28 @@ def test_recomputed_activations_count_once_with_the_same_gradient(choice: int | 
         torch.testing.assert_close(plain, again, rtol=0, atol=0)
 
 
+def test_compiled_layers_are_balanced_alike_and_share_their_code() -> None:
+    """There are more layers than torch would compile the same code for."""
+    found_gradients = []
+    for compiled in (False, True):
+        model, (inputs, targets) = made("mixtral", num_hidden_layers=10), batch()
+        model.config._experts_implementation = "eager"  # some versions cannot trace the others in fp32
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        for layer in model.model.layers if compiled else ():
+            layer.compile(dynamic=False, backend="eager")
+        found = experts.find(model, 0.5)
+        assert found is not None
+        Objective(model, experts=found).train()(inputs, targets).backward()
+        assert len(found.sums) == 1
+        assert bool(torch._dynamo.utils.counters["stats"]) == compiled
+        assert not torch._dynamo.utils.counters["recompile_limit"]
+        found_gradients.append([found.sums[0], *(each.grad for each in model.parameters())])
+    torch._dynamo.reset()
+    for plain, other in zip(*found_gradients, strict=True):
+        torch.testing.assert_close(plain, other)
+
+
 def test_evaluation_does_not_count() -> None:
     model, (inputs, targets) = made("mixtral"), batch()
     found = experts.find(model, 0.5)
