@@ -309,6 +309,19 @@ def test_model_without_experts_has_no_balance() -> None:
         experts.find(model, 0.01)
 
 
+def test_experts_that_no_router_scores_for_each_token_are_refused() -> None:
+    """Doge looks up experts by two halves of their numbers."""
+    shape = SMALL | {"model_type": "doge", "is_moe": True, "num_experts": 16}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SPECIAL, **shape)).eval()
+    try:
+        model(input_ids=batch()[0], use_cache=False)
+    except TypeError:
+        pytest.skip("this version of Transformers cannot run it")
+    assert experts.find(model, 0.1) is not None
+    with pytest.raises(InputError, match=r"model.balance_weight: DogeForCausalLM has no router"):
+        model(input_ids=batch()[0], use_cache=False)
+
+
 @pytest.mark.parametrize("own", [-1.0, float("nan"), "much"])
 def test_configurations_own_weight_is_checked(own: Any) -> None:
     model = made("mixtral", output_router_logits=True)

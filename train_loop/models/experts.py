@@ -103,7 +103,7 @@ class Experts:
                 seen.add(name)
         self._learning.close()
         self.routers = {name: router for name, router in self.routers.items() if name in seen}
-        self._outputs = [each for each in self._outputs if each[0] in seen]
+        self._outputs, self._passed = [each for each in self._outputs if each[0] in seen], []
         if self.weight and not self.routers:
             raise InputError(_no_routers(self._name))
 

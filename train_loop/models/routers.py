@@ -136,7 +136,8 @@ def _recorded(model: PreTrainedModel) -> Iterator[tuple[nn.Module, int]]:
             kind: Any = getattr(recorder, "target_class", None) or recorder  # before, only the class was given
             inside = getattr(recorder, "layer_name", None) or ""
             for name, module in owner.named_modules():
-                if isinstance(kind, type) and isinstance(module, kind) and f".{inside}".rstrip(".") in f".{name}":
+                matches = isinstance(kind, type) and isinstance(module, kind)
+                if matches and f".{inside}".rstrip(".") in f".{name}":
                     yield module, getattr(recorder, "index", 1)
 
 
