@@ -140,6 +140,22 @@ def _told_of_cpu() -> dict[str, str]:
     return {}
 
 
+def has_peak_memory(device: torch.device) -> bool:
+    """Whether a device's allocator knows the peak of its tensors' bytes."""
+    return device.type != "cpu" and hasattr(torch.get_device_module(device), "max_memory_allocated")
+
+
+def memory(device: torch.device) -> int:
+    """A device's memory in bytes; on a CPU, the machine's."""
+    if device.type != "cpu":
+        module: Any = torch.get_device_module(device)
+        with contextlib.suppress(AttributeError, RuntimeError):
+            return int(module.get_device_properties(device).total_memory)
+        with contextlib.suppress(AttributeError, RuntimeError):
+            return int(module.mem_get_info(device)[1])
+    return int(psutil.virtual_memory().total + psutil.swap_memory().total)
+
+
 def free_memory(device: torch.device) -> float:
     """Bytes that are free on a device, or (on a CPU) on this machine; infinitely many if the device doesn't say."""
     if device.type == "cpu":

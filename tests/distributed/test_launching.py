@@ -123,6 +123,11 @@ def test_any_launcher_starts_a_run(command: Command, settings: Settings, tmp_pat
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "set fsdp_version: 2"),
         ({"FSDP_VERSION": "2"}, {}, "FSDP_VERSION is set, but ACCELERATE_USE_FSDP is not true"),
         ({"ACCELERATE_USE_FSDP": "1", "FSDP_VERSION": "2"}, {}, "ACCELERATE_USE_FSDP is not true"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            {},
+            "set fsdp_activation_checkpointing: false and say --model.activation_checkpointing full",
+        ),
         ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, {}, "tp_size > 1"),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},

@@ -162,6 +162,9 @@ def _check_launcher(run: RunConfig) -> None:
         if os.environ.get("FSDP_VERSION", "1") != "2":
             cure = "set fsdp_version: 2 (configs/accelerate/fsdp2.yaml), or FSDP_VERSION=2"
             raise InputError(f"the launcher asks for FSDP version 1; {cure}")
+        if asked("FSDP_ACTIVATION_CHECKPOINTING") == "true":  # github.com/huggingface/accelerate/issues/3897
+            cure = "set fsdp_activation_checkpointing: false and say --model.activation_checkpointing full"
+            raise InputError(f"the launcher asks for recomputation, which would draw other dropout masks; {cure}")
         if run.reproducible == "bitwise":
             raise InputError(
                 "run.reproducible bitwise does not work with FSDP2, which adds up gradients in its own order; "

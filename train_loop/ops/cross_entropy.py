@@ -9,7 +9,7 @@ Products have the type of the hidden states, all sums are in fp32. In fp16 such 
 because it is small and not yet scaled: there the backward pass computes each chunk's logits again.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,13 @@ from train_loop.ops import products
 _CPU_CHUNK = 256  # positions whose logits are held at once: fewer take more time, more take more memory
 _CHUNK = 4096  # the same on a GPU
 _LOGITS = 1 << 27  # and how many numbers these may be at most, in fp32: half a gigabyte
+
+
+class Memory(NamedTuple):
+    """Bytes that are kept until the backward pass, and the most that are taken."""
+
+    kept: int
+    most: int
 
 
 class TiedGradient:
@@ -54,7 +61,7 @@ def linear_cross_entropy(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    chunk = _CPU_CHUNK if device == "cpu" else max(1, min(_CHUNK, _LOGITS // weight.shape[0]))
+    chunk = chunk_size(device, weight.shape[0])
     with torch.autocast(device, enabled=False):
         hidden = hidden.to(dtype)
         if dtype != torch.float16:
@@ -71,6 +78,26 @@ def linear_cross_entropy(
             for each in zip(hidden.split(chunk), targets.split(chunk), strict=True)
         ]
         return torch.stack(parts).sum()
+
+
+def chunk_size(device: str, vocabulary: int) -> int:
+    """Positions whose logits are held at once."""
+    return _CPU_CHUNK if device == "cpu" else max(1, min(_CHUNK, _LOGITS // vocabulary))
+
+
+def memory(positions: int, weight: tuple[int, int], types: tuple[torch.dtype, torch.dtype], device: str) -> Memory:
+    """What a training pass takes for a weight [vocabulary, width], beside the hidden states and their gradient.
+
+    `types` are those of the weight and of the products. Bytes are kept until the backward pass, and are taken at most.
+    """
+    (vocabulary, width), (held, computed) = weight, types
+    chunk = min(positions, chunk_size(device, vocabulary))
+    plain = computed == torch.float32 and device == "cpu"
+    rounded = computed.itemsize if held != computed else 0
+    product = 0 if plain or (chunk == positions and computed == torch.float32) else computed.itemsize
+    gradient = computed.itemsize if computed != torch.float32 else 0
+    most = vocabulary * width * (4 + rounded + product) + chunk * vocabulary * (4 + gradient)
+    return Memory(vocabulary * width * held.itemsize, most)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
