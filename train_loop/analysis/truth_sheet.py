@@ -138,8 +138,8 @@ def check(sheet: dict[str, Any]) -> None:
     if not loss["difference"] <= loss["tolerance"]:
         raise InputError(
             f"truth sheet: the training loss is {loss['value']:.6f} ({loss['path']}), but the model's own is "
-            f"{loss['own']:.6f}; the model adds something to its loss (for its experts, say) that train_loop does not "
-            "know about; turn that off in its configuration"
+            f"{loss['own']:.6f}; the model adds something to its loss that train_loop does not know about; turn "
+            "that off in its configuration"
         )
     if sheet["documents"]["isolated"] and sheet["documents"]["cross"]:
         raise InputError(cannot_isolate(sheet["model"]["class"], sheet["model"]["attention"]))
