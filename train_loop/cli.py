@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from train_loop import environment, versions
-from train_loop.config.arguments import Parser, number_of, path_of
+from train_loop import environment, launchers, versions
+from train_loop.config.arguments import Parser, bytes_of, number_of, path_of
 from train_loop.config.load import config_from_arguments
 from train_loop.config.parsing import documented, help_text
 from train_loop.config.sampling import Sampling
@@ -41,6 +41,7 @@ from train_loop.streams import OutputError, unbreakable
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    launchers.translate()  # one line on each host is enough, also for a mistake in the command line
     given = list(sys.argv[1:] if arguments is None else arguments)
     only_prints = given[:1] != ["train"] or bool({"-h", "--help"} & set(given))  # a run goes on without its output
     with unbreakable(strict=only_prints) as rest_of_output:
@@ -308,11 +309,17 @@ def inspect(arguments: list[str]) -> int:
     from train_loop.analysis import inspection
 
     replay = job.replay(Path(given.run), steps)
-    if given.set:
-        found = replay.instead(given.step, given.set)
-    else:
-        replayed = {step: replay.step(step) for step in sorted(set(steps))}
-        found = [replayed[step] for step in steps]
+    with replay.heartbeat.naming_failures():
+        if given.set:
+            found = replay.instead(given.step, given.set)
+        else:
+            replayed = {step: replay.step(step) for step in sorted(set(steps))}
+            found = [replayed[step] for step in steps]
+        replay.run.context.accelerator.end_training()
+    verdicts = [each["verification"]["verdict"] for each in found if each["verification"]]
+    code = EXIT_FAILED if "different" in verdicts else EXIT_DONE
+    if os.environ.get("RANK", "0") != "0":
+        return code
     if given.html:
         title = f"{Path(given.run).resolve().name}, step {' and '.join(map(str, steps))}"
         try:
@@ -325,8 +332,7 @@ def inspect(arguments: list[str]) -> int:
     else:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print(inspection.lines(found, colour))
-    verdicts = [each["verification"]["verdict"] for each in found if each["verification"]]
-    return EXIT_FAILED if "different" in verdicts else EXIT_DONE
+    return code
 
 
 def report(arguments: list[str]) -> int:
@@ -361,6 +367,31 @@ def report(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
+def estimate(arguments: list[str]) -> int:
+    """Tell what memory a run takes on each process, before its model is built, and what fits; prints a table."""
+    parser = Parser(estimate, add_help=False)
+    option = parser.add_argument
+    option("--processes", type=number_of(int), metavar="W", default=1)
+    option("--sharding", choices=("none", "fsdp2", "hsdp"))
+    option("--gpu_memory", type=bytes_of, metavar="80GB")
+    option("--json", action="store_true")
+    usage = "--config FILE [--processes W] [--sharding none|fsdp2|hsdp] [--gpu_memory 80GB] [--json]"
+    if _wants_help(arguments, "estimate", f"{usage} [--section.key value ...]"):
+        return EXIT_DONE
+    given, rest = parser.parse_known_args(arguments)
+    if not 1 <= given.processes <= 2**20:
+        raise InputError(f"--processes {given.processes}: must be at least 1")
+    if given.processes == 1 and given.sharding == "hsdp":
+        raise InputError("--sharding hsdp: needs several hosts; give --processes, too")
+    config = config_from_arguments(rest)
+    _ready_libraries()
+    from train_loop.analysis import estimate as planning
+
+    found = planning.run(config, given.processes, given.sharding, given.gpu_memory)
+    print(to_json(found, indent=2) if given.json else planning.lines(found))
+    return EXIT_DONE
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    command.__name__: command for command in (prepare, train, evaluate, sample, inspect, report)
+    command.__name__: command for command in (prepare, estimate, train, evaluate, sample, inspect, report)
 }

@@ -5,8 +5,16 @@ from typing import Any
 
 import pytest
 
-from train_loop.config.load import checked, config_from_arguments, differences, shared_settings, to_dict, to_yaml
-from train_loop.config.parsing import help_text, keys
+from train_loop.config.load import (
+    checked,
+    config_from_arguments,
+    differences,
+    load_config,
+    shared_settings,
+    to_dict,
+    to_yaml,
+)
+from train_loop.config.parsing import bytes_of, help_text, keys
 from train_loop.config.schema import Config
 from train_loop.errors import InputError
 
@@ -121,6 +129,10 @@ def test_a_mistake_in_the_file_is_named_with_the_file(tmp_path: Path, line: str,
             "sliced",
         ),
         (["--export.hub_model_id", "x"], "export.push_to_hub"),
+        *(
+            (["--export.max_shard_size", size], "export.max_shard_size: expected a size such as 5GB or 500MB (TB, GB")
+            for size in ("0", "0GB", "-1GB", "GB", "5GiB", "1e3GB", "nan GB", "0.1KB 5", "five", "9" * 20)
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(file: Path, arguments: list[str], expected: str) -> None:
@@ -128,6 +140,13 @@ def test_a_mistake_on_the_command_line_is_named(file: Path, arguments: list[str]
     with pytest.raises(InputError, match=r"^[^\n]*$") as error:
         config_from_arguments(given)
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [("5GB", 5 * 10**9), (" 500 mb", 5 * 10**8), ("0.5KB", 500), (7, 7), ("1TB", 10**12)]
+)
+def test_sizes(file: Path, size: object, expected: int) -> None:
+    assert bytes_of(load_config(file, {"export.max_shard_size": size}).export.max_shard_size) == expected
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from tests.support.runs import TINY_MODELS, Command
+from train_loop import devices
 from train_loop.export import model_folder, verify
 
 
@@ -39,25 +40,31 @@ def test_what_is_changed_after_the_export_is_found(
     write = model_folder.write
     changes = {
         "weight": "1 weights differ, first transformer.h.0.mlp.c_proj.weight",
+        "shard": "1 problems with its files, first model-00002-of-00003.safetensors: is missing",
         "setting": "its loss is ",
         "tokenizer": "cannot be loaded and run by itself",
     }
 
-    def spoil(folder: Path, *rest: Any) -> None:
-        write(folder, *rest)
+    def spoil(folder: Path, *rest: Any) -> Any:
+        written = write(folder, *rest)
         if what == "weight":
-            weights = load_file(folder / "model.safetensors")
+            index = json.loads((folder / "model.safetensors.index.json").read_text())
+            path = folder / index["weight_map"]["transformer.h.0.mlp.c_proj.weight"]
+            weights = load_file(path)
             changed = weights["transformer.h.0.mlp.c_proj.weight"]
             changed[3, 5] = torch.nextafter(changed[3, 5], torch.tensor(9.0))  # by its last bit
-            save_file(weights, folder / "model.safetensors", {"format": "pt"})
+            save_file(weights, path, {"format": "pt"})
+        elif what == "shard":
+            sorted(folder.glob("*.safetensors"))[1].unlink()
         elif what == "setting":
             settings = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps(settings | {"activation_function": "relu"}))
         else:
             (folder / "tokenizer.json").write_text("{}")
+        return written
 
     monkeypatch.setattr(model_folder, "write", spoil)
-    arguments = settings(train__max_steps=3, export__verify="true")
+    arguments = settings(train__max_steps=3, export__verify="true", export__max_shard_size="60KB")
     for each, expected in changes.items():
         what = each
         assert command("train", *arguments) == 1
@@ -67,6 +74,32 @@ def test_what_is_changed_after_the_export_is_found(
     monkeypatch.undo()
     assert command("train", *arguments) == 0
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "complete"
+
+
+def test_a_model_that_does_not_fit_has_its_weights_compared(
+    command: Command, settings: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line at the end and the model card say that loss and tokens are the training processes' own."""
+    write, spoilt = model_folder.write, True
+
+    def spoil(folder: Path, *rest: Any) -> Any:
+        written = write(folder, *rest)
+        if spoilt:
+            path = sorted(folder.glob("*.safetensors"))[1]
+            whole = path.read_bytes()
+            path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        return written
+
+    monkeypatch.setattr(model_folder, "write", spoil)
+    monkeypatch.setattr(devices, "free_memory", lambda device: 5e5)
+    arguments = settings(train__max_steps=3, export__verify="true", export__max_shard_size="60KB")
+    assert command("train", *arguments) == 1
+    assert "is not the model that was trained: 1 weights differ, first " in command.err.splitlines()[-1]
+    spoilt = False
+    assert command("train", *arguments) == 0
+    said = "all weights, but not loss and greedy tokens, because the model needs 0.0 GB of memory, and 0.0 GB were free"
+    assert f"exported model verified in a clean process: {said}" in command.err
+    assert f"## Verification\n\nVerified in a clean process: {said}" in (tmp_path / "run/model/README.md").read_text()
 
 
 def test_a_signal_during_the_verification_of_the_model(

@@ -5,6 +5,7 @@ the user is told. Nothing is written.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Recorded:
         except OSError as error:
             raise InputError(f"--run {path}: metrics.jsonl cannot be read ({error.strerror})") from None
         for line in complaints(damaged, [], 0):
-            say(f"{self.folder.metrics}: {line}")
+            _say(f"{self.folder.metrics}: {line}")
         self.steps = {each["step"]: each for each in events if each["event"] == "step"}
         checkpoints = [each.name.removeprefix("step-") for each in self.folder.checkpoints.glob("step-*")]
         self.last = max([*self.steps, *(int(name) for name in checkpoints if name.isdecimal())], default=0)
@@ -50,7 +51,7 @@ class Recorded:
             known = f"steps 1 to {self.last}" if self.last else "no step yet"
             raise InputError(f"--step {step}: the log of {self.path} has {known}")
         if step not in self.steps:
-            say(f"{self.folder.metrics}: has no line for step {step}, so there is no loss to compare with")
+            _say(f"{self.folder.metrics}: has no line for step {step}, so there is no loss to compare with")
 
     def load(self) -> None:
         """Read what the settings and the data were."""
@@ -58,7 +59,7 @@ class Recorded:
         ledger = self._json("ledger.json")
         fingerprint = ledger.get("fingerprint") if ledger is not None else None
         if not isinstance(fingerprint, str):
-            say(f"{self.path / 'ledger.json'}: missing or damaged; the rest says what the data was")
+            _say(f"{self.path / 'ledger.json'}: missing or damaged; the rest says what the data was")
             fingerprint = (self.truth or {}).get("data") or self._from_checkpoint("fingerprint")
         self.fingerprint = str(fingerprint)
 
@@ -69,7 +70,7 @@ class Recorded:
         except InputError as error:
             if self._checkpoint() is None:
                 raise
-            say(f"{one_line(error)}; the newest checkpoint says what the settings were")
+            _say(f"{one_line(error)}; the newest checkpoint says what the settings were")
             found = load_config(None, self._from_checkpoint("config"))
         if self.truth is not None:
             found.batch.micro_batch_size = int(self.truth["batch"]["micro_batch_size"])
@@ -87,7 +88,7 @@ class Recorded:
             str(first["host"]), str(first["device"]), found["versions"].items()
         except (AssertionError, KeyError, IndexError, TypeError, ValueError, AttributeError):
             problem = "missing or damaged; how many threads and processes the run had is not known"
-            say(f"{self.path / 'truth.json'}: {problem}, so losses may be off by rounding")
+            _say(f"{self.path / 'truth.json'}: {problem}, so losses may be off by rounding")
             return None
         return found
 
@@ -112,3 +113,8 @@ class Recorded:
             found, _ = storage.newest(self.folder.checkpoints)
             self._state = {} if found is None else dict(found.state)
         return self._state or None
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # all processes read the same
+        say(line)

@@ -7,6 +7,9 @@ A replay writes nothing to the run's folder. On one process of the same kind, th
 to the bit, which shows that the replay is what happened. If the run had several processes, or another machine, the two
 are equal up to rounding, and the output says how far apart they are.
 
+Under a launcher, the processes share the work as in training, and may shard the model. All of them must call the same
+methods, and all get the same results.
+
 With other settings for that one step (`Replay.instead`), the same state shows how the step would have gone.
 """
 
@@ -19,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, gather_object
 from safetensors import SafetensorError
 
 from train_loop import files, versions
@@ -28,13 +32,15 @@ from train_loop.analysis.step_statistics import StepStatistics
 from train_loop.analysis.trial_step import evaluating
 from train_loop.checkpoint import storage
 from train_loop.checkpoint.restore import restore
-from train_loop.config.load import check_config
+from train_loop.config.load import check_config, shared_settings
 from train_loop.config.parsing import override
 from train_loop.config.schema import Config
 from train_loop.console import Progress, say
 from train_loop.data.loader import IGNORED
 from train_loop.data.token_store import Prepared, TokenStore
 from train_loop.data.tokenizer import strings
+from train_loop.distributed.collectives import broadcast_from_main, run_on_all_ranks, sum_exactly
+from train_loop.distributed.heartbeat import Heartbeat
 from train_loop.errors import InputError, one_line
 from train_loop.models.building import without_compile
 from train_loop.models.parameters import tensors_once
@@ -55,12 +61,10 @@ _FIXED = ("data.", "tokenizer.", "model.name_or_path", "run.output_dir", "run.re
 class Replay:
     """A run's steps, counted from 1, replayed one by one; `set_up` makes a run from a configuration.
 
-    Raises InputError if there is no such run or step, or it can't be replayed.
+    Raises InputError if there is no such run or step, or it can't be replayed. `heartbeat` names a lost process.
     """
 
-    def __init__(self, folder: Path, steps: Sequence[int], set_up: Callable[[Config], Run]) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise InputError("inspect: replays on one process; start it without a launcher")
+    def __init__(self, folder: Path, steps: Sequence[int], set_up: Callable[[Config, Heartbeat], Run]) -> None:
         self.recorded = Recorded(folder)
         self.folder = self.recorded.folder
         for step in steps:
@@ -68,13 +72,23 @@ class Replay:
         self.recorded.load()
         self.set_up = set_up
         self.config = self._settings()
-        self.run = self._built(self.config)
+        self.heartbeat = Heartbeat(self.config.run, shared_settings(self.config))
+        self._run: Run | None = None
         self.at: int | None = None  # how many steps the state of `run` has finished; None if it can't go on
         self.from_step = 0  # of the checkpoint that the state came from
 
+    @property
+    def run(self) -> Run:
+        """The run's parts, in the state that has been reached."""
+        if self._run is None:
+            self._run = self._built(self.config)
+        return self._run
+
     def _settings(self) -> Config:
         if self.recorded.truth is not None:
-            torch.set_num_threads(int(self.recorded.truth["processes"]["each"][0]["threads"]))
+            each = self.recorded.truth["processes"]["each"]
+            own = each[min(int(os.environ.get("RANK", "0")), len(each) - 1)]
+            torch.set_num_threads(int(own.get("threads", each[0]["threads"])))
         return self.recorded.settings()
 
     def _built(self, settings: Config) -> Run:
@@ -82,7 +96,7 @@ class Replay:
         settings.run.resume, settings.run.log_with, settings.sample.prompts = "auto", [], []
         settings.study.every, settings.study.probe = None, None
         settings.run.output_dir = str(files.private(self.folder.path / "replayed"))
-        run = self.set_up(settings)
+        run = self.set_up(settings, self.heartbeat)
         expected = self.recorded.fingerprint
         if run.data.fingerprint != expected:
             raise InputError(
@@ -94,30 +108,40 @@ class Replay:
 
     def go_before(self, step: int) -> None:
         """Bring `run` to the state before a step; InputError if checkpoints before it are damaged and none is whole."""
-        done = step - 1
+        done, accelerator = step - 1, self.run.context.accelerator
+        main = accelerator.is_main_process
+        looked = run_on_all_ranks(accelerator, "look", lambda: self._newest(done) if main else (None, []))
+        found, damaged = broadcast_from_main(accelerator, looked)
+        if found is not None:
+            self._load(found)
+        if self.at is None or self.at > done:
+            if damaged:
+                raise InputError(f"no checkpoint before step {step} is whole ({'; '.join(damaged)})")
+            if self.at is not None:
+                self._run = None  # made anew when it is used
+            self.at = self.from_step = 0
+        with Progress("replaying", "step", done, self.at, main and done > self.at) as progress:
+            while self.at < done:
+                take(self.run)
+                self.at += 1
+                progress.update(1)
+
+    def _newest(self, done: int) -> tuple[storage.CheckpointRef | None, list[str]]:
+        """The newest whole checkpoint of at most `done` steps that is beyond the state, and what is wrong with others.
+
+        None if there is no such checkpoint.
+        """
         damaged: list[str] = []
         names = [each.name.removeprefix("step-") for each in self.folder.checkpoints.glob("step-*")]
         for known in sorted((int(name) for name in names if name.isdigit()), reverse=True):
             if known > done or (self.at is not None and known <= self.at <= done):
                 continue
             found, problem = storage.of_step(self.folder.checkpoints, known)
-            if found is None:
-                damaged.append(problem)
-                say(f"{problem}; skipped")
-                continue
-            self._load(found)
-            break
-        if self.at is None or self.at > done:
-            if damaged:
-                raise InputError(f"no checkpoint before step {step} is whole ({'; '.join(damaged)})")
-            if self.at is not None:
-                self.run = self._built(self.config)
-            self.at = self.from_step = 0
-        with Progress("replaying", "step", done, self.at, done > self.at) as progress:
-            while self.at < done:
-                take(self.run)
-                self.at += 1
-                progress.update(1)
+            if found is not None:
+                return found, damaged
+            damaged.append(problem)
+            say(f"{problem}; skipped")
+        return None, damaged
 
     def _load(self, found: storage.CheckpointRef) -> None:
         state = self.run.state
@@ -147,10 +171,13 @@ class Replay:
         state = _state(self.run)
         first = self.step(step)
         if other.run.mixed_precision != self.config.run.mixed_precision:
+            sharded = self.run.context.accelerator.is_fsdp2
             AcceleratorState._reset_state()
-        del self.run
+            if sharded:  # this says FSDP now, and Accelerate would take that for processes that it can't shard over
+                PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        self._run = None
         gc.collect()
-        self.run = self._built(other)
+        self._run = self._built(other)
         self.at = None
         _put_back(self.run, state)
         self.run.state.step = step - 1
@@ -197,13 +224,14 @@ class Replay:
             return kind
         sheet = truth["processes"]
         first = sheet["each"][0]
-        if sheet["present"] > 1 and self.config.run.reproducible != "bitwise":
-            kind.append(f"{sheet['present']} processes")
+        accelerator = self.run.context.accelerator
+        if sheet["present"] != accelerator.num_processes and self.config.run.reproducible != "bitwise":
+            kind.append(f"{sheet['present']} process{'es' if sheet['present'] > 1 else ''}")
         if first["host"] != socket.gethostname():
             kind.append(f"host {first['host']}")
-        if first["device"].split(":")[0] != self.run.context.accelerator.device.type:
+        device = accelerator.device
+        if first["device"].split(":")[0] != device.type:
             kind.append(f"device {first['device']}")
-        device = self.run.context.accelerator.device
         if truth.get("products", now_by := products.told(device)) != now_by:
             kind.append(f"products {products.in_words(truth['products'])}")
         now = versions.installed()
@@ -263,20 +291,23 @@ def _rate(run: Run, index: int) -> float:
 
 
 def _loss(run: Run, batch: StepBatch) -> float:
-    """The mean loss on a step's windows, without dropout."""
+    """The mean loss on a step's windows, of all processes, without dropout."""
     nll = targets = 0.0
     with evaluating(run.context.objective):
         for each in batch.micro_batches:
             each = each.to(run.context.accelerator.device)
             found = run.context.objective(each.inputs, each.targets, each.positions, statistics=True)
             nll, targets = nll + float(found.nll), targets + int(found.targets)
+    nll, targets = sum_exactly(run.context.accelerator, [[nll], [targets]])
     return nll / max(targets, 1)
 
 
 @torch.no_grad()
 def _token_losses(run: Run, batch: StepBatch) -> list[float | None]:
     """The loss at each position of a step's windows, in order, with the dropout masks of its training."""
-    device, found = run.context.accelerator.device, list[float | None]()
+    accelerator, size = run.context.accelerator, run.batches.plan.micro_batch_size
+    device, found = accelerator.device, list[float | None]()
+    own: list[tuple[int, list[float | None]]] = []  # of each of this process's micro-batches
 
     def visit(logits: torch.Tensor, targets: torch.Tensor) -> None:
         nll = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
@@ -288,7 +319,11 @@ def _token_losses(run: Run, batch: StepBatch) -> list[float | None]:
             seed_torch(device, "dropout", run.context.seed, batch.index, micro_batch.number)
             micro_batch = micro_batch.to(device)
             run.context.objective(micro_batch.inputs, micro_batch.targets, micro_batch.positions, visit=visit)
-    return found
+            windows = max(0, min(size, len(batch.blocks) - micro_batch.number * size))  # one past the end has none
+            own.append((micro_batch.number, found[: windows * run.batches.windows.block_size]))
+            found.clear()
+    every = gather_object(own) if accelerator.num_processes > 1 else own
+    return [loss for _, losses in sorted(every, key=lambda each: each[0]) for loss in losses]
 
 
 def _sequences(data: Prepared, batch: StepBatch, size: int) -> list[dict[str, Any]]:

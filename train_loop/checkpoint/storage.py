@@ -18,8 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -27,12 +26,12 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from train_loop import files
+from train_loop.checkpoint import tensor_file
 from train_loop.files import sync
 from train_loop.models.parameters import tensors_once
 from train_loop.records import to_json
@@ -47,6 +46,7 @@ _NAME = re.compile(r"step-\d{8,}")
 _OLD_TEMPORARY = re.compile(r"tmp-(removed-)?step-\d{8,}")  # as 0.1.0 named what it had not finished
 _FILE = re.compile(r"(model|optimizer)-\d{5}-of-\d{5}\.safetensors|state\.json|manifest\.json")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOST_SEEN_BYTES = 1 << 28  # of mapped files
 
 
 class Shard(NamedTuple):
@@ -102,8 +102,8 @@ def write_part(folder: Path, part: int, parts: int, held: Shards) -> Checksums:
     for kind in KINDS:
         rows = {name: [piece.first, piece.of] for name, piece in held[kind].items() if piece.of is not None}
         path = folder / _part_name(kind, part, parts)
-        tensors = {name: piece.values.contiguous() for name, piece in held[kind].items()}
-        save_file(tensors, path, {"rows": json.dumps(rows)})
+        path.unlink(missing_ok=True)  # of an attempt that failed
+        tensor_file.write(path, {name: piece.values for name, piece in held[kind].items()}, {"rows": json.dumps(rows)})
         files.share(path)
         sync(path)
         sums[path.name] = _sums(path)
@@ -235,24 +235,24 @@ def load(found: CheckpointRef, model: nn.Module, optimizer: Optimizer) -> None:
     """Load a checkpoint's weights and moments, each process the rows it holds; ValueError if it is another model's."""
     load_weights(found, model)
     state = _inner(optimizer).state
-    with _open(found, "optimizer") as moments:
-        for name, parameter in tensors_once(model).items():
-            if f"{name}.step" not in moments.shapes:
-                continue
-            # Fused AdamW counts its updates in a tensor on the parameter's device.
-            state[parameter] = {"step": moments.read(f"{name}.step").reshape(()).to(parameter.device)}
-            for moment in _MOMENTS:
-                state[parameter][moment] = torch.zeros_like(parameter.detach())
-                moments.read_into(state[parameter][moment], f"{name}.{moment}")
+    moments = opened(found, "optimizer")
+    for name, parameter in tensors_once(model).items():
+        if f"{name}.step" not in moments.shapes:
+            continue
+        # Fused AdamW counts its updates in a tensor on the parameter's device.
+        state[parameter] = {"step": moments.read(f"{name}.step").reshape(()).to(parameter.device)}
+        for moment in _MOMENTS:
+            state[parameter][moment] = torch.zeros_like(parameter.detach())
+            moments.read_into(state[parameter][moment], f"{name}.{moment}")
 
 
 def load_weights(found: CheckpointRef, model: nn.Module) -> None:
     """Load a checkpoint's weights into a model; see `load`."""
-    with _open(found, "model") as parts, torch.no_grad():
-        if {name: tuple(tensor.shape) for name, tensor in tensors_once(model).items()} != parts.shapes:
-            raise ValueError(f"{found.folder} holds another model's weights")
-        for name, tensor in tensors_once(model).items():
-            parts.read_into(tensor.detach(), name)
+    parts = opened(found)
+    if {name: tuple(tensor.shape) for name, tensor in tensors_once(model).items()} != parts.shapes:
+        raise ValueError(f"{found.folder} holds another model's weights")
+    for name, tensor in tensors_once(model).items():
+        parts.read_into(tensor.detach(), name)
 
 
 def in_memory(model: nn.Module, optimizer: Optimizer | None, with_moments: bool) -> Iterator[torch.Tensor]:
@@ -272,37 +272,53 @@ def in_memory(model: nn.Module, optimizer: Optimizer | None, with_moments: bool)
 
 def tensors(found: CheckpointRef, kind: str = "model") -> dict[str, torch.Tensor]:
     """All weights (or, for kind "optimizer", all moments) by name, as whole tensors on the CPU; tied ones once."""
-    with _open(found, kind) as parts:
-        return {name: parts.read(name) for name in parts.shapes}
+    parts = opened(found, kind)
+    return {name: parts.read(name) for name in parts.shapes}
 
 
-class _Parts:
-    """The tensors of one kind, assembled from the files of all parts."""
+class Parts:
+    """The tensors of one kind, assembled from the files of all parts.
 
-    def __init__(self, files: list[Any]) -> None:
+    Files are mapped, not read: what is looked at stays in memory until they are closed, which is done now and then.
+
+    Attributes:
+        shapes, dtypes: of all tensors, by name; types in safetensors' words (F32, ...).
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._where: dict[str, list[tuple[int, int | None, Any]]] = {}  # first row, end, file
-        for file in files:
+        self.dtypes: dict[str, str] = {}
+        self._where: dict[str, list[tuple[int, int | None, Path]]] = {}  # first row, end, file
+        self._open: dict[Path, Any] = {}
+        self._seen_bytes = 0  # since files were last closed
+        for path in paths:
+            file = self._file(path)
             rows = json.loads((file.metadata() or {}).get("rows", "{}"))
             for name in file.keys():
-                shape = tuple(file.get_slice(name).get_shape())
+                piece = file.get_slice(name)
+                shape, self.dtypes[name] = tuple(piece.get_shape()), piece.get_dtype()
                 first, of = rows.get(name, (0, None))
                 self.shapes[name] = shape if of is None else (of, *shape[1:])
-                self._where.setdefault(name, []).append((first, None if of is None else first + shape[0], file))
+                self._where.setdefault(name, []).append((first, None if of is None else first + shape[0], path))
 
     def read(self, name: str, first: int = 0, end: int | None = None) -> torch.Tensor:
         """Rows `first` to `end` of a tensor; without an end, all rows."""
+        if self._seen_bytes > _MOST_SEEN_BYTES:
+            self._open, self._seen_bytes = {}, 0
         where = self._where[name]
         if where[0][1] is None:  # in one piece
-            whole = where[0][2].get_tensor(name)
-            return whole if end is None else whole[first:end]
-        end = self.shapes[name][0] if end is None else end
-        rows = [
-            file.get_slice(name)[max(first, begins) - begins : min(end, ends) - begins]
-            for begins, ends, file in sorted(where, key=lambda each: each[0])
-            if begins < end and ends is not None and first < ends
-        ]
-        return torch.cat(rows)
+            whole = self._file(where[0][2]).get_tensor(name)
+            found = whole if end is None else whole[first:end]
+        else:
+            end = self.shapes[name][0] if end is None else end
+            rows = [
+                self._file(path).get_slice(name)[max(first, begins) - begins : min(end, ends) - begins]
+                for begins, ends, path in sorted(where, key=lambda each: each[0])
+                if begins < end and ends is not None and first < ends
+            ]
+            found = rows[0] if len(rows) == 1 else torch.cat(rows)
+        self._seen_bytes += found.nbytes
+        return found
 
     def read_into(self, tensor: torch.Tensor, name: str) -> None:
         """Fill a tensor, or the rows of it that this process holds."""
@@ -312,12 +328,16 @@ class _Parts:
         elif len(piece.values):
             piece.values.copy_(self.read(name, piece.first, piece.first + len(piece.values)))
 
+    def _file(self, path: Path) -> Any:
+        if path not in self._open:
+            self._open[path] = safe_open(path, "pt")
+        return self._open[path]
 
-@contextmanager
-def _open(found: CheckpointRef, kind: str) -> Iterator[_Parts]:
+
+def opened(found: CheckpointRef, kind: str = "model") -> Parts:
     """The tensors of one kind ("model" or "optimizer") of a checkpoint."""
     parts = found.state["parts"]
-    yield _Parts([safe_open(found.folder / _part_name(kind, part, parts), "pt") for part in range(parts)])
+    return Parts([found.folder / _part_name(kind, part, parts) for part in range(parts)])
 
 
 def _shard(tensor: torch.Tensor) -> Shard:

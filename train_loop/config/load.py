@@ -12,7 +12,7 @@ from typing import Any
 
 from train_loop.config import paths
 from train_loop.config.architecture import read_architecture
-from train_loop.config.parsing import fill, key_of, override, split_arguments
+from train_loop.config.parsing import bytes_of, fill, key_of, override, split_arguments
 from train_loop.config.sampling import sampling_of
 from train_loop.config.schema import Config, DataConfig
 from train_loop.config.yaml_core import dump_yaml, read_yaml
@@ -151,6 +151,7 @@ def check_config(config: Config) -> None:
             if chosen:
                 raise InputError(f"run.reproducible bitwise does not work with {key}; drop one of the two")
     sampling_of(config)  # refuses what cannot be sampled with
+    bytes_of(config.export.max_shard_size, "export.max_shard_size")
     if config.export.hub_model_id and not config.export.push_to_hub:
         raise InputError("export.hub_model_id only works with export.push_to_hub true")
 

@@ -33,6 +33,8 @@ class _AbsurdError(InputError):
     """A number of the right kind that can't be meant."""
 
 
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]B)?", re.ASCII | re.IGNORECASE)
 _OPTION = re.compile(r"--(config|[a-z]+\.[\w.]+)(=|\Z)", re.ASCII)
 
 
@@ -227,6 +229,18 @@ def describe(kind: Any) -> str:
         return f"a list of {len(inner)}: {', '.join(describe(each) for each in inner)}"
     names = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null"}
     return names.get(kind, "a mapping")
+
+
+def bytes_of(text: str, where: str = "a size") -> int:
+    """A size as Transformers takes it, in bytes: 5GB, 500MB, 0.5 tb (powers of 1,000), or a number of bytes.
+
+    InputError, which begins with `where`, for anything else.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    size = int(float(found[1]) * _UNITS[(found[2] or "").upper()]) if found else 0
+    if size < 1:
+        raise InputError(f"{where}: expected a size such as 5GB or 500MB (TB, GB, MB, KB), got {_shown(text)}")
+    return size
 
 
 def documented(cls: Any) -> tuple[str, dict[str, str]]:

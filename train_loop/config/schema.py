@@ -74,6 +74,9 @@ class ModelConfig:
             and more time. "full": each layer, for about a third more time. A number: every so many-th layer, beginning
             with the first. "attention": all of a layer but its matrix products with weights, that is, attention, norms,
             activation functions and dropout. (true means full, false none.)
+        balance_weight: of the load-balancing loss, which keeps all experts of a mixture of experts in use; it is taken
+            of each sequence in each layer, and is no part of the reported loss. null takes router_aux_loss_coef from
+            the model's configuration if output_router_logits is true there, else 0; 0 balances nothing.
     """
 
     name_or_path: str | None = None
@@ -81,6 +84,7 @@ class ModelConfig:
     attention: str | None = None
     compile: bool = False
     activation_checkpointing: Literal["none", "full", "attention"] | PositiveInt | bool = "none"
+    balance_weight: NonNegativeFloat | None = None
 
 
 @dataclass
@@ -295,13 +299,17 @@ class ExportConfig:
     Args:
         from: "last" exports the weights of the last step, "best" those with the lowest validation loss.
         verify: load the exported model in a clean process, offline and without this package. The run is only complete
-            if its weights, its loss and its greedy tokens are the same as the trained model's.
+            if its weights, its loss and its greedy tokens are the same as the trained model's. If the model does not
+            fit into the memory that is free then, the clean process compares weights alone, and the model card says so.
+        max_shard_size: split the weights into files of at most this size (5GB, 500MB, or a number of bytes), with an
+            index; a tensor that is larger has a file of its own.
         push_to_hub: upload the model to the Hugging Face Hub (needs a login).
         hub_model_id: repository to push to (name or user/name); null means the name of output_dir.
     """
 
     from_: Literal["last", "best"] = "last"
     verify: bool = True
+    max_shard_size: str = "5GB"
     push_to_hub: bool = False
     hub_model_id: str | None = None
 

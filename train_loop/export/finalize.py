@@ -60,12 +60,15 @@ def _write(
     """Write, verify, publish and upload the model; None if a signal came first."""
     temporary = files.private(folder.model)
     try:
-        weights = storage.tensors(chosen)
-        model_folder.write(temporary, run, weights, evaluations, chosen.step)
+        room = verify.room(run)
+        verification = "" if expected is None else verify.in_words(room, expected)
+        written = model_folder.write(temporary, run, storage.opened(chosen), evaluations, chosen.step, verification)
+        if written is None:
+            return None
         if expected is not None:
-            if not verify.verify(temporary, run, weights, expected):
+            if not verify.verify(temporary, run, written, expected, room):
                 return None
-            say(f"exported model verified in a clean process: all weights, loss {expected.loss:.4f}, greedy tokens")
+            say(f"exported model {verification}")
         model_folder.publish(temporary, folder.model)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"export: {one_line(error)}; start the same command again to go on from here") from None

@@ -8,17 +8,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from train_loop import files
+from train_loop.checkpoint.storage import Parts
 from train_loop.config.load import to_yaml
 from train_loop.config.schema import Config
 from train_loop.console import say, shown
 from train_loop.data import tokenizer_file
 from train_loop.errors import InputError, one_line
-from train_loop.export import older_versions
+from train_loop.export import older_versions, weights
 from train_loop.models.building import context_length
 from train_loop.models.ends import ends
 from train_loop.training.state import Run
@@ -38,23 +38,29 @@ _OURS = re.compile(
 
 
 def write(
-    folder: Path, run: Run, weights: dict[str, torch.Tensor], evaluations: list[dict[str, Any]], step: int
-) -> None:
-    """Write a model folder that is not there yet, with the weights of a step.
+    folder: Path, run: Run, parts: Parts, evaluations: list[dict[str, Any]], step: int, verification: str
+) -> weights.Written | None:
+    """Write a model folder that is not there yet, with the weights of a step; None if a signal came first.
 
     Args:
         run: has the model's configuration, its tokenizer, and what the card says.
-        weights: by name, tied ones once (`storage.tensors`).
+        parts: the weights of that step's checkpoint.
+        verification: how the folder will be verified, for the card; empty if it won't.
     """
     config, model, tokenizer = run.config, run.state.model, run.data.tokenizer
     folder.mkdir()
     model.generation_config = generation_config(config, tokenizer, ends(model, tokenizer))
-    model.save_pretrained(folder, state_dict=dict(weights))  # a copy, because this empties it
+    model.save_pretrained(folder, state_dict={})  # settings alone: it would need all weights at once
+    written = weights.write(folder, model, parts, config.export.max_shard_size, run.context.stop)
+    if written is None:
+        return None
     if (context := context_length(model)) is not None:
         tokenizer.model_max_length = context
     tokenizer.save_pretrained(folder)
     older_versions.add_old_names(folder)
     card = model_card(config, run.data.ledger(), evaluations, step)
+    if verification:
+        card += f"\n## Verification\n\n{verification[0].upper()}{verification[1:]}.\n"
     if (other := tokenizer_file.misread(str(folder), tokenizer)) is not None:
         card += _OTHER_TOKENIZER.format(other=other)
         say(f"exported model: Transformers reads its tokenizer as {other}, which gives other tokens; {_CURE}")
@@ -62,6 +68,7 @@ def write(
     for path in folder.iterdir():
         files.share(path)
         files.sync(path)
+    return written
 
 
 def publish(temporary: Path, folder: Path) -> None:

@@ -2,9 +2,12 @@
 
 Transformers alone loads it, offline, in a clean process (`verify_subprocess.py`). The process must find every weight to
 the bit, the same loss on validation data, and the same greedy continuation. Only then is a run complete.
+
+A model that was sharded may not fit into the memory that is free here. Then the clean process reads its files one
+tensor at a time and compares every weight, but computes nothing; loss and tokens are those of the processes that
+trained it, from the same weights, and the model card and the line at the end say so.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -13,16 +16,19 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from train_loop import files
+from train_loop import devices, files, launchers
 from train_loop.data.loader import Windows, loader
 from train_loop.data.order import Ids, cut
 from train_loop.errors import TrainingError
+from train_loop.export.weights import Written
+from train_loop.models.building import vocabulary
+from train_loop.models.parameters import tensors_once
 from train_loop.precision import PRECISIONS
 from train_loop.signals import StopRequest
 from train_loop.training.state import Run
@@ -34,8 +40,12 @@ NEW_TOKENS = 20
 _PROGRAM = str(Path(__file__).with_name("verify_subprocess.py"))
 _PROMPT = 8  # tokens, the first ones of the validation data
 _POLL_SECONDS = 0.1
+# Numbers that a forward pass may hold at a time for each token, as a multiple of the vocabulary (logits, their
+# logarithms and copies) and of the hidden size: more than models do.
+_OF_VOCABULARY, _OF_WIDTH = 4, 64
 # Variables that launchers set for their own processes; the clean process must not see them.
-_LAUNCHERS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PARALLELISM_CONFIG_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_")
+_TORCHS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PARALLELISM_CONFIG_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_")
+_LAUNCHERS = _TORCHS + launchers.PREFIXES
 
 
 @dataclass(frozen=True)
@@ -59,23 +69,56 @@ def prompt(windows: Windows) -> list[int]:
     return windows.store.tokens[: max(1, min(_PROMPT, windows.block_size - 1, len(windows.store)))].tolist()
 
 
-def verify(folder: Path, run: Run, weights: dict[str, torch.Tensor], expected: Expected) -> bool:
+class Room(NamedTuple):
+    """Where a clean process can compute with the model: on a device, or nowhere (None). Sizes in bytes."""
+
+    device: str | None
+    needed: float
+    free: float
+
+
+def room(run: Run) -> Room:
+    """Where there is enough free memory for the model in fp32 and one forward pass: the run's device, or the CPU."""
+    accelerator, model = run.context.accelerator, run.state.model
+    width = getattr(model.config.get_text_config(), "hidden_size", 0)
+    tokens = run.evaluation_batch_size * run.config.data.block_size
+    needed = sum(each.numel() * each.element_size() for each in tensors_once(model).values())
+    needed += 4 * tokens * (_OF_VOCABULARY * vocabulary(model) + _OF_WIDTH * width)
+    # A sharded model may be larger than the memory of one device.
+    own = [] if accelerator.is_fsdp2 or accelerator.device.type == "cpu" else [accelerator.device]
+    free = 0.0
+    for device in [*own, torch.device("cpu")]:
+        if needed <= (free := devices.free_memory(device)):
+            return Room(str(device), needed, free)
+    return Room(None, needed, free)
+
+
+def in_words(room: Room, expected: Expected) -> str:
+    """What has been verified, and by whom, once `verify` has passed."""
+    if room.device is not None:
+        return f"verified in a clean process: all weights, loss {expected.loss:.4f}, greedy tokens"
+    sizes = f"the model needs {room.needed / 1e9:,.1f} GB of memory, and {room.free / 1e9:,.1f} GB were free"
+    return (
+        f"verified in a clean process: all weights, but not loss and greedy tokens, because {sizes}; the loss, "
+        f"{expected.loss:.4f}, and the tokens are those of the processes that trained it, from the same weights"
+    )
+
+
+def verify(folder: Path, run: Run, written: Written, expected: Expected, room: Room) -> bool:
     """Check an exported model in a clean process; TrainingError if it is not the trained one.
 
     Args:
         run: the run that trained it; a request to stop it ends the check, and False is returned.
-        weights: the trained weights, by name, on the CPU.
+        written: hashes of the trained weights, and of what was written.
         expected: what the trained model gives on the validation data. The clean process computes in fp32.
+        room: where the clean process computes; if nowhere, it compares weights alone.
     """
-    # A sharded model may be larger than the memory of one device.
-    accelerator = run.context.accelerator
-    device = "cpu" if accelerator.is_fsdp2 or accelerator.device.type == "cpu" else str(accelerator.device)
     # Beside the model, where the run's next start finds what a kill leaves.
     probe = files.private(folder.resolve().with_name("probe"))
     probe.mkdir()
     try:
-        _write_probe(probe, weights, run.validation, expected, run.evaluation_batch_size)
-        found = _in_clean_process(folder, probe, device, run.context.stop)
+        _write_probe(probe, run, written, expected)
+        found = _in_clean_process(folder, probe, room.device or "none", run.context.stop)
     finally:
         files.remove(probe)
     if found is None:
@@ -117,8 +160,12 @@ def _in_clean_process(folder: Path, probe: Path, device: str, stop: StopRequest)
 def _differences(found: dict[str, Any], expected: Expected, precision: str) -> str:
     """How the findings of a clean process differ from those expected, in words; empty if they don't."""
     _, same_loss, same_logit = PRECISIONS[precision]
+    if problems := found["other_files"]:
+        return f"{len(problems)} problems with its files, first {problems[0]}"
     if names := found["other_weights"]:
         return f"{len(names)} weights differ, first {names[0]}"
+    if "loss" not in found:
+        return ""
     if not math.isclose(found["loss"], expected.loss, rel_tol=same_loss, abs_tol=1e-6):
         return f"its loss is {found['loss']:.6f}, that of the trained model {expected.loss:.6f}"
     if found["greedy"] != expected.continuation and not max(found["gaps"], default=0.0) <= same_logit:
@@ -126,10 +173,9 @@ def _differences(found: dict[str, Any], expected: Expected, precision: str) -> s
     return ""
 
 
-def _write_probe(
-    probe: Path, weights: dict[str, torch.Tensor], windows: Windows, expected: Expected, batch_size: int
-) -> None:
+def _write_probe(probe: Path, run: Run, written: Written, expected: Expected) -> None:
     """Write what the clean process needs: validation windows, prompt and hashes of the weights."""
+    windows, batch_size = run.validation, run.evaluation_batch_size
     batches = list(loader(windows, cut(expected.blocks, batch_size)))
     names = ("inputs", "targets") if batches[0].positions is None else ("inputs", "targets", "positions")
     tensors = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
@@ -139,9 +185,7 @@ def _write_probe(
         "prompt": expected.prompt,
         "continuation": expected.continuation,
         "max_new_tokens": new_tokens(windows),
-        "weights": {
-            name: hashlib.sha256(tensor.contiguous().numpy().data).hexdigest() for name, tensor in weights.items()
-        },
+        **written._asdict(),
     }
     (probe / "probe.json").write_text(json.dumps(content), encoding="utf-8")
 
