@@ -46,7 +46,8 @@ def test_a_sharded_run_is_exported_and_replayed(
     parts = storage.opened(found)
     assert all(torch.equal(weights[name], parts.read(name)) for name in parts.shapes)
 
-    at_8, at_3 = map(json.loads, replayed.out.splitlines())  # once, though two processes found it
+    at_8, at_3 = map(json.loads, replayed.out.splitlines())
+    assert replayed.others == changed.others == ""
     assert "bit for bit" in page.read_text()
     for each in (at_8, at_3):
         assert each["verification"]["verdict"] == "bits" and each["verification"]["kind"] == []
