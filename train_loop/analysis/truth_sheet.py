@@ -94,6 +94,7 @@ def measure(run: Run) -> dict[str, Any]:
             "compiled": config.model.compile,
             "activation_checkpointing": compat.checkpoints_activations(model),
         },
+        "export": {"max_shard_size": config.export.max_shard_size, "sharded": accelerator.is_fsdp2},
         "operations_per_token": context.clock.operations,
         "products": products.told(accelerator.device),
         "data": run.data.fingerprint,
@@ -211,6 +212,11 @@ def table(sheet: dict[str, Any]) -> str:
         f"{min(rates['warmup_steps'], batch['steps'] - 1)} steps of warm-up, {rates['last_step']:.3g} at the end "
         f"({rates['schedule']})",
     }
+    if sheet["export"]["sharded"]:
+        rows["export"] = (
+            f"files of at most {sheet['export']['max_shard_size']}; a clean process compares all weights, and loss and "
+            f"tokens if more than {4 * parameters['total'] / 1e9:,.1f} GB of memory are free at the end"
+        )
     rows = {name: text for name, text in rows.items() if text}
     lines = [*rows.items(), *(("careful", remark) for remark in sheet["remarks"])]
     return "\n".join(f"{name:13}  {text}" for name, text in lines)
