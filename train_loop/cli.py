@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from train_loop import environment, versions
-from train_loop.config.arguments import Parser, number_of, path_of
+from train_loop import environment, launchers, versions
+from train_loop.config.arguments import Parser, bytes_of, number_of, path_of
 from train_loop.config.load import config_from_arguments
 from train_loop.config.parsing import documented, help_text
 from train_loop.config.sampling import Sampling
@@ -41,6 +41,7 @@ from train_loop.streams import OutputError, unbreakable
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    launchers.translate()  # one line on each host is enough, also for a mistake in the command line
     given = list(sys.argv[1:] if arguments is None else arguments)
     only_prints = given[:1] != ["train"] or bool({"-h", "--help"} & set(given))  # a run goes on without its output
     with unbreakable(strict=only_prints) as rest_of_output:
@@ -94,7 +95,7 @@ def _run(given: list[str]) -> int:
             raise
         _complain(
             "out of memory; lower batch.micro_batch_size (or set it to auto) or evaluation.batch_size, or use "
-            "--model.activation_checkpointing true; the same command continues from the last checkpoint",
+            "--model.activation_checkpointing full; the same command continues from the last checkpoint",
             speaks=True,  # whichever process it happened on
         )
         return EXIT_FAILED
@@ -366,6 +367,31 @@ def report(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
+def estimate(arguments: list[str]) -> int:
+    """Tell what memory a run takes on each process, before its model is built, and what fits; prints a table."""
+    parser = Parser(estimate, add_help=False)
+    option = parser.add_argument
+    option("--processes", type=number_of(int), metavar="W", default=1)
+    option("--sharding", choices=("none", "fsdp2", "hsdp"))
+    option("--gpu_memory", type=bytes_of, metavar="80GB")
+    option("--json", action="store_true")
+    usage = "--config FILE [--processes W] [--sharding none|fsdp2|hsdp] [--gpu_memory 80GB] [--json]"
+    if _wants_help(arguments, "estimate", f"{usage} [--section.key value ...]"):
+        return EXIT_DONE
+    given, rest = parser.parse_known_args(arguments)
+    if not 1 <= given.processes <= 2**20:
+        raise InputError(f"--processes {given.processes}: must be at least 1")
+    if given.processes == 1 and given.sharding == "hsdp":
+        raise InputError("--sharding hsdp: needs several hosts; give --processes, too")
+    config = config_from_arguments(rest)
+    _ready_libraries()
+    from train_loop.analysis import estimate as planning
+
+    found = planning.run(config, given.processes, given.sharding, given.gpu_memory)
+    print(to_json(found, indent=2) if given.json else planning.lines(found))
+    return EXIT_DONE
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    command.__name__: command for command in (prepare, train, evaluate, sample, inspect, report)
+    command.__name__: command for command in (prepare, estimate, train, evaluate, sample, inspect, report)
 }

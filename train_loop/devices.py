@@ -107,6 +107,14 @@ def name(device: torch.device) -> str:
     return str(named(device)) if named is not None else device.type.upper()
 
 
+def identities(kind: torch.device) -> list[str]:
+    """What tells each device of a kind that this process sees from all others; nothing where that cannot be asked."""
+    module, found = torch.get_device_module(kind), []
+    with contextlib.suppress(AttributeError, RuntimeError, AssertionError):
+        found = [str(module.get_device_properties(number).uuid) for number in range(module.device_count())]
+    return found
+
+
 @functools.cache
 def processor() -> tuple[str, str]:
     """The maker of the CPU as it calls itself (GenuineIntel, AuthenticAMD, arm64), and what torch uses of it (AVX2)."""
@@ -130,6 +138,22 @@ def _told_of_cpu() -> dict[str, str]:
         lines = itertools.takewhile(str.strip, file)
         return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     return {}
+
+
+def has_peak_memory(device: torch.device) -> bool:
+    """Whether a device's allocator knows the peak of its tensors' bytes."""
+    return device.type != "cpu" and hasattr(torch.get_device_module(device), "max_memory_allocated")
+
+
+def memory(device: torch.device) -> int:
+    """A device's memory in bytes; on a CPU, the machine's."""
+    if device.type != "cpu":
+        module: Any = torch.get_device_module(device)
+        with contextlib.suppress(AttributeError, RuntimeError):
+            return int(module.get_device_properties(device).total_memory)
+        with contextlib.suppress(AttributeError, RuntimeError):
+            return int(module.mem_get_info(device)[1])
+    return int(psutil.virtual_memory().total + psutil.swap_memory().total)
 
 
 def free_memory(device: torch.device) -> float:

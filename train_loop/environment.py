@@ -3,9 +3,10 @@
 import os
 import sys
 
+from train_loop import launchers
 from train_loop.errors import InputError
 
-_NUMBERS = {  # by name, the least and the most
+_NUMBERS = dict.fromkeys(launchers.NUMBERS, (0, 10**6)) | {  # by name, the least and the most
     "WORLD_SIZE": (1, 10**6),
     "RANK": (0, 10**6),
     "LOCAL_RANK": (0, 10**6),
@@ -13,6 +14,8 @@ _NUMBERS = {  # by name, the least and the most
     "MASTER_PORT": (0, 65535),
     "TORCHELASTIC_MAX_RESTARTS": (0, 10**9),
     "TORCHELASTIC_RESTART_COUNT": (0, 10**9),
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": (1, 10**6),
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": (1, 10**6),
     "PARALLELISM_CONFIG_TP_SIZE": (1, 10**6),
     "PARALLELISM_CONFIG_CP_SIZE": (1, 10**6),
     "PARALLELISM_CONFIG_SP_SIZE": (1, 10**6),
@@ -20,7 +23,11 @@ _NUMBERS = {  # by name, the least and the most
 
 
 def check() -> None:
-    """Refuse numbers that are none, or that contradict each other; InputError names the variable and its value."""
+    """Refuse numbers that are none, or that contradict each other; InputError names the variable and its value.
+
+    First, what other launchers say is said in torch's variables.
+    """
+    launchers.translate()
     numbers = {}
     for name, (least, most) in _NUMBERS.items():
         text = os.environ.get(name, "")

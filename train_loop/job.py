@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -28,7 +29,7 @@ from train_loop.data.loader import Windows
 from train_loop.data.order import Plan
 from train_loop.data.token_store import Prepared, TokenStore
 from train_loop.devices import pins_memory
-from train_loop.distributed import launch
+from train_loop.distributed import launch, shards
 from train_loop.distributed.agreement import any_rank_stopping
 from train_loop.distributed.collectives import check_same, run_on_all_ranks
 from train_loop.distributed.heartbeat import Heartbeat, is_communication_error
@@ -37,12 +38,14 @@ from train_loop.export.finalize import finalize
 from train_loop.export.summary import Summary, summarize
 from train_loop.generation.decoding import check_prompt
 from train_loop.generation.sampler import prompt_ids
+from train_loop.metrics.balance import BalanceLoss
 from train_loop.metrics.log import MetricsLog
 from train_loop.metrics.past import last_steps
 from train_loop.metrics.progress import ProgressLines
 from train_loop.metrics.throughput import Throughput
 from train_loop.metrics.trackers import check_trackers, start_trackers
-from train_loop.models import building, ends, loading
+from train_loop.models import building, ends, experts, loading
+from train_loop.models.initialization import Weights
 from train_loop.models.parameters import digest
 from train_loop.ops import cpu, products
 from train_loop.signals import StopRequest
@@ -192,7 +195,10 @@ def _observers(setup: Setup, log: MetricsLog, progress: Progress) -> list[Observ
     """A run's observers, in the order in which they are called."""
     run, past, step = setup.run, log.past, setup.run.state.step
     study, evaluated = run.config.study, past.evaluations[-1]["step"] if past.evaluations else None
-    observers: list[Observer] = [log, ProgressLines(progress, evaluated)]
+    found = run.context.accelerator.unwrap_model(run.context.objective).experts
+    balanced = found is not None and found.weight > 0
+    observers: list[Observer] = [BalanceLoss(run.context.accelerator, found)] if balanced else []
+    observers += [log, ProgressLines(progress, evaluated)]
     if study.every is not None:
         steps = last_steps(setup.folder.metrics, study.every) if run.context.accelerator.is_main_process else []
         observers.append(StepStatistics(run, study.every, log.write_study, [each.get("grad_norm") for each in steps]))
@@ -271,21 +277,26 @@ def set_up(
     accelerator = launch.start(config.run, heartbeat, folder.path)
     run_on_all_ranks(accelerator, "own", lambda: _take(folder, config, own) if accelerator.is_main_process else None)
     data = _data(accelerator, config)
-    build = (config, data.tokenizer, model, folder.padded if padded is None else padded)
-    language_model = run_on_all_ranks(accelerator, "build", lambda: building.build(*build))
+    padded = folder.padded if padded is None else padded
+    in_shards = accelerator.is_fsdp2 and model is None and not padded
+
+    def build() -> tuple[PreTrainedModel, Weights | None]:
+        if in_shards:
+            return building.outline(config, data.tokenizer)
+        return building.build(config, data.tokenizer, model, padded), None
+
+    language_model, weights = run_on_all_ranks(accelerator, "build", build)
     check_same(accelerator, "the data", data.fingerprint, "give every host the same documents and tokenizer")
     found, damaged = find(accelerator, folder, config, data.fingerprint)
-    check_same(accelerator, "the initial weights' digest", digest(language_model), "give every host the same model")
-    language_model.to(accelerator.device)
-    linear, keep_memory = not config.model.compile, config.run.keep_memory
-    tied = cpu.speed_up(language_model, training=True, linear=linear, keep_memory=keep_memory)
-    objective = Objective(language_model, tied)
     if config.study.probing:
         probe.check(language_model, data.tokenizer, config)
     for prompt in config.sample.prompts or []:
         check_prompt(language_model, prompt_ids(data.tokenizer, prompt))
-    prepared, accelerated = accelerator.prepare(objective, optimizer.build(objective, config.optimizer))
-    adamw = accelerated.optimizer  # Accelerate's wrapper looks for packages on disk before each step
+    objective = Objective(language_model, experts=experts.find(language_model, config.model.balance_weight))
+    prepared = _prepared(accelerator, objective, weights)
+    linear, keep_memory = not config.model.compile, config.run.keep_memory
+    objective.tied = cpu.speed_up(language_model, training=True, linear=linear, keep_memory=keep_memory)
+    adamw = optimizer.build(objective, config.optimizer)
     size = config.micro_batch_size
     if config.batch.micro_batch_size == "auto":
         previous = None if found is None else int(found.state["micro_batch_size"])
@@ -315,6 +326,24 @@ def set_up(
     run = Run(config, data, batches, _windows(data.validation, config, data.tokenizer), context, state)
     _choose_compiled(run)
     return Setup(run, folder, found, damaged)
+
+
+def _prepared(
+    accelerator: Accelerator, objective: Objective, weights: Weights | None, training: bool = True
+) -> torch.nn.Module:
+    """An objective on its devices. If `weights` is given, its model has none yet, and gets them in shards."""
+    same = "give every host the same model"
+    if weights is None:
+        check_same(accelerator, "the initial weights' digest", digest(objective.model), same)
+        objective.to(accelerator.device)
+        return launch.prepare(accelerator, objective, training)
+    prepared = launch.prepare(accelerator, objective, training)
+    held = shards.Shards(objective.model)
+    run_on_all_ranks(accelerator, "weights", lambda: weights(held.place))
+    check_same(accelerator, "the initial weights' digest", held.digest(), same)
+    objective.choose_path()
+    shards.reshard(objective)
+    return prepared
 
 
 def _take(folder: RunFolder, config: Config, own: Ownership | None) -> None:
@@ -370,21 +399,28 @@ def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, A
     with heartbeat.naming_failures():
         accelerator = launch.start(config.run, heartbeat)
         if isinstance(model, PreTrainedModel):
-            language_model, tokenizer, source = model, None, f"the {type(model).__name__}"
+            language_model, tokenizer, weights, source = model, None, None, f"the {type(model).__name__}"
             loading.check_present(model, source)
             loading.check_finite(model, source)
         else:
             name, attention, source = str(model), config.model.attention, f"model {model}"
-            language_model, tokenizer = run_on_all_ranks(accelerator, "load", lambda: pretrained.load(name, attention))
+
+            def load() -> pretrained.Loaded:
+                return (
+                    pretrained.outline(name, attention)
+                    if accelerator.is_fsdp2
+                    else (*pretrained.load(name, attention), None)
+                )
+
+            language_model, tokenizer, weights = run_on_all_ranks(accelerator, "load", load)
             # Before the data is prepared, too, which takes longer.
             building.check_fits(language_model, tokenizer, config.data.block_size, source)
         if config.data.isolate_documents:
             building.check_positions(language_model)
         data = _data(accelerator, config, tokenizer)
         building.check_fits(language_model, data.tokenizer, config.data.block_size, source)
-        language_model.to(accelerator.device)
+        objective = _prepared(accelerator, Objective(language_model), weights, training=False)
         cpu.speed_up(language_model, training=False, keep_memory=config.run.keep_memory)
-        objective = launch.prepare_to_evaluate(accelerator, Objective(language_model))
         truth_sheet.check_reading(accelerator, objective, config, source)
         batch_size = config.evaluation.batch_size or config.micro_batch_size
         windows = _windows(data.validation, config, data.tokenizer)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.runs import NO_DROPOUT, TINY_MODELS, Command, events
+from tests.support.runs import MIXTRAL, NO_DROPOUT, TINY_MODELS, Command, events
 from train_loop import job
 from train_loop.analysis import step_statistics
 from train_loop.analysis.step_statistics import StepStatistics
@@ -73,6 +73,7 @@ def watched(arguments: list[str], steps: int) -> tuple[Run, list[nn.Module], lis
 def copy_of(run: Run) -> nn.Module:
     model_config = type(run.state.model.config).from_dict(run.state.model.config.to_dict())
     model_config._attn_implementation = "eager"
+    model_config._experts_implementation = "eager"  # the others have no float64
     copy = type(run.state.model)(model_config).double()
     copy.load_state_dict(run.state.model.state_dict())
     return copy.eval()
@@ -374,3 +375,36 @@ def test_strings_of_tokens_are_the_text(tokenizer_folder: Path) -> None:
         assert len(found) == len(ids) and "".join(found) == text
     assert strings(trained, []) == []
     assert strings(train_tokenizer(["ab" * 50], 257), [1, 2])  # any bytes at all
+
+
+def test_shares_of_experts_are_those_of_a_plain_recomputation(settings: Settings) -> None:
+    """Whether experts are balanced or not; positions without a target don't count."""
+    changes = {"batch__sequences_per_step": 5, "batch__micro_batch_size": 2, "data__isolate_documents": "true"}
+    for weight in (0.0, 0.1):
+        arguments = settings(model__architecture=json.dumps(MIXTRAL), model__balance_weight=weight, **changes)
+        run, copies, found = watched(arguments, 2)
+        for step, values in enumerate(found):
+            tokens, probability, count = torch.zeros(2, 4), torch.zeros(2, 4), 0
+            for batch in run.batches[step].micro_batches:
+                logits: list[torch.Tensor] = []
+                gates = [each for each in copies[step].modules() if type(each).__name__ == "MixtralTopKRouter"]
+                hooks = [
+                    each.register_forward_pre_hook(
+                        lambda gate, given, seen=logits: seen.append(given[0] @ gate.weight.T)
+                    )
+                    for each in gates
+                ]
+                copies[step](input_ids=batch.inputs, position_ids=batch.positions, use_cache=False)
+                for hook in hooks:
+                    hook.remove()
+                real = (batch.targets != IGNORED).flatten()
+                count += int(real.sum())
+                for layer, each in enumerate(logits):
+                    scores = each.detach().flatten(0, -2)[real].softmax(-1)
+                    probability[layer] += scores.sum(0)
+                    tokens[layer] += torch.bincount(scores.topk(2).indices.flatten(), minlength=4)
+            assert list(values["experts"]) == ["0", "1"]
+            for layer in range(2):
+                close(values["experts"][str(layer)]["tokens"], (tokens[layer] / count).tolist(), 1e-4)
+                close(values["experts"][str(layer)]["probability"], (probability[layer] / count).tolist(), 1e-4)
+                assert sum(values["experts"][str(layer)]["tokens"]) == pytest.approx(2, abs=1e-5)

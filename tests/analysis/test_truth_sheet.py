@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_the_models_own_stops_the_run(
     command: Command, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scaled = TINY_MODELS["llama"] | {"model_type": "granite", "logits_scaling": 4.0}
-    monkeypatch.setattr(objective, "head_is_plain", lambda model: True)
+    monkeypatch.setattr(objective, "head_is_plain", lambda objective: True)
     refused(command, settings(model__architecture=json.dumps(scaled)), tmp_path, "the model's own")
 
 

@@ -206,6 +206,14 @@ def test_a_sweep_trains_one_run_for_each_value(slurm: Slurm, make: Callable[...,
     assert rates == {"1e-3": 1e-3, "2e-3": 2e-3}
 
 
+def test_tasks_of_a_step_train_together(slurm: Slurm, make: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Without `accelerate launch`, and without a variable of torch's or Accelerate's."""
+    train = ("env", "-u", "ACCELERATE_USE_CPU", "python", "-m", "train_loop", "train")
+    slurm.do("srun", "--ntasks=2", "--nodes=2", *train, *make(tmp_path / "run", train__max_steps=2))
+    found = json.loads((tmp_path / "run" / "truth.json").read_text())["processes"]
+    assert [each["host"] for each in found["each"]] == ["n1", "n2"] and found["parallelism"] == "DDP"
+
+
 def test_a_mistake_goes_back_into_no_queue(slurm: Slurm, make: Callable[..., list[str]], tmp_path: Path) -> None:
     arguments = make(tmp_path / "run", data__files="nowhere.txt")
     number = slurm.do("sbatch", "--parsable", *OPTIONS, f"--output={tmp_path}/%x-%j.out", ONE, *arguments).strip()

@@ -53,6 +53,34 @@ def test_a_difference_is_named_with_both_sides(changes: dict[str, Any], expected
     assert found is not None and expected in found and "on process 2 (beta); " in found
 
 
+def test_a_process_that_was_told_no_local_rank_counts_those_before_it() -> None:
+    found = [{name: each[name] for name in ("host", "local", "beside")} for each in preflight.places(reports())]
+    assert [tuple(each.values()) for each in found] == [("alpha", 0, 2), ("alpha", 1, 2), ("beta", 0, 1)]
+    told = [each | {"local": 3} for each in reports()]
+    assert [each["local"] for each in preflight.places(told)] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("devices", "local", "expected"),
+    [
+        ([["a", "b"], ["a", "b"], ["a", "b"]], [0, 1, 0], "processes 0 and 2 would share one device of beta"),
+        ([["a", "b"], ["a", "b"], ["c"]], [0, 1, 0], None),
+        ([["a", "b"], ["a", "b"], ["c"]], [0, 2, 0], "where process 1 has LOCAL_RANK 2 and sees 2"),
+        ([["a", "b"], ["a", "b"], ["c"]], [None, None, None], None),
+        ([["a"], ["b"], ["c"]], [0, 1, 7], None),  # a cluster that shows each process its own device alone
+        ([[], [], []], [0, 0, 0], None),  # CPUs
+    ],
+)
+def test_two_processes_on_one_device_are_named(
+    devices: list[list[str]], local: list[int | None], expected: str | None
+) -> None:
+    told = [
+        each | {"devices": seen, "local": number} for each, seen, number in zip(reports(), devices, local, strict=True)
+    ]
+    found = preflight.verdict(told)
+    assert "roster" in found if expected is None else expected in found["mistake"]
+
+
 def test_paths_may_differ_between_hosts_and_nothing_else() -> None:
     here, there = Config(), Config()
     there.run.output_dir, there.data.cache_dir, there.data.files = "elsewhere", "/scratch", ["/data/*.txt"]

@@ -11,12 +11,12 @@ from tests.support.launch import several
 from tests.support.runs import NO_DROPOUT, TINY_MODELS, arguments_for, events
 
 SHAPES = {"gpt2": TINY_MODELS["gpt2"] | NO_DROPOUT, "llama": TINY_MODELS["llama"] | {"tie_word_embeddings": True}}
-WORLDS = ["1", "2", "2-fsdp2"]
+WORLDS = ["1", "2", "2-fsdp2", "4-hsdp"]
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folder: Path) -> Path:
-    """Runs of 6 steps on 1 and 2 processes, with DDP and FSDP2: folders world-shape-kind."""
+    """Runs of 6 steps on 1, 2 and 2 x 2 processes, with DDP, FSDP2 and HSDP: folders world-shape-kind."""
     root = tmp_path_factory.mktemp("studied")
     make = functools.partial(arguments_for, corpus, tokenizer_folder)
     for world in WORLDS:
@@ -27,7 +27,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folde
                 changes |= {"batch__sequences_per_step": 6, "batch__micro_batch_size": 2, "train__max_steps": 6}
                 changes |= {"evaluation__every": 3, "sample__max_new_tokens": 3, "optimizer__learning_rate": 1e-3}
                 commands.append(["train", *make(root / f"{world}-{name}-{kind}", **changes)])
-        for outcome in several(int(world[0]), commands, world.endswith("fsdp2")):
+        copies = 2 if world.endswith("hsdp") else 1
+        for outcome in several(int(world[0]), commands, world.endswith(("fsdp2", "hsdp")), copies=copies):
             assert outcome.code == 0, outcome.err
     return root
 

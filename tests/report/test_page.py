@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.made_run import HEADS, HOSTILE, LAYERS, append, make_run, metrics, set_state, statistics
+from tests.support.made_run import EXPERTS, HEADS, HOSTILE, LAYERS, append, make_run, metrics, set_state, statistics
 from train_loop.report import server
 from train_loop.report.html_page import write
 from train_loop.report.page_data import gather
@@ -41,11 +41,13 @@ LINES = {  # a plot's curves, and how many points each has: one of the 300 steps
     "top_1": {"logits_top_1_probability": 15},
     "logits_z": {"logits_z": 15},
     "noise": {"gradient_noise_scale": 15},
+    "balance_loss": {"balance_loss": STEPS},
 }
 HEAT_MAPS = {
     **dict.fromkeys(("layer_grad_norm", "layer_update_ratio", "activation_rms", "activation_outliers"), LAYERS * 15),
     **dict.fromkeys(("dead_units", "layer_weight_norm"), LAYERS * 15),
     "attention_entropy": LAYERS * HEADS * 15,
+    **dict.fromkeys(("expert_tokens", "expert_probability"), LAYERS * EXPERTS * 15),
     "parameters": 7 * 15,
 }
 
@@ -197,6 +199,10 @@ def test_heat_maps_are_coloured_by_their_numbers(show: Callable[..., Any], one: 
     assert sum(pixel(tab, "attention_entropy", 0.02, 0.5)[:3]) > sum(pixel(tab, "attention_entropy", 0.98, 0.5)[:3])
     hover(tab, "#dead_units svg", {"x": 300, "y": 60})
     assert "layer 2" in tooltip(tab) and "4 %" in tooltip(tab)
+    # Of a layer's four experts, the last one gets most tokens.
+    assert sum(pixel(tab, "expert_tokens", 0.5, 0.04)[:3]) < sum(pixel(tab, "expert_tokens", 0.5, 0.29)[:3])
+    hover(tab, "#expert_tokens svg", {"x": 300, "y": 60})
+    assert re.search(r"expert \d\.\d.*[2468]0 %", tooltip(tab), re.DOTALL)
     before = pixel(tab, "parameters", 0.5, 0.5)
     tab.select_option("#parameters select", "second_moment")
     assert pixel(tab, "parameters", 0.5, 0.5) != before

@@ -67,7 +67,7 @@ def test_a_spike_of_one_step_stays_a_spike_at_any_length(tmp_path: Path) -> None
 def test_every_number_is_the_files(run: Path) -> None:
     data = gather([RunFiles(run)])["runs"][0]
     steps, evaluations = lines(run / "metrics.jsonl", "step"), lines(run / "metrics.jsonl", "evaluation")
-    for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "peak_memory_bytes"):
+    for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "peak_memory_bytes", "balance_loss"):
         curve = data["curves"][name]
         assert curve["step"] == [event["step"] for event in steps]
         assert [value is None for value in curve["value"]] == [event[name] is None for event in steps]
@@ -102,6 +102,10 @@ def test_layers_heads_and_parameters_are_the_files(run: Path) -> None:
     heads = data["heads"]["tables"]["attention_entropy"]
     assert data["heads"]["rows"] == ["0.0", "0.1", "1.0", "1.1", "2.0", "2.1"]
     assert heads[3] == pytest.approx([event["layers"]["1"]["attention_entropy"][1] for event in events], rel=1e-3)
+    experts = data["experts"]["tables"]
+    assert data["experts"]["rows"] == [f"{layer}.{expert}" for layer in range(3) for expert in range(4)]
+    for name in ("tokens", "probability"):
+        assert experts[name][6] == pytest.approx([event["experts"]["1"][name][2] for event in events], rel=1e-3)
     assert len(data["parameters"]["rows"]) == 7
     assert data["curves"]["logits_z"]["value"] == pytest.approx([event["logits"]["z"] for event in events], rel=1e-5)
     assert data["by_position"]["values"][-1] == pytest.approx(events[-1]["loss_by_position"], rel=1e-4)
@@ -269,7 +273,7 @@ def test_figures_are_drawn_for_papers(command: Command, run: Path, tmp_path: Pat
     arguments = ["report", "--run", run, "--run", other, "--output", tmp_path / "p.html", "--png", tmp_path / "png"]
     assert command(*arguments) == 0
     files = [Path(line) for line in command.out.splitlines()][1:]
-    assert sorted(files) == sorted((tmp_path / "png").iterdir()) and len(files) == 12 + 2 * 8
+    assert sorted(files) == sorted((tmp_path / "png").iterdir()) and len(files) == 13 + 2 * 10
     for file in files:
         colors = Image.open(file).convert("RGB").getcolors(maxcolors=1 << 24)
         assert colors is not None and len(colors) > 20, file  # not blank

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,6 +121,20 @@ def signal_in_save(patch: pytest.MonkeyPatch, process: int, at: int) -> None:
     patch.setattr(CheckpointManager, "save_async", begun)
 
 
+def killed_in_save(patch: pytest.MonkeyPatch, process: int, at: int) -> None:
+    """`kill -9` while this process writes its part of the checkpoint of step `at`; the others have written theirs."""
+    write = storage.write_part
+
+    def dies(folder: Path, part: int, parts: int, held: storage.Shards) -> Any:
+        if f"{at:08d}" in folder.name and _here(process):
+            write(folder, part, parts, held | {"optimizer": {}})
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(folder, part, parts, held)
+
+    patch.setattr(storage, "write_part", dies)
+
+
 def another_version(patch: pytest.MonkeyPatch, process: int, at: int) -> None:
     """On one process, what Python finds first of the libraries' versions is in another folder."""
     if _here(process):
@@ -134,6 +149,7 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch, int, int], None]] = {
     "evaluation": signal_in_evaluation,
     "sampling": signal_in_sampling,
     "save": signal_in_save,
+    "killed": killed_in_save,
     "version": another_version,
 }
 

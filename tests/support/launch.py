@@ -72,7 +72,7 @@ def launchers(number: int, options: Sequence[str], variables: dict[str, str]) ->
     given = launch_command_parser().parse_args([*options, "--main_process_port", port, "-m", "train_loop"])
     theirs = prepare_multi_gpu_env(_validate_launch_command(given)[0])
     common = environment(variables) | {
-        name: theirs[name] for name in theirs if name.startswith(("ACCELERATE_", "FSDP_"))
+        name: theirs[name] for name in theirs if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_"))
     }
     common |= variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(number)}
     common |= {"LOCAL_WORLD_SIZE": str(number), "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0"}
@@ -90,13 +90,23 @@ class Outcome(NamedTuple):
 
 
 def several(
-    number: int, commands: Sequence[Sequence[Any]], fsdp2: bool = False, seconds: float = 500, **more: str
+    number: int,
+    commands: Sequence[Sequence[Any]],
+    fsdp2: bool = False,
+    seconds: float = 500,
+    copies: int = 1,
+    **more: str,
 ) -> list[Outcome]:
     """Runs commands one after the other in the same `number` processes: to start them takes longer than to train.
 
-    They are forked, from one that has imported everything, instead of launched.
+    They are forked, from one that has imported everything, instead of launched. With several `copies` of what FSDP2
+    shards, it is HSDP.
     """
-    sharded = ["--config_file", str(CONFIGS / "fsdp2.yaml"), "--num_processes", str(number)]
+    sharded = ["--config_file", str(CONFIGS / f"{'fsdp2' if copies == 1 else 'hsdp'}.yaml")]
+    sharded += ["--num_machines", "1", "--num_processes", str(number)]
+    if copies > 1:
+        for name, size in (("replicate", copies), ("shard", number // copies)):
+            sharded += [f"--parallelism_config_dp_{name}_size", str(size)]
     variables = ON_CPU | more | ({"TESTS_FSDP2_ON_CPU": "true"} if fsdp2 else {})
     alone = number == 1 and not fsdp2
     each = [environment(variables)] if alone else launchers(number, sharded if fsdp2 else processes(number), variables)
@@ -106,6 +116,17 @@ def several(
         assert not any(code for code, _ in ended), ended
 
     return _outcomes(number, commands, start)
+
+
+def under(told: Sequence[dict[str, str]], commands: Sequence[Sequence[Any]], seconds: float = 200) -> list[Outcome]:
+    """The same for processes that are told nothing but these variables, each its own."""
+    each = [environment(variables) for variables in told]
+
+    def start(*paths: str) -> None:
+        ended = forked.together("tests.support.several", paths, each, seconds)
+        assert not any(code for code, _ in ended), ended
+
+    return _outcomes(len(told), commands, start)
 
 
 def fresh(number: int, commands: Sequence[Sequence[Any]], **more: str) -> list[Outcome]:

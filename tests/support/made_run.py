@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-LAYERS, HEADS, MAX_GRAD_NORM = 3, 2, 1.0
+LAYERS, HEADS, EXPERTS, MAX_GRAD_NORM = 3, 2, 4, 1.0
 WORDS = "def __init__ ( self , name ) : \n     self . name = name".split(" ")
 HOSTILE = "</script><img src=x onerror=alert(1)><!--"
 
@@ -89,6 +89,7 @@ def metrics(
             "seconds": whole,
             "mfu": 0.4 * draw.uniform(0.9, 1.1),
             "peak_memory_bytes": 741_000_000,
+            "balance_loss": 2 + math.exp(-step / 60),
             **seconds,
         }
         if step == 7:
@@ -141,6 +142,13 @@ def statistics(steps: int, seed: int, every: int, text: str = "", after: int = 0
                 "tokens": 1000 * step,
                 "parameters": {name: {key: v * draw.uniform(0.5, 2) for key, v in parameter.items()} for name in names},
                 "layers": {str(depth): layer(depth) for depth in range(LAYERS)},
+                "experts": {
+                    str(depth): {
+                        "tokens": [0.2 + 0.2 * each for each in range(EXPERTS)],  # two of four for each token
+                        "probability": [0.1 + 0.1 * each for each in range(EXPERTS)],
+                    }
+                    for depth in range(LAYERS)
+                },
                 "logits": {"entropy": 3 + 5 * fall, "top_1_probability": 0.35 - 0.3 * fall, "z": 9 - fall},
                 "clipped_share": fall,
                 "gradient_noise_scale": 3000 * (1.2 - fall),

@@ -37,6 +37,9 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+MIXTRAL = TINY_MODELS["llama"] | {"model_type": "mixtral", "num_local_experts": 4}
+
+
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 

@@ -45,7 +45,7 @@ def test_a_cap_is_seen_although_a_fresh_models_logits_are_far_below_it(tokenizer
     hidden = built.base_model(input_ids=inputs).last_hidden_state
     # The cap changes nothing here ...
     torch.testing.assert_close(built(input_ids=inputs).logits, built.lm_head(hidden), rtol=1e-2, atol=1e-3)
-    assert not head_is_plain(built)  # ... and is found all the same
+    assert not head_is_plain(Objective(built))  # ... and is found all the same
 
 
 def test_no_targets_no_loss_no_gradient(tokenizer_folder: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_head_that_is_wider_than_the_hidden_states_is_the_models_own_business(
         "output_embedding_size": 48,
     }
     built = building.build(configured(wider), tokenizer.load(str(tokenizer_folder)))
-    assert not head_is_plain(built)
+    assert not head_is_plain(Objective(built))
     inputs, targets = batch()
     logits = built.eval()(input_ids=inputs).logits.flatten(0, 1)
     expected = F.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=IGNORED)

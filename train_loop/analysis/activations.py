@@ -15,6 +15,8 @@ Definitions, for a layer with output x [positions, width]:
     dead_units             share of the units of the layer's only activation function (in a gated layer, of the gate)
                            whose output is never above 0: ReLUs that are off, GELUs or SiLUs that never see a positive
                            number
+    tokens, probability    for each expert of a router: the share of tokens that it computes, and their mean score of it
+                           (`models/experts.py`)
 """
 
 import sys
@@ -34,6 +36,8 @@ from train_loop.analysis.trial_step import evaluating
 from train_loop.data.loader import IGNORED, Batch
 from train_loop.devices import exact
 from train_loop.distributed.collectives import reduce_exactly
+from train_loop.models.experts import Experts
+from train_loop.models.routers import Routed
 from train_loop.training.state import StepBatch, StepContext
 
 Sums = dict[str, torch.Tensor]
@@ -67,8 +71,15 @@ class Look:
     `attention` names the model's attention implementation; `frequency` is the bin of each token [vocabulary] int64.
     """
 
-    def __init__(self, layers: list[nn.Module], attention: str, frequency: torch.Tensor, frequency_bins: int) -> None:
-        self.layers, self.attention = layers, attention
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        attention: str,
+        frequency: torch.Tensor,
+        frequency_bins: int,
+        experts: Experts | None = None,
+    ) -> None:
+        self.layers, self.attention, self.experts = layers, attention, experts
         self.frequency, self.frequency_bins = frequency, frequency_bins
         self.sums: Sums = {}
         self.maxima: Sums = {}
@@ -86,6 +97,8 @@ class Look:
                 for each in _activation_functions(layer):
                     stack.enter_context(each.register_forward_hook(self._of_units))
             stack.enter_context(_attention(self.attention, self.layers, self._of_attention))
+            if self.experts is not None:
+                stack.enter_context(self.experts.watched(self._of_router))
             objective(batch.inputs, batch.targets, batch.positions, visit=self._of_logits)
         self._of_positions(batch, torch.cat(self._each, dim=1))
 
@@ -135,6 +148,13 @@ class Look:
         """Count at how many positions each unit's output is above 0."""
         if isinstance(output, torch.Tensor) and output.shape[:-1].numel() == self._real.numel():
             self._add(f"{self._layer}/above", (output.flatten(0, -2) > 0)[self._real.flatten()].sum(0))
+
+    def _of_router(self, name: str, routed: Routed) -> None:
+        """Count the tokens of each of a router's experts, and add up their scores."""
+        real = self._real.flatten()
+        chosen = torch.zeros_like(routed.scores).scatter_(-1, routed.chosen, 1.0)
+        self._add(f"{name}/tokens", exact(chosen[real]).sum(0))
+        self._add(f"{name}/probability", exact(routed.scores[real]).sum(0))
 
     def _of_attention(self, query: torch.Tensor, key: torch.Tensor, mask: Any, options: dict[str, Any]) -> None:
         """Add up a layer's entropies. query [batch, heads, block, width], key [batch, fewer heads, keys, width]."""

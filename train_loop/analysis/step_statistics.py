@@ -66,6 +66,7 @@ class StepStatistics(Observer):
         trained = {id(each) for each in run.state.parameters}
         self.parameters = {name: each for name, each in tensors_once(run.state.model).items() if id(each) in trained}
         self.list_of_layers, self.layers = layers_of(run.state.model)
+        self.experts = run.context.accelerator.unwrap_model(run.context.objective).experts
         self._batch: StepBatch | None = None
         self._handles: list[Any] = []
         self._before: dict[str, torch.Tensor] = {}
@@ -84,7 +85,8 @@ class StepStatistics(Observer):
         self._batch = batch
         frequency, labels = self._frequencies()
         attention = str(state.model.config._attn_implementation)
-        self._seen = of_step(self.context, batch, Look(self.layers, attention, frequency, len(labels)))
+        look = Look(self.layers, attention, frequency, len(labels), self.experts)
+        self._seen = of_step(self.context, batch, look)
         # Called after FSDP2's hooks, which put the whole weights in place for the forward pass.
         self._handles = [
             self.context.objective.register_forward_pre_hook(self._begin_micro_batch),
@@ -203,6 +205,7 @@ class StepStatistics(Observer):
             "tokens": targets_until(self.batches, batch.index + 1),
             "parameters": {name: norms([name]) for name in self.parameters},
             "layers": layers,
+            **self._experts(),
             "logits": {"entropy": entropy, "top_1_probability": top, "z": z},
             "clipped_share": sum(self._clipped) / len(self._clipped),
             **self._noise(found, sum(gradients.values()), batch.denominator),
@@ -222,6 +225,20 @@ class StepStatistics(Observer):
             "attention_entropy": None if entropy is None else (entropy / sums[f"{layer}/queries"]).tolist(),
             "dead_units": None if above is None else float(exact(above == 0).mean()),
         }
+
+    def _experts(self) -> dict[str, Any]:
+        """The share of tokens and of probability of each expert, by layer; by router if a layer has several."""
+        if self.experts is None or not self.experts.routers:
+            return {}
+        sums, _ = self._seen
+        names = [name.removeprefix(f"{self.list_of_layers}.") for name in self.experts.routers]
+        layers = [name.partition(".")[0] for name in names]
+        shown = layers if len(set(layers)) == len(layers) else names
+        found = {}
+        for router, name in zip(self.experts.routers, shown, strict=True):
+            shares = {each: sums[f"{router}/{each}"] / sums["positions"] for each in ("tokens", "probability")}
+            found[name] = {each: [round(share, 6) for share in shares[each].tolist()] for each in shares}
+        return {"experts": found}
 
     def _noise_sums(self) -> Sums:
         """Sums over this process's micro-batches: |g_m|^2 of each one's mean loss, 1 / t_m, and their number."""

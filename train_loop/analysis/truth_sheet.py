@@ -19,17 +19,17 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from train_loop import compat, versions
+from train_loop import versions
 from train_loop.analysis import plan_checks
 from train_loop.analysis.step_statistics import targets_until
 from train_loop.analysis.trial_step import evaluating, without_effect
 from train_loop.config.schema import Config
 from train_loop.data import duplicates
 from train_loop.data.loader import IGNORED
-from train_loop.distributed import launch
+from train_loop.distributed import launch, sharding
 from train_loop.distributed.collectives import describe_ranks, unsharded
 from train_loop.errors import InputError, one_line
-from train_loop.models import causality
+from train_loop.models import activation_checkpointing, causality, experts
 from train_loop.models.building import vocabulary, without_compile
 from train_loop.models.parameters import EMBEDDING, MATRIX, kind
 from train_loop.ops import products
@@ -63,7 +63,6 @@ def measure(run: Run) -> dict[str, Any]:
         if "deterministic" not in str(error):
             raise
         raise InputError(f"run.reproducible bitwise fails with this model on this device ({one_line(error)})") from None
-    parallelism = "FSDP2" if accelerator.is_fsdp2 else "DDP" if accelerator.num_processes > 1 else "one process"
     total, peak = run.batches.total_steps, config.optimizer.learning_rate
     steps = {"first_step": 0, "after_warmup": min(config.schedule.warmup_steps, total - 1), "last_step": total - 1}
     rates = {name: learning_rate(step, total, peak, config.schedule) for name, step in steps.items()}
@@ -71,7 +70,8 @@ def measure(run: Run) -> dict[str, Any]:
         "processes": {
             "asked": launch.asked_for() or 1,
             "present": accelerator.num_processes,
-            "parallelism": parallelism,
+            "parallelism": sharding.parallelism(accelerator),
+            **sharding.sizes(accelerator),
             "each": describe_ranks(accelerator),
         },
         "precision": {
@@ -84,6 +84,7 @@ def measure(run: Run) -> dict[str, Any]:
         "parameters": _parameters(state),
         "causality": sees | {"refusal": causality.refusal(model, _source(config))},
         "loss": {"path": accelerator.unwrap_model(context.objective).loss_path, **loss},
+        "experts": experts.facts(accelerator.unwrap_model(context.objective).experts),
         "documents": {"isolated": config.data.isolate_documents, "cross": cross},
         "duplicates": duplicates.counts(run.data.train.ledger, run.data.validation.ledger),
         "batch": _batch(run.batches),
@@ -92,7 +93,7 @@ def measure(run: Run) -> dict[str, Any]:
             "class": type(model).__name__,
             "attention": str(model.config._attn_implementation),
             "compiled": config.model.compile,
-            "activation_checkpointing": compat.checkpoints_activations(model),
+            "activation_checkpointing": activation_checkpointing.recomputed(model) or False,
         },
         "export": {"max_shard_size": config.export.max_shard_size, "sharded": accelerator.is_fsdp2},
         "operations_per_token": context.clock.operations,
@@ -175,8 +176,11 @@ def table(sheet: dict[str, Any]) -> str:
     weights, gradients, moments = (" and ".join(precision[name]) for name in ("parameters", "gradients", "moments"))
     bitwise = sheet["reproducible"] == "bitwise"
     idle = max(0, found["present"] - batch["micro_batches_per_step"])
+    sizes = " x ".join(f"{name} {found[name]}" for name in sharding.SIZES if name in found)
     rows = {
-        "processes": f"{found['present']} of {found['asked']} asked for, {found['parallelism']}, on "
+        "processes": f"{found['present']} of {found['asked']} asked for, "
+        + (f"{found['parallelism']} ({sizes})" if sizes else found["parallelism"])
+        + ", on "
         + ", ".join(f"{host} ({count})" for host, count in hosts.items()),
         "devices": ", ".join(f"{count} x {name}" for name, count in devices.items())
         + f", {found['each'][0]['threads']} CPU threads each",
@@ -186,7 +190,7 @@ def table(sheet: dict[str, Any]) -> str:
         "reproducible": "to the bit, on any number of processes" if bitwise else "to rounding",
         "model": f"{model['class']}, attention {model['attention']}"
         + (", compiled" if model["compiled"] else "")
-        + (", activations recomputed" if model["activation_checkpointing"] else ""),
+        + activation_checkpointing.in_words(model["activation_checkpointing"]),
         "parameters": f"{parameters['total']:,}"
         + "".join(f"; tied: {' = '.join(names)}" for names in parameters["tied"])
         + (f"; frozen: {len(parameters['frozen'])}" if parameters["frozen"] else ""),
@@ -198,6 +202,7 @@ def table(sheet: dict[str, Any]) -> str:
         "causality": "no earlier logit moves if later tokens change"
         + (f", but by rounding ({sheet['causality']['moved']:.0e})" if sheet["causality"]["moved"] else ""),
         "loss": f"{sheet['loss']['path']}, {sheet['loss']['difference']:.1e} from the model's own",
+        "experts": experts.in_words(sheet["experts"]),
         "documents": ("isolated" if documents["isolated"] else "packed")
         + (": one influences the next" if documents["cross"] else ": none influences another"),
         "duplicates": "{shared:,} of {validation:,} validation documents are also training documents; {repeated:,} of "
@@ -304,6 +309,7 @@ def _tokens(accelerator: Accelerator, objective: nn.Module, rows: int, length: i
 def _loss_difference(context: StepContext, model: PreTrainedModel, block_size: int) -> dict[str, Any]:
     """The training loss of a made-up batch, and the loss that the model itself computes from labels.
 
+    The balance of experts is part of neither.
     Most models compare their logits with the labels one place on; decoders such as BART's expect labels moved already.
     """
     accelerator, objective = context.accelerator, context.objective
@@ -314,7 +320,7 @@ def _loss_difference(context: StepContext, model: PreTrainedModel, block_size: i
     targets[:, -1] = IGNORED
     with evaluating(objective):
         value = float(objective(inputs, targets)) / int((targets != IGNORED).sum())
-        with unsharded(accelerator, objective), accelerator.autocast():
+        with unsharded(accelerator, objective), accelerator.autocast(), experts.without_own_balance(model):
 
             def loss(labels: torch.Tensor) -> float:
                 return float(model(input_ids=inputs, labels=labels, use_cache=False).loss)

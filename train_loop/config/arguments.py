@@ -1,6 +1,7 @@
 """The options of a command that takes a few of its own: argparse, with mistakes in one line and nothing given twice."""
 
 import argparse
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -40,6 +41,14 @@ def number_of(kind: Any) -> Callable[[str], Any]:
 
     read.__name__ = kind.__name__  # which argparse names: "invalid int value"
     return read
+
+
+def bytes_of(text: str) -> int:
+    """How argparse reads an amount of memory: 80GB, 0.5 TB, 24GiB."""
+    found = re.fullmatch(r"([0-9]+\.?[0-9]*) ?([MGT])(i?)B", text.strip())
+    if found is None or not (amount := float(found[1])):
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory; write 80GB, say")
+    return int(amount * (1024 if found[3] else 1000) ** " kMGT".index(found[2]))
 
 
 def path_of(option: str) -> Callable[[str], str]:

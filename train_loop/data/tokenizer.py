@@ -78,6 +78,12 @@ def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
 
 
+def placeholder(entries: int) -> PreTrainedTokenizerFast:
+    """A tokenizer that stands for one with so many entries, which has not been trained yet; the first ends texts."""
+    core = Tokenizer(models.WordLevel({str(number): number for number in range(entries)}, unk_token="0"))
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="0", bos_token="0")
+
+
 def _short_words(splitter: Any, text: str) -> Iterator[str]:
     """A text in parts, so that no word is too long to learn from. It stays whole if none is, as in all prose."""
     start = 0

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from train_loop import environment
+from train_loop import environment, launchers
 from train_loop.config.schema import RunConfig
 from train_loop.distributed.preflight import GOES_ON, Preflight
 from train_loop.errors import EXIT_FAILED, Interrupted, LostError, one_line
@@ -45,9 +45,9 @@ class Heartbeat:
         self.step: Callable[[], int] = lambda: 0
         self.lost: Callable[[str], None] = lambda reason: None
         environment.check()
+        launchers.check()
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.world_size == 1 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-            self.world_size = 1
+        if self.world_size == 1:
             return
         preflight = Preflight(run, settings)
         self.rank, self._roster = preflight.rank, preflight.roster

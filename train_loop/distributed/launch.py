@@ -1,4 +1,4 @@
-"""Devices and processes: what `accelerate launch` started, checked against what it was asked to start.
+"""Devices and processes: what a launcher started, checked against what it was asked to start.
 
 Some ways of launching silently do something other than what they say: one process instead of two, two processes that
 each believe they are alone, plain data parallelism instead of FSDP. All stop here, with the command that works.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -19,6 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from train_loop import compat, devices
 from train_loop.config.schema import RunConfig
 from train_loop.console import say
+from train_loop.distributed import sharding, shards
 from train_loop.distributed.heartbeat import Heartbeat
 from train_loop.errors import InputError, one_line
 
@@ -30,15 +31,23 @@ def start(run: RunConfig, heartbeat: Heartbeat, project_dir: Path | None = None)
     processes don't reach each other in time.
     """
     _check_launcher(run)
+    mesh = sharding.mesh()
+    # Without `cpu`, each of several processes would work alone where there are only CPUs.
+    cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.accelerator.current_accelerator(True) is None
+    if cpu or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        _share_cores()
     if run.reproducible == "bitwise":  # every kernel gives the same bits for the same input, wherever it runs
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
         torch.set_num_threads(1)  # kernels on a CPU split their sums by thread
     # Each process builds the whole model from the same numbers, so none has to wait for the first one's weights.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")  # Accelerate's default gathers all at once
     with heartbeat.connecting(), compat.stdout_kept_clean():
         try:
             accelerator = Accelerator(
+                cpu=cpu,
+                parallelism_config=mesh,
                 mixed_precision=_granted(run.mixed_precision),
                 log_with=run.log_with or None,
                 project_dir=None if project_dir is None else str(project_dir),
@@ -47,6 +56,8 @@ def start(run: RunConfig, heartbeat: Heartbeat, project_dir: Path | None = None)
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=run.timeout_seconds))],
             )
         except (ValueError, ImportError, NotImplementedError) as error:
+            if mesh is not None and PartialState().distributed_type == DistributedType.MULTI_CPU:
+                raise _not_sharded() from None
             raise InputError(f"accelerate: {one_line(error)}") from None
         _check_processes(accelerator, run)
         if accelerator.num_processes > 1:
@@ -64,6 +75,19 @@ def start(run: RunConfig, heartbeat: Heartbeat, project_dir: Path | None = None)
         policy = MixedPrecisionPolicy(param_dtype=policy.param_dtype, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     return accelerator
+
+
+def _share_cores() -> None:
+    """Let the processes of a host share its cores, unless the launcher or the user has said how many threads each has.
+
+    Where each process is bound to cores of its own, as srun does, torch has counted them when it was loaded.
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local == 1 or "OMP_NUM_THREADS" in os.environ:
+        return
+    if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) == os.cpu_count():
+        torch.set_num_threads(max(1, torch.get_num_threads() // local))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # else Accelerate would choose, and say so
 
 
 def _granted(precision: str) -> str:
@@ -132,17 +156,23 @@ def _check_launcher(run: RunConfig) -> None:
             raise InputError(f"the launcher asks for {what}; {cure}")
     for name in ("TP_SIZE", "CP_SIZE", "SP_SIZE"):
         if int(asked(f"PARALLELISM_CONFIG_{name}") or 1) > 1:
-            only = "train_loop only has data parallelism (DDP, FSDP2)"
+            only = "train_loop only has data parallelism (DDP, FSDP2, HSDP)"
             raise InputError(f"the launcher asks for {name.lower()} > 1; {only}")
     if asked("ACCELERATE_USE_FSDP") == "true":
         if os.environ.get("FSDP_VERSION", "1") != "2":
-            cure = "set fsdp_version: 2 (configs/accelerate/fsdp2.yaml)"
+            cure = "set fsdp_version: 2 (configs/accelerate/fsdp2.yaml), or FSDP_VERSION=2"
             raise InputError(f"the launcher asks for FSDP version 1; {cure}")
+        if asked("FSDP_ACTIVATION_CHECKPOINTING") == "true":  # github.com/huggingface/accelerate/issues/3897
+            cure = "set fsdp_activation_checkpointing: false and say --model.activation_checkpointing full"
+            raise InputError(f"the launcher asks for recomputation, which would draw other dropout masks; {cure}")
         if run.reproducible == "bitwise":
             raise InputError(
                 "run.reproducible bitwise does not work with FSDP2, which adds up gradients in its own order; "
                 "launch with --multi_gpu, or say --run.reproducible no"
             )
+    elif asked("FSDP_VERSION"):
+        cure = "set ACCELERATE_USE_FSDP=true, or unset FSDP_VERSION"
+        raise InputError(f"environment variables: FSDP_VERSION is set, but ACCELERATE_USE_FSDP is not true; {cure}")
 
 
 def _check_processes(accelerator: Accelerator, run: RunConfig) -> None:
@@ -158,12 +188,7 @@ def _check_processes(accelerator: Accelerator, run: RunConfig) -> None:
             else f"asked for {wanted} processes, but only {found} present; start them with: {start_them}"
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not accelerator.is_fsdp2:
-        raise InputError(
-            "FSDP2 was asked for, but Accelerate does not shard "
-            + ("on a CPU" if on_cpu else f"one process ({accelerator.distributed_type.value})")
-            + f"; use plain data parallelism: {'ACCELERATE_USE_CPU=true ' if on_cpu else ''}accelerate launch "
-            f"--multi_gpu --num_processes {found} -m train_loop ..."
-        )
+        raise _not_sharded()
     if accelerator.distributed_type == DistributedType.XLA:
         raise InputError("train_loop does not run on TPUs; use GPUs or CPUs")
     device, name = accelerator.device, devices.name(accelerator.device)
@@ -179,9 +204,20 @@ def _check_processes(accelerator: Accelerator, run: RunConfig) -> None:
         )
 
 
-def prepare_to_evaluate(accelerator: Accelerator, objective: nn.Module) -> nn.Module:
-    """A module prepared for evaluation only: sharded if FSDP2 is used, else as it is, with mixed precision."""
-    if accelerator.is_fsdp2:  # Accelerate only shards a module together with its optimizer
-        prepared, _ = accelerator.prepare(objective, torch.optim.SGD(objective.parameters(), lr=0.0))
-        return prepared
-    return accelerator.prepare_model(objective, evaluation_mode=True)
+def _not_sharded() -> InputError:
+    """The error of a launcher that asked for FSDP2 or HSDP where Accelerate has no branch for it."""
+    state = PartialState()
+    on_cpu = state.device.type == "cpu"
+    return InputError(
+        "FSDP2 was asked for, but Accelerate does not shard "
+        + ("on a CPU" if on_cpu else f"one process ({state.distributed_type.value})")
+        + f"; use plain data parallelism: {'ACCELERATE_USE_CPU=true ' if on_cpu else ''}accelerate launch "
+        f"--multi_gpu --num_processes {state.num_processes} -m train_loop ..."
+    )
+
+
+def prepare(accelerator: Accelerator, module: nn.Module, training: bool = True) -> nn.Module:
+    """A module as Accelerate prepares it: sharded with FSDP2, else (to be trained) with DDP; with mixed precision."""
+    if accelerator.is_fsdp2:
+        return shards.shard(accelerator, module)
+    return accelerator.prepare_model(module, evaluation_mode=not training)

@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch.distributed import PrefixStore, TCPStore
 
 from train_loop import devices, versions
@@ -23,17 +24,15 @@ GOES_ON = "the same command resumes from the newest checkpoint"
 
 def report(settings: dict[str, Any]) -> dict[str, Any]:
     """What a process reports about itself before it trains."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    kind = torch.accelerator.current_accelerator(check_available=True)
-    device = torch.device("cpu") if kind is None else torch.device(kind.type, local)
+    told, kind = os.environ.get("LOCAL_RANK"), torch.accelerator.current_accelerator(check_available=True)
     found = versions.installed() | {"python": ".".join(platform.python_version_tuple()[:2])}
-    if torch.distributed.is_nccl_available() and device.type == "cuda":
+    if torch.distributed.is_nccl_available() and kind is not None and kind.type == "cuda":
         found["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "local": local,
-        "device": devices.name(device),
+        "local": None if told is None else int(told),
+        "devices": [] if kind is None or parse_flag_from_env("ACCELERATE_USE_CPU") else devices.identities(kind),
         "versions": found,
         "settings": settings,
     }
@@ -57,12 +56,51 @@ def difference(reports: list[dict[str, Any]]) -> str | None:
     return None
 
 
+def places(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Host, pid and local rank of each process, and how many there are on its host.
+
+    Where the launcher told no local rank, it is the number of earlier processes on that host.
+    """
+    hosts = [each["host"] for each in reports]
+    found = []
+    for process, each in enumerate(reports):
+        local = hosts[:process].count(each["host"]) if each["local"] is None else each["local"]
+        found.append({"host": each["host"], "pid": each["pid"], "local": local, "beside": hosts.count(each["host"])})
+    return found
+
+
+def shared_device(reports: list[dict[str, Any]], roster: list[dict[str, Any]]) -> str | None:
+    """Two processes that would use the same device, as a line; None if each has its own.
+
+    A process takes the visible device with its local rank's number; if there are fewer, Accelerate counts round.
+    """
+    taken: dict[str, int] = {}
+    for process, (each, place) in enumerate(zip(reports, roster, strict=True)):
+        if visible := each["devices"]:
+            other = taken.setdefault(visible[place["local"] % len(visible)], process)
+            if other != process:
+                return (
+                    f"processes {other} and {process} would share one device of {place['host']}, where process "
+                    f"{process} has LOCAL_RANK {place['local']} and sees {len(visible)}; start one process for each "
+                    "device, and give each a LOCAL_RANK of its own, from 0"
+                )
+    return None
+
+
+def verdict(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the first process answers to the reports of all: {"roster": ...}, or {"mistake": line}."""
+    roster = places(reports)
+    mistake = difference(reports) or shared_device(reports, roster)
+    return {"mistake": mistake} if mistake else {"roster": roster}
+
+
 class Preflight:
     """The meeting of a run's processes, started by a launcher, before it begins. `settings` are what all must share.
 
-    `store` and `address` are the connection, which ends with this process if `owns_store`; `roster` has the host, pid
-    and local rank of each process. Raises InputError if two processes differ, naming both and what differs, and
-    LostError naming a process that does not arrive within `run.preflight_timeout_seconds`.
+    `store` and `address` are the connection, which ends with this process if `owns_store`; `roster` has the place of
+    each process (`places`). LOCAL_RANK and LOCAL_WORLD_SIZE are set from it if the launcher did not. Raises InputError
+    if two processes differ, naming both and what differs, and LostError naming a process that does not arrive within
+    `run.preflight_timeout_seconds`.
     """
 
     def __init__(self, run: RunConfig, settings: dict[str, Any]) -> None:
@@ -70,6 +108,9 @@ class Preflight:
         self._patience = float(run.preflight_timeout_seconds)
         self.store, self.address, self.owns_store = self._connect()
         self.roster = self._exchange(report(settings))
+        own = self.roster[self.rank]
+        os.environ.setdefault("LOCAL_RANK", str(own["local"]))
+        os.environ.setdefault("LOCAL_WORLD_SIZE", str(own["beside"]))
 
     def _connect(self) -> tuple[PrefixStore, str, bool]:
         """A separate connection to the launcher's store, its address, and whether the store ends with this process.
@@ -124,32 +165,30 @@ class Preflight:
             began = time.monotonic()  # the first process may only just have come, and waits for others
         if not wait(*(["verdict"] if self.rank else keys)):
             missing = [process for process, key in enumerate(keys) if not self.store.check([key])]
-            verdict: dict[str, Any] = {"lost": self._missing(missing or [0], own)}
+            answer: dict[str, Any] = {"lost": self._missing(missing or [0], own)}
         elif self.rank:
-            verdict = json.loads(self.store.get("verdict"))
+            answer = json.loads(self.store.get("verdict"))
         else:
-            reports = [json.loads(self.store.get(key)) for key in keys]
-            roster = [{name: each[name] for name in ("host", "pid", "local")} for each in reports]
-            mistake = difference(reports)
-            verdict = {"mistake": mistake} if mistake else {"roster": roster}
+            answer = verdict([json.loads(self.store.get(key)) for key in keys])
         if self.rank == 0:
-            self.store.set("verdict", json.dumps(verdict))
-        if self.owns_store and "roster" not in verdict:
+            self.store.set("verdict", json.dumps(answer))
+        if self.owns_store and "roster" not in answer:
             time.sleep(1)  # give the others time to read it
-        if "lost" in verdict:
-            raise LostError(verdict["lost"])
-        if "mistake" in verdict:
-            raise InputError(verdict["mistake"])
-        return list(verdict["roster"])
+        if "lost" in answer:
+            raise LostError(answer["lost"])
+        if "mistake" in answer:
+            raise InputError(answer["mistake"])
+        return list(answer["roster"])
 
     def _missing(self, processes: list[int], own: dict[str, Any]) -> str:
         """The line that names the processes that did not report, and their machines."""
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        machines = sorted({process // here for process in processes})
+        where = ""
+        if here := int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
+            machines = sorted({process // here for process in processes})
+            where = f"{_list('machine', machines)}, counted from 0 as in --machine_rank; "
         return (
             f"pre-flight: {_list('process', processes)} of {self.world_size} did not report within "
-            f"{self._patience:.0f} s ({_list('machine', machines)}, counted from 0 as in --machine_rank; this is "
-            f"{own['host']}); check what is wrong there; {GOES_ON}"
+            f"{self._patience:.0f} s ({where}this is {own['host']}); check what is wrong there; {GOES_ON}"
         )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from train_loop import devices, files
+from train_loop import devices, files, launchers
 from train_loop.data.loader import Windows, loader
 from train_loop.data.order import Ids, cut
 from train_loop.errors import TrainingError
@@ -44,7 +44,8 @@ _POLL_SECONDS = 0.1
 # logarithms and copies) and of the hidden size: more than models do.
 _OF_VOCABULARY, _OF_WIDTH = 4, 64
 # Variables that launchers set for their own processes; the clean process must not see them.
-_LAUNCHERS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PARALLELISM_CONFIG_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_")
+_TORCHS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PARALLELISM_CONFIG_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_")
+_LAUNCHERS = _TORCHS + launchers.PREFIXES
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,13 @@ import textwrap
 from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.activations import NewGELUActivation
 
 from train_loop import compat
@@ -18,8 +24,10 @@ from train_loop.config.load import ONE_MODEL
 from train_loop.config.schema import Config
 from train_loop.data.tokenizer import highest_id
 from train_loop.errors import InputError, one_line
+from train_loop.models.activation_checkpointing import recompute
 from train_loop.models.architecture import configuration, is_causal
-from train_loop.models.loading import blame_attention, check_given, load
+from train_loop.models.initialization import Place, Weights, initialise, on_meta
+from train_loop.models.loading import blame_attention, check_given, load, outline_of
 from train_loop.models.size import check_size
 from train_loop.rng import seed_torch
 
@@ -38,19 +46,37 @@ def build(
     elif config.model.name_or_path is not None:
         model = load(paths.find(config.model.name_or_path, "model.name_or_path"), config.model.attention)
         source = f"model {config.model.name_or_path}"
-    elif config.model.architecture is not None:
-        model = initialise(config, tokenizer, padded)
-        source = "model.architecture"
     else:
-        raise InputError(ONE_MODEL)
+        model, source = _from_scratch(config, tokenizer, padded), "model.architecture"
+    return _ready(model, config, tokenizer, source, padded)
+
+
+def outline(config: Config, tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, Weights]:
+    """Like `build`, but on torch's meta device, to be sharded before it gets its weights; and what gives it those."""
+    weights: Weights
+    if config.model.name_or_path is not None:
+        source = f"model {config.model.name_or_path}"
+        model, weights = outline_of(paths.find(config.model.name_or_path, "model.name_or_path"), config.model.attention)
+    else:
+        model, source = _from_scratch(config, tokenizer, whole=False), "model.architecture"
+
+        def weights(place: Place) -> None:
+            initialise(on_meta(model.config, config.model.attention), config.run.seed, place)
+
+    return _ready(model, config, tokenizer, source), weights
+
+
+def _ready(
+    model: PreTrainedModel, config: Config, tokenizer: PreTrainedTokenizerFast, source: str, padded: bool = False
+) -> PreTrainedModel:
+    """A model that has been checked, and prepared to be trained."""
     check_fits(model, tokenizer, config.data.block_size, source)
     if config.data.isolate_documents:
         check_positions(model)
     if not padded:
         train_padding(model)
     fuse_activations(model)
-    if config.model.activation_checkpointing:
-        compat.checkpoint_activations(model, True)
+    recompute(model, config.model.activation_checkpointing)
     if config.model.compile:
         compile_layers(model)
     return model
@@ -105,8 +131,16 @@ def without_compile(model: torch.nn.Module) -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
-def initialise(config: Config, tokenizer: PreTrainedTokenizerFast, padded: bool = False) -> PreTrainedModel:
-    """A model with random weights, keyed by `run.seed`; by default its context is one block."""
+def _from_scratch(
+    config: Config, tokenizer: PreTrainedTokenizerFast, padded: bool = False, whole: bool = True
+) -> PreTrainedModel:
+    """A model of `model.architecture`; by default its context is one block.
+
+    Its weights are keyed by `run.seed` (if `padded`, drawn as before 0.2); unless it is to be `whole`, it has none yet,
+    and is on torch's meta device.
+    """
+    if config.model.architecture is None:
+        raise InputError(ONE_MODEL)
     attention, architecture = config.model.attention, read_architecture(config.model.architecture)
     end = tokenizer.eos_token_id
     assert isinstance(end, int)
@@ -114,14 +148,11 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast, padded: bool 
     def made(attention: str | None, padding: int | None) -> PreTrainedModel:
         model_config = configuration(architecture, tokenizer, config.data.block_size, padding)
         check_size(model_config, "model.architecture")
-        seed_torch(torch.device("cpu"), "weights", config.run.seed)
-        with compat.residual_weights_scaled():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                model_config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
-            )
+        model = _as_before(model_config, config) if padded else on_meta(model_config, attention)
+        if whole and not padded:
+            initialise(model, config.run.seed)
         if "flash" not in (attention or ""):  # FlashAttention is for GPUs only
-            # Sizes that don't fit together fail only in use, some with the second token. A cache may ask for more.
-            model(torch.zeros(1, min(2, config.data.block_size), dtype=torch.long), use_cache=False)
+            _try(model, min(2, config.data.block_size))
         return model
 
     def build(attention: str | None) -> PreTrainedModel:
@@ -144,6 +175,28 @@ def initialise(config: Config, tokenizer: PreTrainedTokenizerFast, padded: bool 
         raise InputError(f"model.architecture: {problem}; choose another model_type")
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
     model.generation_config = GenerationConfig(**ids)
+    return model
+
+
+def _try(model: PreTrainedModel, tokens: int) -> None:
+    """Run a model: sizes that don't fit together fail only in use, some with the second token.
+
+    On the meta device, an operation that has to know values cannot be tried, and neither can what comes after it.
+    """
+    try:
+        model(torch.zeros(1, tokens, dtype=torch.long, device=model.device), use_cache=False)  # it may ask for more
+    except (NotImplementedError, RuntimeError) as error:
+        if model.device.type != "meta" or "meta" not in str(error):
+            raise
+
+
+def _as_before(model_config: PreTrainedConfig, config: Config) -> PreTrainedModel:
+    """A model with the weights that a run of 0.1.0 began with: drawn one after another by a single generator."""
+    seed_torch(torch.device("cpu"), "weights", config.run.seed)
+    with compat.residual_weights_scaled():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model_config, dtype=torch.float32, attn_implementation=config.model.attention, trust_remote_code=False
+        )
     return model
 
 

@@ -6,7 +6,8 @@ but for what a model's class declares: weights that are tied to others, and name
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    core_model_loading,
 )
 
 from train_loop.config import paths
@@ -23,6 +26,7 @@ from train_loop.console import say
 from train_loop.devices import is_out_of_memory
 from train_loop.errors import InputError, one_line
 from train_loop.models import ends
+from train_loop.models.initialization import Place, Weights, on_meta
 from train_loop.models.parameters import tensors_once
 from train_loop.models.size import check_numbers, check_size
 from train_loop.models.weight_files import Stored, stored
@@ -34,31 +38,30 @@ _TABLE = re.compile(r"(^|\.)(masked_bias|inv_freq|position_ids)$")
 _FLOATS = re.compile(r"B?F\d")  # F32, BF16, F8_E4M3, ...
 
 
-def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
+def load(name_or_path: str, attention: str | None = None, place: Place | None = None) -> PreTrainedModel:
     """A model from the Hub or a local folder, in fp32, with exactly the weights that its files hold.
 
-    Neither code nor pickles, which may be code, are read. Raises InputError if a file is damaged, is not what the
-    configuration says, or holds what is no weight.
+    If `place` is given, it gets each of them, converted as Transformers converts them, and the model that is returned
+    has none: it stays on torch's meta device. Neither code nor pickles, which may be code, are read. Raises InputError
+    if a file is damaged, is not what the configuration says, or holds what is no weight.
     """
     where = f"model {name_or_path}"
-    check_model(name_or_path)
-    ends.check(name_or_path)
-    settings = configuration(name_or_path, where)
-    if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InputError(f"{where}: Transformers has no causal language model of type {settings.model_type}")
+    settings = _settings(name_or_path)
     held = stored(name_or_path)
+    placing = _Placing(place)
 
     def build(attention: str | None) -> tuple[PreTrainedModel, dict[str, Any]]:
         check_size(settings, where)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name_or_path,
-            dtype=torch.float32,
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `_account` names them
-        )
+        with placing.instead() if place is not None else nullcontext():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name_or_path,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `_account` names them
+            )
         return loaded[0], loaded[1]
 
     try:
@@ -71,8 +74,14 @@ def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
         blame_attention(attention, build, error)
         problem = f"cannot be loaded from safetensors ({one_line(error)}){paths.no_folder(name_or_path)}"
         raise InputError(f"{where}: {problem}") from None
+    if place is not None:
+        model.tie_weights()
     _account(model, found, held, where)
-    check_finite(model, where)
+    if place is None:
+        check_finite(model, where)
+    else:
+        _refuse_infinite(placing.infinite, where)
+        placing.rest(model)
     notes = []
     if (code := unused_code(name_or_path)) is not None:
         if hasattr(model.config, "auto_map"):
@@ -83,6 +92,82 @@ def load(name_or_path: str, attention: str | None = None) -> PreTrainedModel:
     for note in notes if os.environ.get("RANK", "0") == "0" else []:
         say(f"{where}: {note}")
     return model
+
+
+def outline_of(name_or_path: str, attention: str | None = None) -> tuple[PreTrainedModel, Weights]:
+    """Like `load`, but on torch's meta device, to be sharded before it gets its weights; and what gives it those."""
+    settings = _settings(name_or_path)
+    check_size(settings, f"model {name_or_path}")
+    model = on_meta(settings, attention)
+    with suppress(OSError):  # then it keeps what its configuration says, as in Transformers
+        model.generation_config = GenerationConfig.from_pretrained(name_or_path)
+    if hasattr(model.config, "auto_map"):
+        del model.config.auto_map
+
+    def weights(place: Place) -> None:
+        load(name_or_path, attention, place)
+
+    return model, weights
+
+
+def _settings(name_or_path: str) -> PreTrainedConfig:
+    """The configuration of a model that may be loaded."""
+    where = f"model {name_or_path}"
+    check_model(name_or_path)
+    ends.check(name_or_path)
+    settings = configuration(name_or_path, where)
+    if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"{where}: Transformers has no causal language model of type {settings.model_type}")
+    return settings
+
+
+class _Placing:
+    """Takes each weight from Transformers as soon as it is converted, instead of the model that it is meant for.
+
+    Transformers can load into shards by itself, but only into those of its own FSDP2 setup, in its newest versions; and
+    it replaces the parameters, which FSDP2 then would not know.
+    """
+
+    def __init__(self, place: Place | None) -> None:
+        self._place = place
+        self._placed: set[str] = set()
+        self.infinite: list[str] = []
+
+    def _take(self, name: str, value: torch.Tensor) -> None:
+        assert self._place is not None
+        if value.is_floating_point() and value.numel() and not all(each.isfinite() for each in value.aminmax()):
+            self.infinite.append(name)
+        self._placed.add(name)
+        self._place(name, value)
+
+    @contextmanager
+    def instead(self) -> Iterator[None]:
+        """Within this context, `from_pretrained` reads and converts one weight at a time, and keeps none."""
+        library: Any = core_model_loading
+        original = library.set_param_for_module
+
+        def take(model: PreTrainedModel, name: str, value: torch.Tensor, *rest: Any, **more: Any) -> None:
+            wanted = getattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], None)
+            if wanted is not None and wanted.shape == value.shape:
+                self._take(name, value.detach())
+            original(model, name, value.detach().to("meta"), *rest, **more)
+
+        one_by_one = {"HF_DEACTIVATE_ASYNC_LOAD": "1"}
+        kept = {name: os.environ.get(name) for name in one_by_one}
+        library.set_param_for_module = take
+        os.environ.update(one_by_one)
+        try:
+            yield
+        finally:
+            library.set_param_for_module = original
+            for name, value in kept.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+    def rest(self, model: PreTrainedModel) -> None:
+        """Place the buffers that are in no file; the model has made them."""
+        for name, buffer in model.named_buffers():
+            if name not in self._placed:
+                self._take(name, buffer)
 
 
 def configuration(folder: str, where: str) -> PreTrainedConfig:
@@ -102,6 +187,10 @@ def check_finite(model: PreTrainedModel, where: str) -> None:
         for name, weight in tensors_once(model).items()
         if weight.is_floating_point() and weight.numel() and not all(each.isfinite() for each in weight.aminmax())
     ]
+    _refuse_infinite(bad, where)
+
+
+def _refuse_infinite(bad: Collection[str], where: str) -> None:
     if bad:
         problem = f"{len(bad)} weights are not finite ({_some(bad)})"
         raise InputError(f"{where}: {problem}; use weights from before they were spoilt")

@@ -1,5 +1,6 @@
 """How large a model would be, found without allocating it, so that no mistake in a number fills the memory."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_parameter_registration_hook,
 )
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from train_loop.errors import InputError
 
@@ -32,22 +33,38 @@ def check_numbers(settings: Any, where: str) -> None:
         check_numbers(value, where)
 
 
+def outline(config: PreTrainedConfig, where: str) -> PreTrainedModel:
+    """A model on torch's meta device, where tensors have shapes but no memory; InputError if it has no layers."""
+    _check_layers(config, where)
+    with _counted(math.inf, where, 0), torch.device("meta"):
+        return _made(config)
+
+
 def check_size(config: PreTrainedConfig, where: str) -> None:
     """Refuse a model without layers, or whose weights alone exceed this machine's memory. InputError with both sizes.
 
-    The model is made on torch's meta device, where tensors have shapes but no memory, and only up to the limit.
+    The model is made on torch's meta device, and only up to the limit.
     """
+    _check_layers(config, where)
+    memory = psutil.virtual_memory().total + psutil.swap_memory().total
+    with _counted(memory // _BYTES, where, memory), torch.device("meta"):
+        _made(config)
+
+
+def _check_layers(config: PreTrainedConfig, where: str) -> None:
     for name in ("num_hidden_layers", "hidden_size"):
         value = getattr(config.get_text_config(), name, None)
         if isinstance(value, int) and value < 1:
             raise InputError(f"{where}: {name} is {value}; a model has at least 1")
-    memory = psutil.virtual_memory().total + psutil.swap_memory().total
-    with _counted(memory // _BYTES, where, memory), torch.device("meta"):
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
+def _made(config: PreTrainedConfig) -> PreTrainedModel:
+    made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    return made
 
 
 @contextmanager
-def _counted(most: int, where: str, memory: int) -> Iterator[None]:
+def _counted(most: float, where: str, memory: int) -> Iterator[None]:
     """Within this context, no more than `most` weights can be made."""
     weights = tensors = 0
 

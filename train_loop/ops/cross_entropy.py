@@ -9,7 +9,7 @@ Products have the type of the hidden states, all sums are in fp32. In fp16 such 
 because it is small and not yet scaled: there the backward pass computes each chunk's logits again.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,13 @@ from train_loop.ops import products
 _CPU_CHUNK = 256  # positions whose logits are held at once: fewer take more time, more take more memory
 _CHUNK = 4096  # the same on a GPU
 _LOGITS = 1 << 27  # and how many numbers these may be at most, in fp32: half a gigabyte
+
+
+class Memory(NamedTuple):
+    """Bytes that are kept until the backward pass, and the most that are taken."""
+
+    kept: int
+    most: int
 
 
 class TiedGradient:
@@ -54,7 +61,7 @@ def linear_cross_entropy(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    chunk = _CPU_CHUNK if device == "cpu" else max(1, min(_CHUNK, _LOGITS // weight.shape[0]))
+    chunk = chunk_size(device, weight.shape[0])
     with torch.autocast(device, enabled=False):
         hidden = hidden.to(dtype)
         if dtype != torch.float16:
@@ -71,6 +78,26 @@ def linear_cross_entropy(
             for each in zip(hidden.split(chunk), targets.split(chunk), strict=True)
         ]
         return torch.stack(parts).sum()
+
+
+def chunk_size(device: str, vocabulary: int) -> int:
+    """Positions whose logits are held at once."""
+    return _CPU_CHUNK if device == "cpu" else max(1, min(_CHUNK, _LOGITS // vocabulary))
+
+
+def memory(positions: int, weight: tuple[int, int], types: tuple[torch.dtype, torch.dtype], device: str) -> Memory:
+    """What a training pass takes for a weight [vocabulary, width], beside the hidden states and their gradient.
+
+    `types` are those of the weight and of the products. Bytes are kept until the backward pass, and are taken at most.
+    """
+    (vocabulary, width), (held, computed) = weight, types
+    chunk = min(positions, chunk_size(device, vocabulary))
+    plain = computed == torch.float32 and device == "cpu"
+    rounded = computed.itemsize if held != computed else 0
+    product = 0 if plain or (chunk == positions and computed == torch.float32) else computed.itemsize
+    gradient = computed.itemsize if computed != torch.float32 else 0
+    most = vocabulary * width * (4 + rounded + product) + chunk * vocabulary * (4 + gradient)
+    return Memory(vocabulary * width * held.itemsize, most)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -98,21 +125,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(first, first + chunk)
             real = (targets[rows] != ignored).float()[:, None]
             target = targets[rows].clamp(min=0)[:, None]
-            logits = (products.forward if plain else F.linear)(hidden[rows], rounded, rounded_bias).float()
-            logits -= logits.amax(dim=-1, keepdim=True)
-            picked = logits.gather(1, target)
-            total = logits.exp_().sum(dim=-1, keepdim=True)
-            nll.append(((total.log() - picked) * real)[:, 0])
-            if not any(wanted):
+            state = hidden[rows] if plain else hidden[rows] * real.to(dtype)  # where nothing counts, no gradient comes
+            logits = (products.forward if plain else F.linear)(hidden[rows], rounded, rounded_bias)
+            found, gradient = (_in_place if plain else _rounded)(logits, target, real, any(wanted))
+            nll.append((found * real)[:, 0])
+            if gradient is None:
                 continue
-            gradient = logits.mul_(real / total).scatter_add_(1, target, -real)
             if to_bias is not None:
-                to_bias += gradient.sum(0)
-            gradient = gradient.to(dtype)
+                to_bias += (gradient if plain else gradient.mul_(real)).sum(0, dtype=torch.float32)
             if to_hidden is not None:
-                to_hidden[rows] = (products.to_inputs if plain else torch.mm)(gradient, rounded)
+                product = (products.to_inputs if plain else torch.mm)(gradient, rounded)
+                to_hidden[rows] = product if plain else product.mul_(real)
             if wanted[1]:
-                to_weight = _added(to_weight, gradient, hidden[rows], plain)
+                to_weight = _added(to_weight, gradient, state, plain)
             del logits, gradient  # before the next chunk, so that only one is held
         context.tied = tied
         made = ((to_hidden, hidden), (to_weight, weight), (to_bias, bias))
@@ -126,6 +151,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if context.tied is not None:
             context.tied.waiting = scaled[1]
         return (*scaled, None, None, None, None)
+
+
+_Chunk = tuple[torch.Tensor, torch.Tensor | None]
+"""A chunk's nll [positions, 1], and the gradient of its logits if it is wanted."""
+
+
+def _in_place(logits: torch.Tensor, target: torch.Tensor, real: torch.Tensor, wanted: bool) -> _Chunk:
+    """In memory that is there, and so in a CPU's cache."""
+    logits -= logits.amax(dim=-1, keepdim=True)
+    picked = logits.gather(1, target)
+    total = logits.exp_().sum(dim=-1, keepdim=True)
+    return total.log() - picked, logits.mul_(real / total).scatter_add_(1, target, -real) if wanted else None
+
+
+def _rounded(logits: torch.Tensor, target: torch.Tensor, real: torch.Tensor, wanted: bool) -> _Chunk:
+    """In few passes over memory, since a GPU waits for nothing else; rows that don't count have a gradient, too."""
+    log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+    picked = log_p.gather(1, target)
+    if not wanted:
+        return -picked, None
+    gradient = torch.exp(log_p, out=logits)
+    # p - 1 is rounded once: where p is almost 1, its rounded value would leave little of the difference.
+    return -picked, gradient.scatter_(1, target, picked.expm1().to(gradient.dtype))
 
 
 def _added(total: torch.Tensor | None, gradient: torch.Tensor, rows: torch.Tensor, plain: bool) -> torch.Tensor:

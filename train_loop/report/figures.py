@@ -24,6 +24,7 @@ _LINES: tuple[tuple[Any, ...], ...] = (
     ("memory", "peak memory (GB)", (("peak_memory_bytes", "", 1e-9),), False, True),
     ("logits_entropy", "entropy of the predictions (nats)", (("logits_entropy", "", 1),), False, False),
     ("logits_z", "mean log-sum-exp of the logits", (("logits_z", "", 1),), False, False),
+    ("balance_loss", "balance of experts", (("balance_loss", "", 1),), False, False),
     ("gradient_noise_scale", "gradient noise scale (tokens)", (("gradient_noise_scale", "", 1),), True, False),
 )
 # (file, group, table, rows, meaning of the colour)
@@ -33,6 +34,8 @@ _HEAT_MAPS = (
     ("layer_activation_rms", "layers", "activation_rms", "layer", "activation RMS"),
     ("layer_dead_units", "layers", "dead_units", "layer", "share of dead units"),
     ("attention_entropy", "heads", "attention_entropy", "layer.head", "attention entropy (nats)"),
+    ("expert_tokens", "experts", "tokens", "layer.expert", "share of tokens"),
+    ("expert_probability", "experts", "probability", "layer.expert", "share of probability"),
 )
 _STYLE: dict[Any, Any] = {
     "figure.figsize": (5.5, 3.4),

@@ -105,6 +105,12 @@ function heat(group, metric, rowLabel, format = short) {
   return { rows: found.rows, x: found.step.map(map), values: found.tables[metric], rowLabel, format, ...xAxis() };
 }
 
+/** A table of shares as a heat map of percentages. */
+function shares(metric, group = "experts", rowLabel = "expert") {
+  const found = heat(group, metric, rowLabel, percent);
+  return found && { ...found, values: found.values.map((row) => row.map((value) => (value === null ? null : 100 * value))) };
+}
+
 /** Rows of a table of the chosen run as lines, from cool to warm colours. */
 function rowsAsLines(group, metric, name, rest) {
   const found = view.chosen[group];
@@ -255,6 +261,11 @@ const SECTIONS = [
         draw: () => lines(curve("clipped_share", { name: "clipped", points: true, change: (y) => 100 * y }), { zero: true, format: percent }),
       },
       {
+        id: "balance_loss", title: "Balance of experts", unit: "without its weight", log: "linear",
+        words: "Its lowest value is the number of experts that a token gets: then all experts are used alike. If it climbs towards the number of all experts, the same few get every token: raise model.balance_weight.",
+        draw: () => lines(curve("balance_loss", { name: "balance", smooth: true, thin: true })),
+      },
+      {
         id: "loss_scale", title: "Loss scale", unit: "fp16", log: "log",
         words: "It is halved at each overflow, and doubled after a while without one. If it only falls, the gradients do not fit into fp16.",
         draw: () => lines(curve("loss_scale", { name: "loss scale" })),
@@ -319,10 +330,7 @@ const SECTIONS = [
       {
         id: "dead_units", title: "Dead units by layer", unit: "% of the hidden units", log: "linear", kind: "heat", detail: true,
         words: "Units of the feed-forward part that respond to no token. An early rise may reverse. If it jumps up after a spike and stays there, the model has lost capacity.",
-        draw: () => {
-          const found = heat("layers", "dead_units", "layer", percent);
-          return found && { ...found, values: found.values.map((row) => row.map((value) => (value === null ? null : 100 * value))) };
-        },
+        draw: () => shares("dead_units", "layers", "layer"),
       },
       {
         id: "layer_weight_norm", title: "Weight norm by layer", unit: "by step", log: "linear", kind: "heat", detail: true,
@@ -333,6 +341,16 @@ const SECTIONS = [
         id: "attention_entropy", title: "Attention entropy of every head", unit: "nats; rows: layer.head", log: "linear", kind: "heat", detail: true,
         words: "A high value means that a head looks everywhere. Heads should diverge as they specialise. A head that falls to almost 0 and stays there looks at only one token. If many do so at once, attention has collapsed, a sign that the learning rate is too high.",
         draw: () => heat("heads", "attention_entropy", "head"),
+      },
+      {
+        id: "expert_tokens", title: "Tokens of every expert", unit: "%; rows: layer.expert", log: "linear", kind: "heat", detail: true,
+        words: "The share of tokens that each expert computes. A dark row is one that gets next to none. If a layer has a few bright rows and the others are dark, its router has collapsed.",
+        draw: () => shares("tokens"),
+      },
+      {
+        id: "expert_probability", title: "Probability of every expert", unit: "%; rows: layer.expert", log: "linear", kind: "heat", detail: true,
+        words: "How much the router thinks of each expert, chosen or not. An expert that gets no tokens but keeps some probability can still come back.",
+        draw: () => shares("probability"),
       },
       {
         id: "parameters", title: "Every parameter", unit: "", log: "log", kind: "heat", wide: true, detail: true,

@@ -24,7 +24,7 @@ Event = dict[str, Any]
 
 CURVES = (
     *("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes", "epoch"),
-    *("loss_scale", "fixed_point_rounding"),
+    *("loss_scale", "fixed_point_rounding", "balance_loss"),
 )
 LAYER = ("grad_norm", "update_ratio", "weight_norm", "activation_rms", "activation_outliers", "dead_units")
 PARAMETER = ("grad_norm", "update_ratio", "weight_norm", "second_moment")
@@ -79,7 +79,8 @@ def _run(files: RunFiles, name: str) -> dict[str, Any]:
         "marks": {"clipped": _marks(columns, clipped & ~skipped), "skipped": _marks(columns, skipped)},
         "time": _time(columns),
         "layers": _table(statistics, "layers", LAYER),
-        "heads": _heads(statistics),
+        "heads": _numbered(statistics, "layers", ["attention_entropy"]),
+        "experts": _numbered(statistics, "experts", ["tokens", "probability"]),
         "parameters": _table(statistics, "parameters", PARAMETER),
         "by_position": _lines(statistics, "loss_by_position", "position_bins"),
         "by_frequency": _lines(statistics, "loss_by_frequency", "frequency_bins"),
@@ -256,20 +257,20 @@ def _tables(
     return {"rows": rows, "step": steps, "thinned": len(steps) < len(events), "tables": tables}
 
 
-def _heads(events: list[Event]) -> dict[str, Any] | None:
-    """The attention entropy of every head [layer.head][time], in nats, thinned to the lowest value of each bucket."""
-    heads: dict[str, int] = {}
+def _numbered(events: list[Event], group: str, metrics: Sequence[str]) -> dict[str, Any] | None:
+    """Tables of every head's entropy in nats, or every expert's shares [layer.number][time], thinned to the lowest."""
+    counts: dict[str, int] = {}
     for event in events:
-        for layer, values in _mapping(event.get("layers")).items():
-            heads[layer] = max(heads.get(layer, 0), len(_list(_at(values, "attention_entropy"))))
+        for layer, values in _mapping(event.get(group)).items():
+            counts[str(layer)] = max(counts.get(str(layer), 0), *(len(_list(_at(values, each))) for each in metrics))
 
     def cell(event: Event, row: str, metric: str) -> Any:
-        layer, head = row.rsplit(".", 1)
-        values = _list(_at(event, "layers", layer, metric))
-        return values[int(head)] if int(head) < len(values) else None
+        layer, place = row.rsplit(".", 1)
+        values = _list(_at(event, group, layer, metric))
+        return values[int(place)] if int(place) < len(values) else None
 
-    rows = [f"{layer}.{head}" for layer in _natural(heads) for head in range(heads[layer])]
-    return _tables(events, rows, ["attention_entropy"], cell, lowest=True)
+    rows = [f"{layer}.{place}" for layer in _natural(counts) for place in range(counts[layer])]
+    return _tables(events, rows, metrics, cell, lowest=True)
 
 
 def _lines(events: list[Event], key: str, bins: str) -> dict[str, Any] | None:

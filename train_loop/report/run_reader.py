@@ -18,7 +18,7 @@ from train_loop.step_parts import STEP_PARTS
 
 COLUMNS = (
     *("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds", "mfu"),
-    *("peak_memory_bytes", "loss_scale", "fixed_point_rounding", "skipped"),
+    *("peak_memory_bytes", "loss_scale", "fixed_point_rounding", "balance_loss", "skipped"),
     *(f"{part}_seconds" for part in STEP_PARTS),
 )
 """What is kept of each step's line: numbers, with NaN for a missing one."""

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from train_loop.data.loader import IGNORED
 from train_loop.devices import exact
 from train_loop.models.building import context_length
+from train_loop.models.experts import Experts
 from train_loop.ops.cross_entropy import TiedGradient, linear_cross_entropy
 
 _CHUNK = 1024  # positions whose logits are held at once where nothing is trained
@@ -49,6 +50,7 @@ class Objective(nn.Module):
     Args:
         model: any causal language model of Transformers.
         tied: see `TiedGradient`.
+        experts: the model's, if it has some; the gradient of their balance joins that of the loss.
 
     Attributes:
         loss_path: "fused" or "logits".
@@ -56,17 +58,27 @@ class Objective(nn.Module):
             such as a short last micro-batch, run uncompiled, because compiling again would take longer.
     """
 
-    def __init__(self, model: PreTrainedModel, tied: TiedGradient | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tied: TiedGradient | None = None, experts: Experts | None = None
+    ) -> None:
         super().__init__()
         self.model = model
-        self.loss_path = "fused" if head_is_plain(model) else "logits"
-        self.tied = tied
+        self.tied, self.experts = tied, experts
         self.compiled: set[tuple[bool, int, int]] | None = None
+        self.loss_path = "logits"
+        if model.device.type != "meta":
+            self.choose_path()
+
+    def choose_path(self) -> None:
+        """Measure which path leads to the model's own logits. A model without weights has to get them first."""
+        self.loss_path = "logits"
+        self.loss_path = "fused" if head_is_plain(self) else "logits"
 
     @property
     def _no_split_modules(self) -> list[str]:
         """Class names of the layers that FSDP shards one by one if its settings name none."""
-        return list(self.model._no_split_modules or [])
+        present = {type(each).__name__ for each in self.model.modules()}
+        return sorted(present.intersection(self.model._no_split_modules or []))
 
     def forward(
         self,
@@ -109,6 +121,10 @@ class Objective(nn.Module):
             for logits, target in self._chunks(inputs, targets, positions):
                 visit(logits, target)
             return None
+        nll_sum = self._nll_sum(inputs, targets, positions)
+        return nll_sum if self.experts is None else self.experts.attach(nll_sum, targets.view_as(inputs))
+
+    def _nll_sum(self, inputs: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         if self.loss_path == "logits":
             logits = self._logits(inputs, positions).float()
             return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
@@ -167,23 +183,25 @@ class Objective(nn.Module):
 
 
 @torch.no_grad()
-def head_is_plain(model: PreTrainedModel) -> bool:
+def head_is_plain(objective: Objective) -> bool:
     """Whether the model's logits are one matrix product of its last hidden states, and nothing else.
 
     The test scales up hidden states until logits are in the hundreds: a cap such as Gemma 2's 30 tanh(x / 30) barely
     changes the small logits of a fresh model, but it matters once the model is trained.
     """
+    model = objective.model
     base, head = model.base_model, model.get_output_embeddings()
     if base is model or not isinstance(head, nn.Linear):
         return False
-    seen: list[torch.Tensor] = []
+    plain: list[torch.Tensor] = []
+    found: list[torch.Tensor] = []
 
     def blow_up(module: nn.Module, arguments: Any, output: Any) -> Any:
         hidden = getattr(output, "last_hidden_state", None)
         if hidden is None or hidden.shape[-1] != head.in_features:
             return output
         output["last_hidden_state"] = hidden * (300 / head(hidden).abs().max().clamp(min=1e-6))
-        seen.append(output["last_hidden_state"])
+        plain.append(head(output["last_hidden_state"])[0])
         return output
 
     training = model.training
@@ -194,8 +212,8 @@ def head_is_plain(model: PreTrainedModel) -> bool:
         tokens = torch.arange(min(4, context_length(model) or 4), device=device)[None]
         flash = "flash" in str(model.config._attn_implementation)  # which needs half precision
         with torch.autocast(device.type, torch.bfloat16) if flash else nullcontext():
-            logits = model(input_ids=tokens, use_cache=False).logits
-            return bool(seen) and torch.allclose(logits.float(), head(seen[0]).float(), rtol=1e-3, atol=0.1)
+            objective(tokens, tokens, visit=lambda logits, targets: found.append(logits))
+        return bool(plain) and torch.allclose(torch.cat(found), plain[0].float(), rtol=1e-3, atol=0.1)
     finally:
         handle.remove()
         model.train(training)
