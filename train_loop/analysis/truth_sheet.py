@@ -95,6 +95,7 @@ def measure(run: Run) -> dict[str, Any]:
             "compiled": config.model.compile,
             "activation_checkpointing": activation_checkpointing.recomputed(model) or False,
         },
+        "export": {"max_shard_size": config.export.max_shard_size, "sharded": accelerator.is_fsdp2},
         "operations_per_token": context.clock.operations,
         "products": products.told(accelerator.device),
         "data": run.data.fingerprint,
@@ -216,6 +217,11 @@ def table(sheet: dict[str, Any]) -> str:
         f"{min(rates['warmup_steps'], batch['steps'] - 1)} steps of warm-up, {rates['last_step']:.3g} at the end "
         f"({rates['schedule']})",
     }
+    if sheet["export"]["sharded"]:
+        rows["export"] = (
+            f"files of at most {sheet['export']['max_shard_size']}; a clean process compares all weights, and loss and "
+            f"tokens if more than {4 * parameters['total'] / 1e9:,.1f} GB of memory are free at the end"
+        )
     rows = {name: text for name, text in rows.items() if text}
     lines = [*rows.items(), *(("careful", remark) for remark in sheet["remarks"])]
     return "\n".join(f"{name:13}  {text}" for name, text in lines)
