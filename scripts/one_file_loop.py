@@ -93,9 +93,8 @@ def mix(x: int) -> int:  # 64 bits, each of which depends on all those of x (Spl
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     decays: dict[nn.Parameter, float] = {}
     for owner in model.modules():
-        is_norm = "norm" in type(owner).__name__.lower()
         for each in owner.parameters(recurse=False):
-            decays[each] = 0.0 if is_norm or each.ndim < 2 else weight_decay
+            decays[each] = 0.0 if "norm" in type(owner).__name__.lower() or each.ndim < 2 else weight_decay
     return [{"params": [w for w in decays if decays[w] == rate], "weight_decay": rate} for rate in {*decays.values()}]
 
 
@@ -145,8 +144,10 @@ def main() -> None:
     else:
         fields = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")} | {"pad_token_id": None}
         fields |= {"vocab_size": len(tokenizer), "max_position_embeddings": size}
-        torch.manual_seed(key_of("weights", seed))
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields | config.model.architecture))
+        for name, module in reversed(list(model.named_modules())):  # children before their parents
+            torch.manual_seed(key_of(f"weights of {name}", seed))  # so no weight depends on which came before it
+            model._init_weights(module)
     for embedding in (each for each in model.modules() if isinstance(each, nn.Embedding)):
         embedding.padding_idx = None  # some models take the end of a text for padding, and would not train its row
     adamw = torch.optim.AdamW(decay_groups(model, config.optimizer.weight_decay), betas=config.optimizer.betas)
@@ -158,8 +159,7 @@ def main() -> None:
 
     # The loop. A step minimises the mean over all of its targets, in all micro-batches m, on all W processes:
     #         loss = sum_m nll_m / T          T = targets of the step, known before the first forward pass
-    # Gradients are averaged over the processes, divided by W, so each sum is scaled by W / T. A mean of means, one for
-    # each micro-batch or process, would be another number wherever some of them have fewer targets.
+    # Gradients are averaged over processes, so each sum is scaled by W / T. A mean of means would be another number.
     for step in range(steps):
         epoch, place = divmod(step, per_epoch)
         ids = [permuted(i, n, key_of("order", seed, epoch)) for i in range(n)[place * per_step :][:per_step]]

@@ -32,6 +32,7 @@ RUNS = {
     "test_old_runs.py",
 }
 """Files whose tests start whole runs in ways of their own."""
+LAUNCHED = ("test_experts.py", "test_launching.py", "test_processes.py", "test_study.py")
 SECONDS = {"cluster": 30.0, "distributed": 8.0, "slow": 15.0, "browser": 2.0, "run": 1.5, "unit": 0.05}
 """What a test takes, roughly, by its marks: long files are begun first, so that no worker is left alone with one."""
 
@@ -83,7 +84,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         elif (folder, file) == ("report", "test_page.py"):
             kind = "browser"
         elif folder == "distributed" and file in (
-            *("test_launching.py", "test_processes.py", "test_study.py", "test_hsdp.py"),
+            *("test_launching.py", "test_processes.py", "test_study.py", "test_hsdp.py", "test_experts.py"),
+            "test_shards.py",
         ):
             kind = "distributed"
         elif (folder, file) in (("distributed", "test_survival.py"), ("scripts", "test_one_file_loop.py")):

@@ -95,7 +95,7 @@ def _run(given: list[str]) -> int:
             raise
         _complain(
             "out of memory; lower batch.micro_batch_size (or set it to auto) or evaluation.batch_size, or use "
-            "--model.activation_checkpointing true; the same command continues from the last checkpoint",
+            "--model.activation_checkpointing full; the same command continues from the last checkpoint",
             speaks=True,  # whichever process it happened on
         )
         return EXIT_FAILED

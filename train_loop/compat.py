@@ -20,17 +20,14 @@ from transformers.cache_utils import StaticLayer
 from train_loop.versions import release
 
 
-def checkpoint_activations(model: PreTrainedModel, on: bool) -> None:
-    """Turn recomputing activations in the backward pass on or off; Transformers 5.23 has these names."""
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if on:
-        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
-    else:
-        getattr(model, f"{name}_checkpointing_disable")()
+def stop_checkpointing(model: PreTrainedModel) -> None:
+    """Let a model no longer recompute its activations by itself; Transformers 5.23 has this name."""
+    name = "activation" if hasattr(model, "activation_checkpointing_disable") else "gradient"
+    getattr(model, f"{name}_checkpointing_disable")()
 
 
 def checkpoints_activations(model: PreTrainedModel) -> bool:
-    """Whether a model recomputes its activations; Transformers 5.23 has this name."""
+    """Whether a model recomputes its activations by itself; Transformers 5.23 has this name."""
     newer = hasattr(model, "is_activation_checkpointing")
     return bool(model.is_activation_checkpointing if newer else model.is_gradient_checkpointing)
 

@@ -108,12 +108,10 @@ def name(device: torch.device) -> str:
 
 
 def identities(kind: torch.device) -> list[str]:
-    """What tells each device of a kind that this process sees from all others; nothing if the library has no such."""
-    module = torch.get_device_module(kind)
-    found: list[str] = []
-    if hasattr(module, "get_device_properties"):
-        uuids = [getattr(module.get_device_properties(each), "uuid", None) for each in range(module.device_count())]
-        found = [str(each) for each in uuids if each is not None]
+    """What tells each device of a kind that this process sees from all others; nothing where that cannot be asked."""
+    module, found = torch.get_device_module(kind), []
+    with contextlib.suppress(AttributeError, RuntimeError, AssertionError):
+        found = [str(module.get_device_properties(number).uuid) for number in range(module.device_count())]
     return found
 
 

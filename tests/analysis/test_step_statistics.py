@@ -389,7 +389,9 @@ def test_shares_of_experts_are_those_of_a_plain_recomputation(settings: Settings
                 logits: list[torch.Tensor] = []
                 gates = [each for each in copies[step].modules() if type(each).__name__ == "MixtralTopKRouter"]
                 hooks = [
-                    each.register_forward_pre_hook(lambda gate, given: logits.append(given[0] @ gate.weight.T))
+                    each.register_forward_pre_hook(
+                        lambda gate, given, seen=logits: seen.append(given[0] @ gate.weight.T)
+                    )
                     for each in gates
                 ]
                 copies[step](input_ids=batch.inputs, position_ids=batch.positions, use_cache=False)

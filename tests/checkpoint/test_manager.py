@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.support.runs import Command, events, names, without_speeds
@@ -19,7 +20,7 @@ from train_loop.training import loop
 WRITE = storage.write_part
 
 
-@pytest.mark.parametrize("background", ["true", "false"])
+@pytest.mark.parametrize("background", ["true", "false", "no room"])
 def test_training_goes_on_while_a_checkpoint_is_written(
     command: Command,
     settings: Callable[..., list[str]],
@@ -42,7 +43,11 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 
     monkeypatch.setattr(storage, "write_part", slowly)
     arguments = settings(train__max_steps=20, checkpoint__every=5, evaluation__every=20, checkpoint__keep=9)
-    assert command("train", *arguments, "--checkpoint.background", background) == 0
+    if background == "no room":
+        memory = psutil.virtual_memory()._replace(available=psutil.virtual_memory().total // 20)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert command("train", *arguments, "--checkpoint.background", str(background != "false").lower()) == 0
+    assert command.err.count("too little to copy the state") == (background == "no room")
     assert len(seen) == 4 and seen[-1] == 0
     assert min(seen[:3]) >= 2 if background == "true" else max(seen) == 0
     monkeypatch.undo()

@@ -1,10 +1,19 @@
 """The configuration: YAML, overrides, and mistakes that are named."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from train_loop.config.load import config_from_arguments, differences, load_config, to_dict, to_yaml
+from train_loop.config.load import (
+    checked,
+    config_from_arguments,
+    differences,
+    load_config,
+    shared_settings,
+    to_dict,
+    to_yaml,
+)
 from train_loop.config.parsing import bytes_of, help_text, keys
 from train_loop.config.schema import Config
 from train_loop.errors import InputError
@@ -16,6 +25,11 @@ model:
 tokenizer: {train_vocab_size: 512}
 optimizer: {learning_rate: 1e-3, betas: [0.9, 0.95]}
 """
+
+
+RECOMPUTE = (
+    "model.activation_checkpointing: expected none | full | attention, or an integer > 0, or true or false, got "
+)
 
 
 @pytest.fixture
@@ -72,6 +86,11 @@ def test_resolved_yaml_loads_to_the_same(file: Path, tmp_path: Path) -> None:
         ("evaluation: {every: -3}", "evaluation.every: expected an integer > 0, or epoch, got -3"),
         ("data: {test_size: 1}", "data.test_size: expected a number between 0 and 1, both excluded, got 1"),
         ("optimizer: {betas: [0.9]}", "optimizer.betas: expected a list of 2"),
+        ("model: {activation_checkpointing: 0}", RECOMPUTE + "0"),
+        ("model: {activation_checkpointing: -2}", RECOMPUTE + "-2"),
+        ("model: {activation_checkpointing: 1.5}", RECOMPUTE + "1.5"),
+        ("model: {activation_checkpointing: '2'}", RECOMPUTE + "'2'"),
+        ("model: {activation_checkpointing: null}", RECOMPUTE + "None"),
         ("data: 3", "data is a section"),
         ("- a", "expected sections"),
         ("run: [1", "not valid YAML"),
@@ -102,6 +121,9 @@ def test_a_mistake_in_the_file_is_named_with_the_file(tmp_path: Path, line: str,
         (["--batch.micro_batch_size", "9"], "micro_batch_size 9 is larger than"),
         (["--model.architecture", "{n_layer: 2}"], "model_type is missing"),
         (["--tokenizer.train_vocab_size", "256"], "at least 257"),
+        (["--model.activation_checkpointing", "every 2nd"], "true or false, got 'every 2nd'"),
+        (["--model.activation_checkpointing", "0"], "an integer > 0, or true or false, got 0"),
+        (["--model.activation_checkpointing", "99999999999999999"], "99999999999999999 is too large"),
         (
             ["--data.source", "hub", "--data.name", "x", "--data.streaming", "true", "--data.split", "train[:5]"],
             "sliced",
@@ -125,6 +147,27 @@ def test_a_mistake_on_the_command_line_is_named(file: Path, arguments: list[str]
 )
 def test_sizes(file: Path, size: object, expected: int) -> None:
     assert bytes_of(load_config(file, {"export.max_shard_size": size}).export.max_shard_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("true", "full"), ("false", "none"), ("none", "none"), ("2", 2), ("attention", "attention")]
+)
+def test_what_is_recomputed_has_one_name_in_all_places(
+    file: Path, tmp_path: Path, given: str, expected: int | str
+) -> None:
+    """Before 0.2, it was true or false; all processes of a run must share it."""
+    typed = config_from_arguments(["--config", str(file), "--model.activation_checkpointing", given])
+    written = tmp_path / "written" / "my.yaml"
+    written.parent.mkdir()
+    written.write_text(VALID.replace("model:", f"model:\n  activation_checkpointing: {given}"), encoding="utf-8")
+    assert typed == config_from_arguments(["--config", str(written)]) and checked(typed) == typed
+    value: Any = typed.model.activation_checkpointing
+    assert value == expected and type(value) is type(expected)
+    named = config_from_arguments(["--config", str(file), "--model.activation_checkpointing", str(expected)])
+    assert shared_settings(named) == shared_settings(typed)
+    old = to_dict(typed)
+    old["model"]["activation_checkpointing"] = given == "true"  # as a checkpoint of before has it
+    assert differences(old, to_dict(typed)) == []
 
 
 def test_every_setting_is_explained_in_the_help() -> None:

@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.support import forked
-from tests.support.launch import CONFIGS, ON_CPU, Outcome, launchers, several, under
+from tests.support.launch import CONFIGS, ON_CPU, Outcome, environment, free_port, launchers, several, under
 from tests.support.runs import TINY_MODELS, Command, arguments_for, events
 from train_loop.checkpoint import storage
 
@@ -36,8 +36,9 @@ def make(corpus: Path, tokenizer_folder: Path) -> Make:
     return arguments
 
 
-def hsdp(commands: list[Any], **more: Any) -> list[Outcome]:
-    return several(4, commands, fsdp2=True, copies=2, **more)
+def stop(at: int) -> dict[str, Any]:
+    """A signal to one process, in this step."""
+    return {"fault": "step", "process": 0, "at": at}
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, make: Make) -> tuple[Path, di
         assert each.code == 0, (shape, each.err)
     todo = root / "killed.json"
     todo.write_text(json.dumps([["train", *make(root / "killed"), {"fault": "killed", "process": 1, "at": 12}]]))
+    (first,) = several(2, [["train", *make(root / "chain"), stop(4)]])
+    assert first.code == 3, first.err
     each = launchers(4, FOUR, ON_CPU | {"TESTS_FSDP2_ON_CPU": "true"})
     ended = forked.together("tests.support.several", [str(todo), str(root / "done")], each, 100)
     assert ended[1][0] == -9, ended
@@ -57,8 +60,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, make: Make) -> tuple[Path, di
     commands: dict[str, list[Any]] = {name: ["train", *make(root / name, name)] for name in SHAPES}
     commands["killed"] = ["train", *make(root / "killed")]
     commands["evaluate"] = ["evaluate", "--model", str(root / "1-gpt2" / "model"), *make(root / "none")]
+    commands["chain"] = ["train", *make(root / "chain"), stop(8)]
+    commands["bf16"] = ["train", *make(root / "bf16", run__mixed_precision="bf16", train__max_steps=4)]
     commands["auto"] = ["train", *make(root / "auto", batch__micro_batch_size="auto")]
-    return root, dict(zip(commands, hsdp(list(commands.values())), strict=True))
+    return root, dict(zip(commands, several(4, list(commands.values()), fsdp2=True, copies=2), strict=True))
 
 
 def losses(folder: Path) -> list[float]:
@@ -124,22 +129,26 @@ def test_other_commands_and_settings(runs: tuple[Path, dict[str, Outcome]], make
 
 
 @pytest.mark.slow
-def test_from_and_to_any_other_way(tmp_path: Path, make: Make, command: Command) -> None:
+def test_from_and_to_any_other_way(runs: tuple[Path, dict[str, Outcome]], make: Make, command: Command) -> None:
     """DDP -> HSDP -> FSDP2 -> one process, in the middle of a run."""
+    root, outcomes = runs
+    train = ["train", *make(root / "chain")]
+    second = outcomes["chain"]
+    (third,) = several(2, [[*train, stop(12)]], fsdp2=True)
+    for outcome in (second, third):
+        assert outcome.code == 3 and outcome.err.count("resuming from") == 1, outcome.err
+    assert command(*train) == 0 and "step-00000012" in command.err
+    assert losses(root / "chain") == pytest.approx(losses(root / "1-gpt2"), rel=1e-5, abs=0)
 
-    def stop(at: int) -> dict[str, Any]:
-        return {"fault": "step", "process": 0, "at": at}
 
-    train = ["train", *make(tmp_path / "run")]
-    first = several(2, [[*train, stop(4)]])
-    second = hsdp([[*train, stop(8)]])
-    third = several(2, [[*train, stop(12)]], fsdp2=True)
-    assert [each.code for each in first + second + third] == [3, 3, 3], (first, second, third)
-    assert [each.err.count("resuming from") for each in first + second + third] == [0, 1, 1]
-    assert command(*train) == 0 and command.err.count("resuming from") == 1
-    assert command("train", *make(tmp_path / "whole")) == 0
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5, abs=0)
-    assert len(losses(tmp_path / "run")) == STEPS
+@pytest.mark.slow
+def test_half_precision_is_added_up_in_fp32(runs: tuple[Path, dict[str, Outcome]]) -> None:
+    root, outcomes = runs
+    assert outcomes["bf16"].codes == [0] * 4, outcomes["bf16"].err
+    assert losses(root / "bf16") == pytest.approx(losses(root / "1-gpt2")[:4], rel=2e-2)
+    precision = json.loads((root / "bf16" / "truth.json").read_text())["precision"]
+    assert precision["compute"] == "bfloat16"
+    assert set(precision["parameters"]) == set(precision["gradients"]) == set(precision["moments"]) == {"float32"}
 
 
 @pytest.mark.slow
@@ -147,11 +156,16 @@ def test_copies_are_equal_layers_are_not_and_a_norm_counts_one_copy(tmp_path: Pa
     settings, output = tmp_path / "settings.json", tmp_path / "found"
     shape = json.dumps(TINY_MODELS["gpt2"] | {"n_layer": 4})
     settings.write_text(json.dumps(make(tmp_path / "run", train__max_steps=2, model__architecture=shape)))
-    each = launchers(4, FOUR, ON_CPU)
+    # No more than docs/clusters.md says: torch's variables, and those that choose HSDP.
+    told = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | ON_CPU
+    told |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    told |= {f"PARALLELISM_CONFIG_DP_{name}_SIZE": "2" for name in ("REPLICATE", "SHARD")}
+    each = [environment(told | {"RANK": str(rank)}) for rank in range(4)]
     ended = forked.together("tests.support.replicas", [str(settings), str(output)], each, 100)
     assert [code for code, _ in ended] == [0] * 4, ended
     found = [json.loads(Path(f"{output}.{rank}").read_text()) for rank in range(4)]
     assert [(each["copy"], each["share"]) for each in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(each["units"] > 4 for each in found)  # every layer by itself, and what is left
     for when in ("start", "end"):
         assert found[0][when] == found[2][when] and found[1][when] == found[3][when]
         alike = [value for name, value in found[0][when].items() if name.endswith("c_fc.weight")]
@@ -195,6 +209,7 @@ def test_sizes_that_do_not_fit_are_refused(
         monkeypatch.setenv(name, value)
     assert command("train", *make(tmp_path / "run")) == 2
     assert expected in command.err and len(command.err.strip().splitlines()) == 1
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.delenv("FSDP_VERSION")
     if "expected" not in expected:
         assert command("train", *make(tmp_path / "run")) == 2 and "but not for FSDP2; set ACCELERATE" in command.err

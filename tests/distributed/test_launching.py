@@ -23,7 +23,6 @@ from tests.support.launch import (
     launchers,
     processes,
     run,
-    several,
     under,
 )
 from tests.support.runs import Command, events
@@ -98,10 +97,10 @@ def told_by(launcher: str, rank: int, port: int) -> dict[str, str]:
     }
 
 
-def test_any_launcher_starts_a_run(settings: Settings, tmp_path: Path) -> None:
+def test_any_launcher_starts_a_run(command: Command, settings: Settings, tmp_path: Path) -> None:
     """With nothing but its own variables; the losses are those of one process."""
     once = {"train__max_steps": 2, "batch__micro_batch_size": 2, "run__reproducible": "bitwise"}
-    assert several(1, [["train", *settings(run__output_dir=tmp_path / "alone", **once)]])[0].code == 0
+    assert command("train", *settings(run__output_dir=tmp_path / "alone", **once)) == 0
     expected = [event["loss"] for event in events(tmp_path / "alone", "step")]
     for launcher in ("srun", "PyTorchJob", "JobSet", "Open MPI", "Hydra"):
         port, folder = free_port(), tmp_path / launcher
@@ -122,6 +121,13 @@ def test_any_launcher_starts_a_run(settings: Settings, tmp_path: Path) -> None:
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "asks for DeepSpeed; train_loop shards with FSDP2"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "Megatron-LM"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "set fsdp_version: 2"),
+        ({"FSDP_VERSION": "2"}, {}, "FSDP_VERSION is set, but ACCELERATE_USE_FSDP is not true"),
+        ({"ACCELERATE_USE_FSDP": "1", "FSDP_VERSION": "2"}, {}, "ACCELERATE_USE_FSDP is not true"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            {},
+            "set fsdp_activation_checkpointing: false and say --model.activation_checkpointing full",
+        ),
         ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, {}, "tp_size > 1"),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
@@ -280,6 +286,31 @@ def test_what_the_launcher_was_asked_is_read_from_its_command_line(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(launch.psutil.Process, "cmdline", lambda self: line.split())
     assert launch.asked_for() == expected
+
+
+@pytest.mark.parametrize(
+    ("bound", "variables", "expected"),
+    [
+        (64, {"LOCAL_WORLD_SIZE": "4"}, 8),  # of 64 hardware threads, torch uses 32
+        (8, {"LOCAL_WORLD_SIZE": "4"}, 32),  # each process has cores of its own
+        (64, {"LOCAL_WORLD_SIZE": "99"}, 1),
+        (64, {"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "3"}, 32),  # which torch has read
+        (64, {}, 32),
+    ],
+)
+def test_processes_of_a_host_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, bound: int, variables: dict[str, str], expected: int
+) -> None:
+    threads = [32]
+    monkeypatch.setattr(os, "environ", dict(variables))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(bound))
+    monkeypatch.setattr(launch.torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(launch.torch, "set_num_threads", threads.append)
+    launch._share_cores()
+    assert threads[-1] == expected
+    if "LOCAL_WORLD_SIZE" in variables:
+        assert os.environ["OMP_NUM_THREADS"] == variables.get("OMP_NUM_THREADS", str(expected))
 
 
 def test_without_a_launcher_nothing_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:

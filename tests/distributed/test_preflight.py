@@ -77,8 +77,8 @@ def test_two_processes_on_one_device_are_named(
     told = [
         each | {"devices": seen, "local": number} for each, seen, number in zip(reports(), devices, local, strict=True)
     ]
-    found = preflight.shared_device(told, preflight.places(told))
-    assert found is None if expected is None else found is not None and expected in found
+    found = preflight.verdict(told)
+    assert "roster" in found if expected is None else expected in found["mistake"]
 
 
 def test_paths_may_differ_between_hosts_and_nothing_else() -> None:

@@ -32,7 +32,7 @@ def test_a_sharded_run_is_exported_and_replayed(
         [
             ["train", *arguments_for(corpus, tokenizer_folder, run, **changes)],
             [*inspect, "--compare", "3", "--json", "--html", str(page)],
-            [*inspect, "--set", "optimizer.learning_rate=2e-3", "--json"],
+            [*inspect, "--set", "optimizer.learning_rate=2e-3", "--set", "run.mixed_precision=bf16", "--json"],
         ],
         fsdp2=True,
     )
@@ -52,7 +52,8 @@ def test_a_sharded_run_is_exported_and_replayed(
         assert each["verification"]["verdict"] == "bits" and each["verification"]["kind"] == []
         assert len(losses(each)) == each["targets"] and each["statistics"]["layers"]["1"]["grad_norm"] > 0
     was, would = map(json.loads, changed.out.splitlines())
-    assert was == at_8 and would["loss"] == was["loss"] and would["learning_rate"] == 2 * was["learning_rate"]
+    assert was == at_8 and would["learning_rate"] == 2 * was["learning_rate"]
+    assert would["loss"] == pytest.approx(was["loss"], rel=2e-2)
 
     assert command(*inspect, "--compare", 3, "--json") == 0  # on one process
     for each, alone in zip((at_8, at_3), map(json.loads, command.out.splitlines()), strict=True):

@@ -1,6 +1,9 @@
 """The balance of experts: against Transformers' own function, one layer and one sequence at a time, in float64."""
 
 import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from tests.support.runs import TINY_MODELS
-from train_loop import compat
+from tests.support.runs import MIXTRAL, TINY_MODELS, Command, events, forget_accelerator
+from train_loop import compat, job
 from train_loop.analysis.trial_step import evaluating
+from train_loop.config.load import config_from_arguments
 from train_loop.data.loader import IGNORED
 from train_loop.errors import InputError
 from train_loop.models import experts
@@ -56,8 +60,9 @@ def made(name: str, **changes: Any) -> PreTrainedModel:
     config = AutoConfig.for_model(**SPECIAL, **(SMALL | TYPES[name] | changes))
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
     with torch.no_grad():
-        for each in model.parameters():
-            each.mul_(4)  # so that experts are not used alike
+        for key, each in model.named_parameters():
+            if "router" in key or "gate.weight" in key:
+                each.mul_(20)  # so that experts are not used alike
     return model
 
 
@@ -273,3 +278,71 @@ def test_configurations_own_weight_is_checked(own: Any) -> None:
     model.router_aux_loss_coef = own
     with pytest.raises(InputError, match="router_aux_loss_coef"):
         experts.find(model)
+
+
+def test_balance_keeps_all_experts_in_use_and_without_it_some_never_are(
+    settings: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Two of eight experts have a head start."""
+    shares, losses = {}, {}
+    for weight in (0.0, 0.3):
+        forget_accelerator()
+        changes: dict[str, Any] = {"train__max_steps": 40, "study__every": 40, "evaluation__every": 40}
+        folder = tmp_path / str(weight)
+        config = config_from_arguments(settings(run__output_dir=folder, model__balance_weight=weight, **changes))
+        config.model.architecture = None
+        torch.manual_seed(0)
+        sizes = SMALL | TYPES["gpt_oss"] | {"num_local_experts": 8}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SPECIAL | {"vocab_size": 512}, **sizes))
+        with torch.no_grad():
+            for name, each in model.named_parameters():
+                if name.endswith("router.bias"):
+                    each[:2] += 0.5
+        job.train(config, model=model)
+        lines = map(json.loads, (folder / "study.jsonl").read_text(encoding="utf-8").splitlines())
+        (found,) = [each["experts"] for each in lines if each["event"] == "statistics"]
+        shares[weight] = [each["tokens"] for each in found.values()]
+        losses[weight] = [each.get("balance_loss") for each in events(folder, "step")]
+    for without, balanced in zip(shares[0.0], shares[0.3], strict=True):
+        assert sum(share < 0.01 for share in without) >= 2
+        assert min(balanced) > 0.05
+    assert losses[0.0] == [None] * 40
+    assert losses[0.3][0] > 2.5 > 2.2 > losses[0.3][-1] > 2
+
+
+def test_model_with_a_balance_of_its_own_trains(command: Command, settings: Callable[..., list[str]]) -> None:
+    """The reported loss is the language model's; the truth sheet compares it with the model's own, without balance."""
+    shape = json.dumps(MIXTRAL | {"output_router_logits": True, "router_aux_loss_coef": 0.5})
+    arguments = settings(model__architecture=shape, train__max_steps=2)
+    assert command("train", *arguments) == 0, command.err
+    assert "2 of 4 for each token, in each of 2 routers" in command.err and "balanced with weight 0.5" in command.err
+    folder = Path(arguments[arguments.index("--run.output_dir") + 1])
+    truth = json.loads((folder / "truth.json").read_text(encoding="utf-8"))
+    assert truth["experts"]["weight"] == 0.5 and truth["loss"]["difference"] < 1e-5
+    steps = events(folder, "step")
+    assert all(2 <= each["balance_loss"] <= 4 for each in steps)
+    assert steps[0]["loss"] == pytest.approx(truth["loss"]["value"], rel=0.1)  # not half a balance, about 1, higher
+    assert json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))["output_router_logits"]
+    assert not any("balance_loss" in each for each in events(folder, "evaluation"))
+    other = [*arguments, "--model.balance_weight", "0.25", "--train.max_steps", "3"]
+    assert command("train", *other) == 2
+    assert "model.balance_weight: None -> 0.25" in command.err
+
+
+@pytest.mark.parametrize(
+    ("weight", "says"),
+    [
+        ("0.01", "model.balance_weight: GPT2LMHeadModel has no router that scores experts"),
+        ("-1", "balance_weight: expected a number >= 0"),
+        ("nan", "balance_weight: expected a number >= 0"),
+        ("inf", "balance_weight: expected a number >= 0"),
+        ("much", "balance_weight: expected a number >= 0"),
+    ],
+)
+def test_a_weight_that_cannot_be_is_one_line(
+    command: Command, settings: Callable[..., list[str]], tmp_path: Path, weight: str, says: str
+) -> None:
+    assert command("train", *settings(model__balance_weight=weight)) == 2
+    lines = [line for line in command.err.splitlines() if line.startswith("train-loop: ")]
+    assert len(lines) == 1 and says in lines[0]
+    assert not (tmp_path / "run").exists()

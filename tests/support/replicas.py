@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tests.support.several import shard_on_cpu
@@ -32,6 +33,7 @@ def main(settings: str, output: str) -> None:
     named: Any = dict(run.state.model.named_parameters())
     found: dict[str, Any] = {"start": held(named)}
     mesh = next(iter(named.values())).device_mesh
+    found["units"] = sum(isinstance(each, FSDPModule) for each in run.context.objective.modules())
     found["copy"], found["share"] = mesh.get_coordinate()
     Loop(run, History([], 0), [], lambda state, wait=False: None).train()
     found["end"] = held(named)

@@ -50,7 +50,7 @@ def fitting(
     if size == 0:
         raise InputError(
             "batch.micro_batch_size auto: not even one sequence fits into memory; lower data.block_size, or use "
-            "--model.activation_checkpointing true"
+            "--model.activation_checkpointing full"
         )
     if size < largest and accelerator.is_main_process:
         say(f"batch.micro_batch_size auto: {largest} sequences do not fit into memory, {size} do")

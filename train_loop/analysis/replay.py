@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, gather_object
 from safetensors import SafetensorError
 
 from train_loop import files, versions
@@ -171,7 +171,10 @@ class Replay:
         state = _state(self.run)
         first = self.step(step)
         if other.run.mixed_precision != self.config.run.mixed_precision:
+            sharded = self.run.context.accelerator.is_fsdp2
             AcceleratorState._reset_state()
+            if sharded:  # this says FSDP now, and Accelerate would take that for processes that it can't shard over
+                PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         self._run = None
         gc.collect()
         self._run = self._built(other)

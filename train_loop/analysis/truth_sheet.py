@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from train_loop import compat, versions
+from train_loop import versions
 from train_loop.analysis import plan_checks
 from train_loop.analysis.step_statistics import targets_until
 from train_loop.analysis.trial_step import evaluating, without_effect
@@ -29,7 +29,7 @@ from train_loop.data.loader import IGNORED
 from train_loop.distributed import launch, sharding
 from train_loop.distributed.collectives import describe_ranks, unsharded
 from train_loop.errors import InputError, one_line
-from train_loop.models import causality, experts
+from train_loop.models import activation_checkpointing, causality, experts
 from train_loop.models.building import vocabulary, without_compile
 from train_loop.models.parameters import EMBEDDING, MATRIX, kind
 from train_loop.ops import products
@@ -93,7 +93,7 @@ def measure(run: Run) -> dict[str, Any]:
             "class": type(model).__name__,
             "attention": str(model.config._attn_implementation),
             "compiled": config.model.compile,
-            "activation_checkpointing": compat.checkpoints_activations(model),
+            "activation_checkpointing": activation_checkpointing.recomputed(model) or False,
         },
         "operations_per_token": context.clock.operations,
         "products": products.told(accelerator.device),
@@ -189,7 +189,7 @@ def table(sheet: dict[str, Any]) -> str:
         "reproducible": "to the bit, on any number of processes" if bitwise else "to rounding",
         "model": f"{model['class']}, attention {model['attention']}"
         + (", compiled" if model["compiled"] else "")
-        + (", activations recomputed" if model["activation_checkpointing"] else ""),
+        + activation_checkpointing.in_words(model["activation_checkpointing"]),
         "parameters": f"{parameters['total']:,}"
         + "".join(f"; tied: {' = '.join(names)}" for names in parameters["tied"])
         + (f"; frozen: {len(parameters['frozen'])}" if parameters["frozen"] else ""),

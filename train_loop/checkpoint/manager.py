@@ -6,15 +6,18 @@
     wait (all processes)         waits until that is done; returns what went wrong, if anything did
 
 No thread takes part in a collective, because collectives belong to the training. The copies stay allocated, because
-getting fresh memory from the kernel takes longer than copying.
+getting fresh memory from the kernel takes longer than copying. Where memory is too short for them, a process writes
+its part at once, one tensor after another, and trains on only then.
 """
 
 import json
+import os
 import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 
@@ -26,12 +29,14 @@ from train_loop.distributed.collectives import KeyValueMailbox, broadcast_from_m
 from train_loop.errors import one_line
 
 _SECONDS_BETWEEN_LOOKS = 0.05
+_SPARED = 0.05  # of the memory of a machine; copies leave so much of it free
 
 
 class CheckpointManager:
     """Writes a run's checkpoints, and keeps the newest; those of steps found to be damaged don't count.
 
-    Writing in the background costs each process as much CPU memory as it writes: 12 bytes per parameter. `step` is that
+    Writing in the background costs each process as much CPU memory as it writes (12 bytes per parameter), and is done
+    where there is so much. `step` is that
     of the last checkpoint that was begun (or resumed from); None before that.
     """
 
@@ -72,7 +77,7 @@ class CheckpointManager:
         if parts == 1 and not main:
             return
         rest = (state | {"parts": parts}, protected_steps, before)
-        if self.background:
+        if self.background and self._has_room(held):
             # Not a daemon thread: the interpreter waits for it at exit.
             self._thread = threading.Thread(target=self._write, args=(self._copied(held), *rest), name="checkpoint")
             self._thread.start()
@@ -96,6 +101,24 @@ class CheckpointManager:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def _has_room(self, held: Shards) -> bool:
+        """Whether there is memory for a copy, also if every process on this host wants as much for one."""
+        new = [
+            piece.values.nbytes
+            for kind in held
+            for name, piece in held[kind].items()
+            if f"{kind}/{name}" not in self._buffers
+        ]
+        memory = psutil.virtual_memory()
+        wanted = sum(new) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        short = bool(new) and memory.available - wanted < _SPARED * memory.total
+        if short and self.accelerator.is_main_process and self._number == 1:
+            say(
+                f"careful: {memory.available / 1e9:.1f} GB of memory are available, too little to copy the state; "
+                "so training waits while a checkpoint is written"
+            )
+        return not short
 
     def _copied(self, held: Shards) -> Shards:
         """A copy in CPU memory that training does not touch."""

@@ -26,12 +26,12 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from train_loop import files
+from train_loop.checkpoint import tensor_file
 from train_loop.files import sync
 from train_loop.models.parameters import tensors_once
 from train_loop.records import to_json
@@ -102,8 +102,8 @@ def write_part(folder: Path, part: int, parts: int, held: Shards) -> Checksums:
     for kind in KINDS:
         rows = {name: [piece.first, piece.of] for name, piece in held[kind].items() if piece.of is not None}
         path = folder / _part_name(kind, part, parts)
-        tensors = {name: piece.values.contiguous() for name, piece in held[kind].items()}
-        save_file(tensors, path, {"rows": json.dumps(rows)})
+        path.unlink(missing_ok=True)  # of an attempt that failed
+        tensor_file.write(path, {name: piece.values for name, piece in held[kind].items()}, {"rows": json.dumps(rows)})
         files.share(path)
         sync(path)
         sums[path.name] = _sums(path)

@@ -98,6 +98,8 @@ def _completed(config: Config, path: str | None) -> Config:
             case list(several):
                 setattr(section, name, [paths.expand(each, key) for each in several])
     _read_architecture(config)
+    if isinstance(recompute := config.model.activation_checkpointing, bool):
+        config.model.activation_checkpointing = "full" if recompute else "none"
     if config.run.output_dir is None:
         config.run.output_dir = str(Path("runs") / (Path(path).stem if path else "train"))
     check_config(config)

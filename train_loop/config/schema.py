@@ -70,8 +70,10 @@ class ModelConfig:
             Transformers.
         compile: compile the model's layers with torch.compile, which makes steps faster after a minute or more of
             compiling.
-        activation_checkpointing: recompute activations in the backward pass, which takes less memory and about a third
-            more time.
+        activation_checkpointing: what the backward pass computes again instead of keeping it, which takes less memory
+            and more time. "full": each layer, for about a third more time. A number: every so many-th layer, beginning
+            with the first. "attention": all of a layer but its matrix products with weights, that is, attention, norms,
+            activation functions and dropout. (true means full, false none.)
         balance_weight: of the load-balancing loss, which keeps all experts of a mixture of experts in use; it is taken
             of each sequence in each layer, and is no part of the reported loss. null takes router_aux_loss_coef from
             the model's configuration if output_router_logits is true there, else 0; 0 balances nothing.
@@ -81,7 +83,7 @@ class ModelConfig:
     architecture: dict[str, Any] | str | None = None
     attention: str | None = None
     compile: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "full", "attention"] | PositiveInt | bool = "none"
     balance_weight: NonNegativeFloat | None = None
 
 

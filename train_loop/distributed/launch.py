@@ -32,6 +32,10 @@ def start(run: RunConfig, heartbeat: Heartbeat, project_dir: Path | None = None)
     """
     _check_launcher(run)
     mesh = sharding.mesh()
+    # Without `cpu`, each of several processes would work alone where there are only CPUs.
+    cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.accelerator.current_accelerator(True) is None
+    if cpu or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        _share_cores()
     if run.reproducible == "bitwise":  # every kernel gives the same bits for the same input, wherever it runs
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
@@ -42,8 +46,7 @@ def start(run: RunConfig, heartbeat: Heartbeat, project_dir: Path | None = None)
     with heartbeat.connecting(), compat.stdout_kept_clean():
         try:
             accelerator = Accelerator(
-                # Without this, each of several processes would work alone where there are only CPUs.
-                cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.accelerator.current_accelerator(True) is None,
+                cpu=cpu,
                 parallelism_config=mesh,
                 mixed_precision=_granted(run.mixed_precision),
                 log_with=run.log_with or None,
@@ -72,6 +75,19 @@ def start(run: RunConfig, heartbeat: Heartbeat, project_dir: Path | None = None)
         policy = MixedPrecisionPolicy(param_dtype=policy.param_dtype, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     return accelerator
+
+
+def _share_cores() -> None:
+    """Let the processes of a host share its cores, unless the launcher or the user has said how many threads each has.
+
+    Where each process is bound to cores of its own, as srun does, torch has counted them when it was loaded.
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local == 1 or "OMP_NUM_THREADS" in os.environ:
+        return
+    if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) == os.cpu_count():
+        torch.set_num_threads(max(1, torch.get_num_threads() // local))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # else Accelerate would choose, and say so
 
 
 def _granted(precision: str) -> str:
@@ -144,13 +160,19 @@ def _check_launcher(run: RunConfig) -> None:
             raise InputError(f"the launcher asks for {name.lower()} > 1; {only}")
     if asked("ACCELERATE_USE_FSDP") == "true":
         if os.environ.get("FSDP_VERSION", "1") != "2":
-            cure = "set fsdp_version: 2 (configs/accelerate/fsdp2.yaml)"
+            cure = "set fsdp_version: 2 (configs/accelerate/fsdp2.yaml), or FSDP_VERSION=2"
             raise InputError(f"the launcher asks for FSDP version 1; {cure}")
+        if asked("FSDP_ACTIVATION_CHECKPOINTING") == "true":  # github.com/huggingface/accelerate/issues/3897
+            cure = "set fsdp_activation_checkpointing: false and say --model.activation_checkpointing full"
+            raise InputError(f"the launcher asks for recomputation, which would draw other dropout masks; {cure}")
         if run.reproducible == "bitwise":
             raise InputError(
                 "run.reproducible bitwise does not work with FSDP2, which adds up gradients in its own order; "
                 "launch with --multi_gpu, or say --run.reproducible no"
             )
+    elif asked("FSDP_VERSION"):
+        cure = "set ACCELERATE_USE_FSDP=true, or unset FSDP_VERSION"
+        raise InputError(f"environment variables: FSDP_VERSION is set, but ACCELERATE_USE_FSDP is not true; {cure}")
 
 
 def _check_processes(accelerator: Accelerator, run: RunConfig) -> None:

@@ -87,6 +87,13 @@ def shared_device(reports: list[dict[str, Any]], roster: list[dict[str, Any]]) -
     return None
 
 
+def verdict(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the first process answers to the reports of all: {"roster": ...}, or {"mistake": line}."""
+    roster = places(reports)
+    mistake = difference(reports) or shared_device(reports, roster)
+    return {"mistake": mistake} if mistake else {"roster": roster}
+
+
 class Preflight:
     """The meeting of a run's processes, started by a launcher, before it begins. `settings` are what all must share.
 
@@ -158,23 +165,20 @@ class Preflight:
             began = time.monotonic()  # the first process may only just have come, and waits for others
         if not wait(*(["verdict"] if self.rank else keys)):
             missing = [process for process, key in enumerate(keys) if not self.store.check([key])]
-            verdict: dict[str, Any] = {"lost": self._missing(missing or [0], own)}
+            answer: dict[str, Any] = {"lost": self._missing(missing or [0], own)}
         elif self.rank:
-            verdict = json.loads(self.store.get("verdict"))
+            answer = json.loads(self.store.get("verdict"))
         else:
-            reports = [json.loads(self.store.get(key)) for key in keys]
-            roster = places(reports)
-            mistake = difference(reports) or shared_device(reports, roster)
-            verdict = {"mistake": mistake} if mistake else {"roster": roster}
+            answer = verdict([json.loads(self.store.get(key)) for key in keys])
         if self.rank == 0:
-            self.store.set("verdict", json.dumps(verdict))
-        if self.owns_store and "roster" not in verdict:
+            self.store.set("verdict", json.dumps(answer))
+        if self.owns_store and "roster" not in answer:
             time.sleep(1)  # give the others time to read it
-        if "lost" in verdict:
-            raise LostError(verdict["lost"])
-        if "mistake" in verdict:
-            raise InputError(verdict["mistake"])
-        return list(verdict["roster"])
+        if "lost" in answer:
+            raise LostError(answer["lost"])
+        if "mistake" in answer:
+            raise InputError(answer["mistake"])
+        return list(answer["roster"])
 
     def _missing(self, processes: list[int], own: dict[str, Any]) -> str:
         """The line that names the processes that did not report, and their machines."""

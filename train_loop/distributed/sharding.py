@@ -38,7 +38,8 @@ def mesh() -> ParallelismConfig | None:
         raise InputError(f"the launcher asks for {sizes}, but not for FSDP2; {cure}")
     if copies * shares != processes:
         cure = f"choose two sizes whose product is {processes}, or start {copies * shares} processes"
-        raise InputError(f"the launcher asks for {sizes} = {copies * shares}, but for {processes} processes; {cure}")
+        wanted = f"{processes} process" + ("es" if processes > 1 else "")
+        raise InputError(f"the launcher asks for {sizes} = {copies * shares}, but for {wanted}; {cure}")
     if shares == 1:
         raise InputError(f"the launcher asks for {sizes}, so nothing would be sharded; use plain DDP (--multi_gpu)")
     if copies == 1:

@@ -9,21 +9,34 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from train_loop.errors import InputError, TrainingError
+from train_loop.errors import InputError, TrainingError, one_line
 
 
 def shard(accelerator: Accelerator, module: nn.Module) -> nn.Module:
-    """A module that Accelerate has sharded with FSDP2; on the meta device, it then gets memory, but no values yet."""
+    """A module that Accelerate has sharded with FSDP2; on the meta device, it then gets memory, but no values yet.
+
+    Raises InputError if it is not known which of its parts are layers, which are gathered one by one.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    layers = plugin.transformer_cls_names_to_wrap or getattr(module, "_no_split_modules", [])
+    if plugin.auto_wrap_policy is transformer_auto_wrap_policy and not layers:
+        problem = f"cannot shard a {type(getattr(module, 'model', module)).__name__}, whose layers are not known"
+        cure = "launch with --multi_gpu, or name their class in fsdp_transformer_layer_cls_to_wrap"
+        raise InputError(f"FSDP2 {problem}; {cure}")
     parameters = dict(module.named_parameters())
     noted = {name: vars(each) for name, each in parameters.items() if vars(each)}
     ties = _ties(module)
     on_meta = any(each.is_meta for each in parameters.values())
     # Accelerate wants an optimizer with the module. AdamW comes afterwards, when the parameters are what they will be:
     # on the meta device, Accelerate could not tell them apart.
-    prepared, _ = accelerator.prepare(module, torch.optim.SGD([next(iter(parameters.values()))], lr=0.0))
+    try:
+        prepared, _ = accelerator.prepare(module, torch.optim.SGD([next(iter(parameters.values()))], lr=0.0))
+    except ValueError as error:  # of settings that are the launcher's
+        raise InputError(f"FSDP2: {one_line(error)}") from None
     if on_meta:
         prepared.to_empty(device=accelerator.device)
         for (owner, key), *others in ties:

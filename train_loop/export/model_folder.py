@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from train_loop import compat, files
+from train_loop import files
 from train_loop.checkpoint.storage import Parts
 from train_loop.config.load import to_yaml
 from train_loop.config.schema import Config
@@ -49,8 +49,6 @@ def write(
     """
     config, model, tokenizer = run.config, run.state.model, run.data.tokenizer
     folder.mkdir()
-    if config.model.activation_checkpointing:
-        compat.checkpoint_activations(model, False)
     model.generation_config = generation_config(config, tokenizer, ends(model, tokenizer))
     model.save_pretrained(folder, state_dict={})  # settings alone: it would need all weights at once
     written = weights.write(folder, model, parts, config.export.max_shard_size, run.context.stop)

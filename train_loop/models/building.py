@@ -24,6 +24,7 @@ from train_loop.config.load import ONE_MODEL
 from train_loop.config.schema import Config
 from train_loop.data.tokenizer import highest_id
 from train_loop.errors import InputError, one_line
+from train_loop.models.activation_checkpointing import recompute
 from train_loop.models.architecture import configuration, is_causal
 from train_loop.models.initialization import Place, Weights, initialise, on_meta
 from train_loop.models.loading import blame_attention, check_given, load, outline_of
@@ -77,8 +78,7 @@ def _ready(
     if not padded:
         train_padding(model)
     fuse_activations(model)
-    if config.model.activation_checkpointing:
-        compat.checkpoint_activations(model, True)
+    recompute(model, config.model.activation_checkpointing)
     if config.model.compile:
         compile_layers(model)
     return model

@@ -188,6 +188,6 @@ def _kind(logits: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> 
 
 
 def _says_sigmoid(module: nn.Module) -> bool:
-    """Whether a router's code names a sigmoid, and no softmax."""
+    """Whether a router's code names a sigmoid, or a bias that corrects its scores, and no softmax."""
     names = type(module).forward.__code__.co_names
-    return "sigmoid" in names and "softmax" not in names
+    return "softmax" not in names and ("sigmoid" in names or hasattr(module, "e_score_correction_bias"))

@@ -20,6 +20,7 @@ import numpy as np
 import threadpoolctl
 import torch
 import torch.nn.functional as F
+from torch import library
 
 from train_loop import devices, environment
 from train_loop.errors import TrainingError
@@ -63,10 +64,21 @@ def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
         return F.linear(x, weight, bias)
     if library == ONEDNN:
         return _by_onednn(x, weight, bias)
+    return torch.ops.train_loop.openblas_linear(x, weight, bias)
+
+
+def _openblas_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     output = _by_openblas(x.flatten(0, -2), weight.t())
     if bias is not None:
         output += bias
     return output.view(*x.shape[:-1], -1)
+
+
+# An operator, so that whatever keeps the results of matrix products sees this one, too.
+OPERATOR = "train_loop::openblas_linear"
+_operators = library.Library("train_loop", "FRAGMENT")
+_operators.define("openblas_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_operators.impl("openblas_linear", _openblas_linear, "CPU")
 
 
 def to_inputs(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

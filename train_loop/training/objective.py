@@ -77,7 +77,8 @@ class Objective(nn.Module):
     @property
     def _no_split_modules(self) -> list[str]:
         """Class names of the layers that FSDP shards one by one if its settings name none."""
-        return list(self.model._no_split_modules or [])
+        present = {type(each).__name__ for each in self.model.modules()}
+        return sorted(present.intersection(self.model._no_split_modules or []))
 
     def forward(
         self,
