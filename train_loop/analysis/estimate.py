@@ -166,9 +166,9 @@ class Estimate:
             grads += 4.0 * unit.held if sharded or not accumulates else 0.0
             grads -= 4.0 * unit.weights if sharded and accumulates else 0.0
             after = unit.weights
-        head = self.outline.get_output_embeddings()
-        table = 4.0 * self.outline.get_input_embeddings().weight.numel()
-        tied = head is not None and head.weight is self.outline.get_input_embeddings().weight
+        head, embeddings = self.outline.get_output_embeddings(), self.outline.get_input_embeddings()
+        table = 4.0 * sum(each.numel() for each in embeddings.parameters())
+        tied = head is not None and head.weight is embeddings.weight
         joins = tied and self.target == "cpu" and not self.config.model.compile and found.fused
         yield place(0.0 if joins else table, 0.0, loss)
         if sharded:

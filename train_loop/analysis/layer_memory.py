@@ -10,6 +10,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,23 +76,29 @@ class Measured(NamedTuple):
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The layers that FSDP2 shards one by one: outermost modules of the classes that the model names."""
-    names, found, inside = set(getattr(model, "_no_split_modules", None) or []), [], ()
-    for name, module in model.named_modules():
-        if type(module).__name__ in names and not (inside and name.startswith(inside)):
+    names = set(getattr(model, "_no_split_modules", None) or [])
+    found: list[nn.Module] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        if type(module).__name__ in names and id(module) not in inside:
             found.append(module)
-            inside = (*inside, f"{name}.")
+            inside |= {id(each) for each in module.modules()}
     return found
 
 
-def kinds(model: PreTrainedModel) -> list[int]:
-    """The kind of each layer, as the number of the first layer that is like it in its weights and its type."""
+def kinds(model: PreTrainedModel, recomputed: object = "none") -> list[int]:
+    """The kind of each layer, as the number of the first layer that is like it in its weights and its type.
+
+    `recomputed` is `model.activation_checkpointing`; if it is a number, layers whose number it divides are a kind.
+    """
     settings = model.config.get_text_config()
+    every = recomputed if isinstance(recomputed, int) and recomputed > 1 else 1
     types = getattr(settings, "layer_types", None) or []
     first: dict[Any, int] = {}
     found = []
     for number, layer in enumerate(layers_of(model)):
         shapes = tuple((name, tuple(each.shape)) for name, each in layer.named_parameters())
-        like = (type(layer), shapes, types[number] if number < len(types) else None)
+        like = (type(layer), shapes, types[number] if number < len(types) else None, number % every == 0)
         found.append(first.setdefault(like, number))
     return found
 
@@ -111,15 +118,18 @@ class Passes(NamedTuple):
 
 def measure(config: Config, outline: PreTrainedModel, passes: Passes) -> Measured:
     """Train a few layers of a model, of which `outline` has no values (on torch's meta device)."""
-    of_kind, lengths = kinds(outline), _lengths(config.data.block_size, outline)
+    of_kind = kinds(outline, config.model.activation_checkpointing)
+    lengths = _lengths(config.data.block_size, outline)
     cut = max(of_kind, default=-1) + 1
 
     def runs(entries: int) -> tuple[list[tuple[_Run, _Run]], bool]:
         objective = _cut(config, outline, (cut, entries), passes)
+        if passes.device.type != "cpu":
+            _run(objective, config, (1, lengths[0]), passes)  # its libraries take memory when they are first used
         one, two = ([_run(objective, config, (rows, length), passes) for length in lengths] for rows in (1, 2))
         return list(zip(one, two, strict=True)), objective.loss_path == "fused"
 
-    def bytes_of(found: list[tuple[_Run, _Run]], part: Callable[[_Run], float]) -> Bytes:
+    def bytes_of(found: list[tuple[_Run, _Run]], part: Callable[[Any], float]) -> Bytes:
         one, two = (_extrapolated(lengths, [part(pair[rows]) for pair in found], config) for rows in (0, 1))
         each = min(one, max(0.0, two - one))
         return Bytes(one - each, each)
@@ -133,10 +143,14 @@ def measure(config: Config, outline: PreTrainedModel, passes: Passes) -> Measure
         more, _ = runs(2 * VOCABULARY)
         times = building.vocabulary(outline) / VOCABULARY - 1
         kept, loss = (less.plus(after(more, part), times) for part, less in enumerate((kept, loss)))
-    layers = {
-        kind: Layer(*(bytes_of(small, lambda run, at=(kind, part): run.layers[at[0]][at[1]]) for part in range(3)))
-        for kind in {*of_kind}
-    }
+
+    def layer(number: int) -> Layer:
+        kept, forward, backward = (
+            bytes_of(small, partial(lambda part, run: run.layers[number][part], part)) for part in range(3)
+        )
+        return Layer(kept, forward, backward)
+
+    layers = {kind: layer(kind) for kind in {*of_kind}}
     return Measured(bytes_of(small, lambda run: run.before), [layers[kind] for kind in of_kind], kept, loss, fused)
 
 
