@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from train_loop.config.schema import Config
 from train_loop.data.tokenizer import placeholder
-from train_loop.devices import has_peak_memory
+from train_loop.devices import free_memory, has_peak_memory
+from train_loop.errors import InputError
 from train_loop.models import building, experts
 from train_loop.ops import cpu, cross_entropy
 from train_loop.training.objective import Objective
@@ -30,6 +31,11 @@ from train_loop.training.objective import Objective
 VOCABULARY = 256
 """Entries of the vocabulary of a model that is measured."""
 _OPERATIONS = 1e12  # of the longest text that is measured; longer ones follow from shorter ones
+
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k", "top_k_experts", "moe_k")
+"""Names of settings: how many experts a layer has, and how many of them each token has."""
 
 
 class Bytes(NamedTuple):
@@ -122,8 +128,11 @@ def measure(config: Config, outline: PreTrainedModel, passes: Passes) -> Measure
     lengths = _lengths(config.data.block_size, outline)
     cut = max(of_kind, default=-1) + 1
 
+    left_out: list[int] = []  # bytes of gradients, by layer, of experts that are not there
+
     def runs(entries: int) -> tuple[list[tuple[_Run, _Run]], bool]:
         objective = _cut(config, outline, (cut, entries), passes)
+        left_out[:] = _missing(outline, objective, passes)
         if passes.device.type != "cpu":
             _run(objective, config, (1, lengths[0]), passes)  # its libraries take memory when they are first used
         one, two = ([_run(objective, config, (rows, length), passes) for length in lengths] for rows in (1, 2))
@@ -148,10 +157,20 @@ def measure(config: Config, outline: PreTrainedModel, passes: Passes) -> Measure
         kept, forward, backward = (
             bytes_of(small, partial(lambda part, run: run.layers[number][part], part)) for part in range(3)
         )
-        return Layer(kept, forward, backward)
+        return Layer(kept, forward, backward._replace(fixed=backward.fixed + left_out[number]))
 
     layers = {kind: layer(kind) for kind in {*of_kind}}
     return Measured(bytes_of(small, lambda run: run.before), [layers[kind] for kind in of_kind], kept, loss, fused)
+
+
+def _missing(outline: nn.Module, objective: nn.Module, passes: Passes) -> list[int]:
+    """Bytes by which each layer's gradients are less than the model's, which may all be there at the peak."""
+    found = []
+    for real, made in zip(layers_of(outline), layers_of(objective), strict=False):
+        less = [a.numel() - b.numel() for a, b in zip(real.parameters(), made.parameters(), strict=True)]
+        numbers = max(less, default=0) if passes.accumulates else sum(less)  # added to what is there, one by one
+        found.append(numbers * (passes.dtype.itemsize if passes.plain else 4))
+    return found
 
 
 def _lengths(block: int, outline: PreTrainedModel) -> list[int]:
@@ -174,6 +193,15 @@ def _extrapolated(lengths: Sequence[int], values: list[float], config: Config) -
 def _cut(config: Config, outline: PreTrainedModel, sizes: tuple[int, int], passes: Passes) -> Objective:
     """A model's first layers with a small vocabulary (`sizes`), with random weights, made ready as for a run."""
     settings = shortened(outline.config, len(layers_of(outline)), *sizes)
+    _fewer_experts(settings.get_text_config())
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    takes = 12.0 * sum(each.numel() for each in made.parameters())  # with gradients, and those of one more pass
+    if takes > (free := free_memory(passes.device)):
+        raise InputError(
+            f"estimate: to measure the layers takes {takes / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free on the "
+            f"{passes.device.type}; run it on a machine with more memory"
+        )
     attention = config.model.attention
     if passes.device.type == "cpu" and "flash" in (attention or ""):
         attention = "sdpa"  # which keeps as much
@@ -190,6 +218,22 @@ def _cut(config: Config, outline: PreTrainedModel, sizes: tuple[int, int], passe
     model.to(passes.device)
     tied = cpu.speed_up(model, training=True, linear=not config.model.compile, keep_memory=False)
     return Objective(model, tied, experts.find(model, config.model.balance_weight)).train()
+
+
+def _fewer_experts(settings: PreTrainedConfig) -> None:
+    """Leave experts out, in place, beyond those that a token has: each token keeps what it has by the chosen ones."""
+    if (getattr(settings, "n_group", None) or 1) > 1:  # which are chosen from groups
+        return
+    chosen = first_number(settings, CHOSEN)
+    for name in EXPERTS if chosen else ():
+        if isinstance(number := getattr(settings, name, None), int) and number > 2 * (chosen or 1):
+            setattr(settings, name, 2 * (chosen or 1))
+
+
+def first_number(settings: PreTrainedConfig, names: tuple[str, ...]) -> int | None:
+    """The value of the first of some settings that is there."""
+    values = (getattr(settings, name, None) for name in names)
+    return next((each for each in values if isinstance(each, int)), None)
 
 
 def shortened(config: PreTrainedConfig, layers: int, most: int, vocabulary: int) -> PreTrainedConfig:
