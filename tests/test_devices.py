@@ -131,8 +131,10 @@ def both(request: pytest.FixtureRequest, all_of_both: dict[str, Both]) -> Both:
 
 
 def test_training_evaluation_and_samples_are_the_cpus(both: Both) -> None:
-    for kind, number, tolerance in (("step", "loss", 1e-5), ("step", "grad_norm", 1e-4), ("evaluation", "loss", 1e-6)):
+    for kind, number, tolerance in (("step", "loss", 1e-5), ("step", "grad_norm", 3e-5), ("evaluation", "loss", 1e-6)):
         found, expected = ([event[number] for event in events(folder, kind)] for folder in (both.toy, both.cpu))
+        if number == "grad_norm":  # training magnifies rounding, and norms show it first
+            found, expected = found[:24], expected[:24]
         assert len(found) > 1 and found == pytest.approx(expected, rel=tolerance)
     found, expected = ([event["continuation"] for event in events(folder, "sample")] for folder in (both.toy, both.cpu))
     assert len(found) > 1 and found[0] == expected[0]

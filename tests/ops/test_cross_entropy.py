@@ -32,6 +32,19 @@ def test_cross_entropy_is_torchs_in_chunks_of_any_size(chunk: int, biased: bool)
     assert torch.equal(again, mine)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_that_is_almost_certain_still_has_a_gradient(dtype: torch.dtype) -> None:
+    """p - 1 is -0.002 there, and 1 - 0.998 would be 0 or -0.004 in bf16."""
+    logits, target = torch.randn(50, 300).to(dtype), torch.randint(0, 300, (50, 1))
+    logits.scatter_(1, target, 12.0)
+    exact = logits.double().softmax(-1).scatter_add_(1, target, torch.full((50, 1), -1.0).double())
+    nll, gradient = cross_entropy._rounded(logits.clone(), target, torch.ones(50, 1), True)
+    assert gradient is not None and gradient.dtype == dtype
+    expected = F.cross_entropy(logits.double(), target[:, 0], reduction="none")
+    torch.testing.assert_close(nll[:, 0].double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), exact, rtol=5e-3 if dtype == torch.bfloat16 else 1e-3, atol=1e-9)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_under_autocast_it_is_the_plain_one_to_rounding(

@@ -125,21 +125,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(first, first + chunk)
             real = (targets[rows] != ignored).float()[:, None]
             target = targets[rows].clamp(min=0)[:, None]
-            logits = (products.forward if plain else F.linear)(hidden[rows], rounded, rounded_bias).float()
-            logits -= logits.amax(dim=-1, keepdim=True)
-            picked = logits.gather(1, target)
-            total = logits.exp_().sum(dim=-1, keepdim=True)
-            nll.append(((total.log() - picked) * real)[:, 0])
-            if not any(wanted):
+            state = hidden[rows] if plain else hidden[rows] * real.to(dtype)  # where nothing counts, no gradient comes
+            logits = (products.forward if plain else F.linear)(hidden[rows], rounded, rounded_bias)
+            found, gradient = (_in_place if plain else _rounded)(logits, target, real, any(wanted))
+            nll.append((found * real)[:, 0])
+            if gradient is None:
                 continue
-            gradient = logits.mul_(real / total).scatter_add_(1, target, -real)
             if to_bias is not None:
-                to_bias += gradient.sum(0)
-            gradient = gradient.to(dtype)
+                to_bias += (gradient if plain else gradient.mul_(real)).sum(0, dtype=torch.float32)
             if to_hidden is not None:
-                to_hidden[rows] = (products.to_inputs if plain else torch.mm)(gradient, rounded)
+                product = (products.to_inputs if plain else torch.mm)(gradient, rounded)
+                to_hidden[rows] = product if plain else product.mul_(real)
             if wanted[1]:
-                to_weight = _added(to_weight, gradient, hidden[rows], plain)
+                to_weight = _added(to_weight, gradient, state, plain)
             del logits, gradient  # before the next chunk, so that only one is held
         context.tied = tied
         made = ((to_hidden, hidden), (to_weight, weight), (to_bias, bias))
@@ -153,6 +151,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if context.tied is not None:
             context.tied.waiting = scaled[1]
         return (*scaled, None, None, None, None)
+
+
+_Chunk = tuple[torch.Tensor, torch.Tensor | None]
+"""A chunk's nll [positions, 1], and the gradient of its logits if it is wanted."""
+
+
+def _in_place(logits: torch.Tensor, target: torch.Tensor, real: torch.Tensor, wanted: bool) -> _Chunk:
+    """In memory that is there, and so in a CPU's cache."""
+    logits -= logits.amax(dim=-1, keepdim=True)
+    picked = logits.gather(1, target)
+    total = logits.exp_().sum(dim=-1, keepdim=True)
+    return total.log() - picked, logits.mul_(real / total).scatter_add_(1, target, -real) if wanted else None
+
+
+def _rounded(logits: torch.Tensor, target: torch.Tensor, real: torch.Tensor, wanted: bool) -> _Chunk:
+    """In few passes over memory, since a GPU waits for nothing else; rows that don't count have a gradient, too."""
+    log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+    picked = log_p.gather(1, target)
+    if not wanted:
+        return -picked, None
+    gradient = torch.exp(log_p, out=logits)
+    # p - 1 is rounded once: where p is almost 1, its rounded value would leave little of the difference.
+    return -picked, gradient.scatter_(1, target, picked.expm1().to(gradient.dtype))
 
 
 def _added(total: torch.Tensor | None, gradient: torch.Tensor, rows: torch.Tensor, plain: bool) -> torch.Tensor:
