@@ -33,6 +33,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ MAPPED, VERIFIER = "verification", "verify_subprocess.py"
 def main() -> None:
     """Run the benchmark, or be one of its processes."""
     if sys.argv[1:2] == ["--worker"]:
-        work(*sys.argv[2:4], sys.argv[4:])
+        work(sys.argv[2], sys.argv[3], sys.argv[4:])
     elif sys.argv[1:2] == ["--make"]:
         make(json.loads(sys.argv[2]), sys.argv[3], sys.argv[4])
     else:
@@ -247,7 +248,7 @@ def work(sharding: str, folder: str, arguments: list[str]) -> None:
     from train_loop import cli
 
     for module, name, phase in MARKED:
-        _within(module, name, lambda phase=phase: marks.phase(phase))
+        _within(module, name, partial(marks.phase, phase))
     _within(*WRITES, marks.writing)
     sys.exit(cli.main(arguments))
 
@@ -302,8 +303,8 @@ class Watch:
             for pid, name in list(self._processes.items()):
                 with suppress(OSError, KeyError):
                     told = _kilobytes(Path(f"/proc/{pid}/status"))
-                    anonymous = told["RssAnon"] + told["RssShmem"]
-                    sample = (time.monotonic(), *(1024 * each for each in (anonymous, told["VmRSS"], told["VmHWM"])))
+                    anonymous = 1024 * (told["RssAnon"] + told["RssShmem"])
+                    sample = (time.monotonic(), anonymous, 1024 * told["VmRSS"], 1024 * told["VmHWM"])
                     self.samples.setdefault(name, []).append(sample)
             time.sleep(PAUSE_SECONDS)
         slow.join()

@@ -53,10 +53,11 @@ PARTS = (
     Part("traps", 55, "what GPUs get wrong in silence: masks, seeds, recorded graphs, precision switches"),
     Part("isolation", 35, "packed documents against one document at a time, under each attention that is there"),
     Part("exactness", 60, "micro-batches, evaluation, dropout, kill -9 and resume, bitwise, replay"),
-    Part("quickstart", 80, "the quickstart in fp32, TF32, bf16 and fp16, compiled and not"),
-    Part("sampling", 65, "the sampler against generate: tokens, and tokens per second"),
+    Part("quickstart", 70, "the quickstart in fp32, TF32, bf16 and fp16, compiled and not"),
+    Part("sampling", 55, "the sampler against generate: tokens, and tokens per second"),
     Part("sharding", 40, "FSDP2 on one process, two processes on one device"),
-    Part("training", 105, "training speed against a plain loop and Trainer (scripts/bench/gpu.py)"),
+    Part("memory", 40, "what `train-loop estimate` says against what the allocator counts"),
+    Part("training", 85, "training speed against a plain loop and Trainer (scripts/bench/gpu.py)"),
 )
 NEEDED = (
     "torch",

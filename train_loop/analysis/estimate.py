@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import parse_flag_from_env
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from train_loop import devices
-from train_loop.analysis.layer_memory import Measured, Passes, layers_of, measure
+from train_loop.analysis.layer_memory import CHOSEN, EXPERTS, Measured, Passes, first_number, layers_of, measure
 from train_loop.config import paths
 from train_loop.config.architecture import read_architecture
 from train_loop.config.schema import Config
@@ -115,6 +115,8 @@ class Estimate:
         held, total = sum(unit.held for unit in units), self.parameters
         peak = self.peak(plan)
         found = {"weights": 4.0 * held, "gradients": 4.0 * held, "moments": 8.0 * held}
+        if sharded and plan.micro_batches > 1:
+            found["gradients of several micro-batches"] = 4.0 * total
         if not sharded and plan.processes > 1:
             found["gradients' copy for DDP"] = 4.0 * total
         if self.config.run.reproducible == "bitwise":
@@ -166,9 +168,9 @@ class Estimate:
             grads += 4.0 * unit.held if sharded or not accumulates else 0.0
             grads -= 4.0 * unit.weights if sharded and accumulates else 0.0
             after = unit.weights
-        head = self.outline.get_output_embeddings()
-        table = 4.0 * self.outline.get_input_embeddings().weight.numel()
-        tied = head is not None and head.weight is self.outline.get_input_embeddings().weight
+        head, embeddings = self.outline.get_output_embeddings(), self.outline.get_input_embeddings()
+        table = 4.0 * sum(each.numel() for each in embeddings.parameters())
+        tied = head is not None and head.weight is embeddings.weight
         joins = tied and self.target == "cpu" and not self.config.model.compile and found.fused
         yield place(0.0 if joins else table, 0.0, loss)
         if sharded:
@@ -235,14 +237,8 @@ def active(model: PreTrainedModel) -> int | None:
     total = sum(each.numel() for each in named.values())
     if not experts:
         return total
-    of = _first(settings, ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"))
-    chosen = _first(settings, ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k", "moe_k"))
+    of, chosen = (first_number(settings, names) for names in (EXPERTS, CHOSEN))
     return None if not of or not chosen else total - experts + experts * min(chosen, of) // of
-
-
-def _first(settings: PreTrainedConfig, names: tuple[str, ...]) -> int | None:
-    values = (getattr(settings, name, None) for name in names)
-    return next((each for each in values if isinstance(each, int)), None)
 
 
 # ----- the command

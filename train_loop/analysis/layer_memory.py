@@ -10,6 +10,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from train_loop.config.schema import Config
 from train_loop.data.tokenizer import placeholder
-from train_loop.devices import has_peak_memory
+from train_loop.devices import free_memory, has_peak_memory
+from train_loop.errors import InputError
 from train_loop.models import building, experts
 from train_loop.ops import cpu, cross_entropy
 from train_loop.training.objective import Objective
@@ -29,6 +31,11 @@ from train_loop.training.objective import Objective
 VOCABULARY = 256
 """Entries of the vocabulary of a model that is measured."""
 _OPERATIONS = 1e12  # of the longest text that is measured; longer ones follow from shorter ones
+
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k", "top_k_experts", "moe_k")
+"""Names of settings: how many experts a layer has, and how many of them each token has."""
 
 
 class Bytes(NamedTuple):
@@ -75,23 +82,29 @@ class Measured(NamedTuple):
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The layers that FSDP2 shards one by one: outermost modules of the classes that the model names."""
-    names, found, inside = set(getattr(model, "_no_split_modules", None) or []), [], ()
-    for name, module in model.named_modules():
-        if type(module).__name__ in names and not (inside and name.startswith(inside)):
+    names = set(getattr(model, "_no_split_modules", None) or [])
+    found: list[nn.Module] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        if type(module).__name__ in names and id(module) not in inside:
             found.append(module)
-            inside = (*inside, f"{name}.")
+            inside |= {id(each) for each in module.modules()}
     return found
 
 
-def kinds(model: PreTrainedModel) -> list[int]:
-    """The kind of each layer, as the number of the first layer that is like it in its weights and its type."""
+def kinds(model: PreTrainedModel, recomputed: object = "none") -> list[int]:
+    """The kind of each layer, as the number of the first layer that is like it in its weights and its type.
+
+    `recomputed` is `model.activation_checkpointing`; if it is a number, layers whose number it divides are a kind.
+    """
     settings = model.config.get_text_config()
+    every = recomputed if isinstance(recomputed, int) and recomputed > 1 else 1
     types = getattr(settings, "layer_types", None) or []
     first: dict[Any, int] = {}
     found = []
     for number, layer in enumerate(layers_of(model)):
         shapes = tuple((name, tuple(each.shape)) for name, each in layer.named_parameters())
-        like = (type(layer), shapes, types[number] if number < len(types) else None)
+        like = (type(layer), shapes, types[number] if number < len(types) else None, number % every == 0)
         found.append(first.setdefault(like, number))
     return found
 
@@ -111,15 +124,21 @@ class Passes(NamedTuple):
 
 def measure(config: Config, outline: PreTrainedModel, passes: Passes) -> Measured:
     """Train a few layers of a model, of which `outline` has no values (on torch's meta device)."""
-    of_kind, lengths = kinds(outline), _lengths(config.data.block_size, outline)
+    of_kind = kinds(outline, config.model.activation_checkpointing)
+    lengths = _lengths(config.data.block_size, outline)
     cut = max(of_kind, default=-1) + 1
+
+    left_out: list[int] = []  # bytes of gradients, by layer, of experts that are not there
 
     def runs(entries: int) -> tuple[list[tuple[_Run, _Run]], bool]:
         objective = _cut(config, outline, (cut, entries), passes)
+        left_out[:] = _missing(outline, objective, passes)
+        if passes.device.type != "cpu":
+            _run(objective, config, (1, lengths[0]), passes)  # its libraries take memory when they are first used
         one, two = ([_run(objective, config, (rows, length), passes) for length in lengths] for rows in (1, 2))
         return list(zip(one, two, strict=True)), objective.loss_path == "fused"
 
-    def bytes_of(found: list[tuple[_Run, _Run]], part: Callable[[_Run], float]) -> Bytes:
+    def bytes_of(found: list[tuple[_Run, _Run]], part: Callable[[Any], float]) -> Bytes:
         one, two = (_extrapolated(lengths, [part(pair[rows]) for pair in found], config) for rows in (0, 1))
         each = min(one, max(0.0, two - one))
         return Bytes(one - each, each)
@@ -133,11 +152,25 @@ def measure(config: Config, outline: PreTrainedModel, passes: Passes) -> Measure
         more, _ = runs(2 * VOCABULARY)
         times = building.vocabulary(outline) / VOCABULARY - 1
         kept, loss = (less.plus(after(more, part), times) for part, less in enumerate((kept, loss)))
-    layers = {
-        kind: Layer(*(bytes_of(small, lambda run, at=(kind, part): run.layers[at[0]][at[1]]) for part in range(3)))
-        for kind in {*of_kind}
-    }
+
+    def layer(number: int) -> Layer:
+        kept, forward, backward = (
+            bytes_of(small, partial(lambda part, run: run.layers[number][part], part)) for part in range(3)
+        )
+        return Layer(kept, forward, backward._replace(fixed=backward.fixed + left_out[number]))
+
+    layers = {kind: layer(kind) for kind in {*of_kind}}
     return Measured(bytes_of(small, lambda run: run.before), [layers[kind] for kind in of_kind], kept, loss, fused)
+
+
+def _missing(outline: nn.Module, objective: nn.Module, passes: Passes) -> list[int]:
+    """Bytes by which each layer's gradients are less than the model's, which may all be there at the peak."""
+    found = []
+    for real, made in zip(layers_of(outline), layers_of(objective), strict=False):
+        less = [a.numel() - b.numel() for a, b in zip(real.parameters(), made.parameters(), strict=True)]
+        numbers = max(less, default=0) if passes.accumulates else sum(less)  # added to what is there, one by one
+        found.append(numbers * (passes.dtype.itemsize if passes.plain else 4))
+    return found
 
 
 def _lengths(block: int, outline: PreTrainedModel) -> list[int]:
@@ -160,6 +193,15 @@ def _extrapolated(lengths: Sequence[int], values: list[float], config: Config) -
 def _cut(config: Config, outline: PreTrainedModel, sizes: tuple[int, int], passes: Passes) -> Objective:
     """A model's first layers with a small vocabulary (`sizes`), with random weights, made ready as for a run."""
     settings = shortened(outline.config, len(layers_of(outline)), *sizes)
+    _fewer_experts(settings.get_text_config())
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    takes = 12.0 * sum(each.numel() for each in made.parameters())  # with gradients, and those of one more pass
+    if takes > (free := free_memory(passes.device)):
+        raise InputError(
+            f"estimate: to measure the layers takes {takes / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free on the "
+            f"{passes.device.type}; run it on a machine with more memory"
+        )
     attention = config.model.attention
     if passes.device.type == "cpu" and "flash" in (attention or ""):
         attention = "sdpa"  # which keeps as much
@@ -176,6 +218,22 @@ def _cut(config: Config, outline: PreTrainedModel, sizes: tuple[int, int], passe
     model.to(passes.device)
     tied = cpu.speed_up(model, training=True, linear=not config.model.compile, keep_memory=False)
     return Objective(model, tied, experts.find(model, config.model.balance_weight)).train()
+
+
+def _fewer_experts(settings: PreTrainedConfig) -> None:
+    """Leave experts out, in place, beyond those that a token has: each token keeps what it has by the chosen ones."""
+    if (getattr(settings, "n_group", None) or 1) > 1:  # which are chosen from groups
+        return
+    chosen = first_number(settings, CHOSEN)
+    for name in EXPERTS if chosen else ():
+        if isinstance(number := getattr(settings, name, None), int) and number > 2 * (chosen or 1):
+            setattr(settings, name, 2 * (chosen or 1))
+
+
+def first_number(settings: PreTrainedConfig, names: tuple[str, ...]) -> int | None:
+    """The value of the first of some settings that is there."""
+    values = (getattr(settings, name, None) for name in names)
+    return next((each for each in values if isinstance(each, int)), None)
 
 
 def shortened(config: PreTrainedConfig, layers: int, most: int, vocabulary: int) -> PreTrainedConfig:

@@ -44,7 +44,8 @@ def build(
         source = f"the {type(model).__name__}"
         check_given(model, source)
     elif config.model.name_or_path is not None:
-        model = load(paths.find(config.model.name_or_path, "model.name_or_path"), config.model.attention)
+        name = paths.find(config.model.name_or_path, "model.name_or_path")
+        model = load(name, config.model.attention, trained=True)
         source = f"model {config.model.name_or_path}"
     else:
         model, source = _from_scratch(config, tokenizer, padded), "model.architecture"
@@ -56,7 +57,8 @@ def outline(config: Config, tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrai
     weights: Weights
     if config.model.name_or_path is not None:
         source = f"model {config.model.name_or_path}"
-        model, weights = outline_of(paths.find(config.model.name_or_path, "model.name_or_path"), config.model.attention)
+        name = paths.find(config.model.name_or_path, "model.name_or_path")
+        model, weights = outline_of(name, config.model.attention, trained=True)
     else:
         model, source = _from_scratch(config, tokenizer, whole=False), "model.architecture"
 
@@ -147,7 +149,7 @@ def _from_scratch(
 
     def made(attention: str | None, padding: int | None) -> PreTrainedModel:
         model_config = configuration(architecture, tokenizer, config.data.block_size, padding)
-        check_size(model_config, "model.architecture")
+        check_size(model_config, "model.architecture", trained=True)
         model = _as_before(model_config, config) if padded else on_meta(model_config, attention)
         if whole and not padded:
             initialise(model, config.run.seed)

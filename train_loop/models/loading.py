@@ -38,12 +38,15 @@ _TABLE = re.compile(r"(^|\.)(masked_bias|inv_freq|position_ids)$")
 _FLOATS = re.compile(r"B?F\d")  # F32, BF16, F8_E4M3, ...
 
 
-def load(name_or_path: str, attention: str | None = None, place: Place | None = None) -> PreTrainedModel:
+def load(
+    name_or_path: str, attention: str | None = None, place: Place | None = None, trained: bool = False
+) -> PreTrainedModel:
     """A model from the Hub or a local folder, in fp32, with exactly the weights that its files hold.
 
     If `place` is given, it gets each of them, converted as Transformers converts them, and the model that is returned
     has none: it stays on torch's meta device. Neither code nor pickles, which may be code, are read. Raises InputError
-    if a file is damaged, is not what the configuration says, or holds what is no weight.
+    if a file is damaged, is not what the configuration says, or holds what is no weight; or if the model cannot fit
+    into memory, with gradients and moments if it is to be `trained`.
     """
     where = f"model {name_or_path}"
     settings = _settings(name_or_path)
@@ -51,7 +54,7 @@ def load(name_or_path: str, attention: str | None = None, place: Place | None = 
     placing = _Placing(place)
 
     def build(attention: str | None) -> tuple[PreTrainedModel, dict[str, Any]]:
-        check_size(settings, where)
+        check_size(settings, where, trained)
         with placing.instead() if place is not None else nullcontext():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name_or_path,
@@ -94,10 +97,12 @@ def load(name_or_path: str, attention: str | None = None, place: Place | None = 
     return model
 
 
-def outline_of(name_or_path: str, attention: str | None = None) -> tuple[PreTrainedModel, Weights]:
+def outline_of(
+    name_or_path: str, attention: str | None = None, trained: bool = False
+) -> tuple[PreTrainedModel, Weights]:
     """Like `load`, but on torch's meta device, to be sharded before it gets its weights; and what gives it those."""
     settings = _settings(name_or_path)
-    check_size(settings, f"model {name_or_path}")
+    check_size(settings, f"model {name_or_path}", trained)
     model = on_meta(settings, attention)
     with suppress(OSError):  # then it keeps what its configuration says, as in Transformers
         model.generation_config = GenerationConfig.from_pretrained(name_or_path)
@@ -105,7 +110,9 @@ def outline_of(name_or_path: str, attention: str | None = None) -> tuple[PreTrai
         del model.config.auto_map
 
     def weights(place: Place) -> None:
-        load(name_or_path, attention, place)
+        loaded: Any = load(name_or_path, attention, place)
+        if hasattr(loaded, "_weight_conversions"):  # which Transformers reverses on saving
+            model._weight_conversions = loaded._weight_conversions
 
     return model, weights
 

@@ -1,12 +1,13 @@
 """How large a model would be, found without allocating it, so that no mistake in a number fills the memory."""
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
-import psutil
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
@@ -14,12 +15,13 @@ from torch.nn.modules.module import (
 )
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from train_loop import devices
 from train_loop.errors import InputError
 
 _MOST_TENSORS = 100_000
 """More than any model has; the largest have some 10,000, as an expert's matrices are in one tensor with the others'."""
 _MOST_LAYERS = 10_000
-_BYTES = 4  # of a weight, in fp32
+_BYTES, _TRAINED_BYTES = 4, 16  # of a weight in fp32: alone, and with its gradient and both moments
 
 
 def check_numbers(settings: Any, where: str) -> None:
@@ -40,15 +42,57 @@ def outline(config: PreTrainedConfig, where: str) -> PreTrainedModel:
         return _made(config)
 
 
-def check_size(config: PreTrainedConfig, where: str) -> None:
-    """Refuse a model without layers, or whose weights alone exceed this machine's memory. InputError with both sizes.
+class Room(NamedTuple):
+    """Memory that a model has to fit into: of a device, or (as `where` says) of this machine.
 
-    The model is made on torch's meta device, and only up to the limit.
+    `processes` have it together. Each holds one of `shards` parts of a weight.
+    """
+
+    bytes: int
+    where: str
+    processes: int
+    shards: int
+
+    def takes(self, bytes_: float) -> float:
+        """What is taken of it if the whole model takes so many bytes."""
+        return bytes_ * self.processes / self.shards
+
+
+def check_size(config: PreTrainedConfig, where: str, trained: bool = False) -> None:
+    """Refuse a model without layers, or one that cannot fit into memory. Raises InputError with both sizes.
+
+    What has to fit are weights or, if it is to be `trained`, weights, gradients and moments: what this process holds of
+    them, and on this machine all its processes together. Whatever else a run takes, only `train-loop estimate` tells.
+    The model is made on torch's meta device, and not far beyond the limit.
     """
     _check_layers(config, where)
-    memory = psutil.virtual_memory().total + psutil.swap_memory().total
-    with _counted(memory // _BYTES, where, memory), torch.device("meta"):
-        _made(config)
+    device, host = _rooms()
+    # What is tied later counts twice here, so that only what is far too large is not made to its end.
+    with _counted(4 * host.bytes / host.takes(_BYTES), where, host.bytes), torch.device("meta"):
+        weights = sum(each.numel() for each in _made(config).parameters())
+    for room in {device, host}:
+        trains = trained and room is device
+        if (takes := room.takes(weights * (_TRAINED_BYTES if trains else _BYTES))) > room.bytes:
+            what = "weights, gradients and moments" if trains else "weights"
+            cure = "choose a smaller model, or let more GPUs share it (configs/accelerate/fsdp2.yaml)"
+            sizes = f"take {takes / 1e9:,.1f} GB {room.where}, which has {room.bytes / 1e9:,.1f} GB"
+            raise InputError(f"{where}: the {what} of its {weights:,} parameters {sizes}; {cure}")
+
+
+def _rooms() -> tuple[Room, Room]:
+    """The memory of this process's device and that of this machine, which are the same on a CPU."""
+    local = shards = 1
+    device = torch.device("cpu")
+    if AcceleratorState._shared_state:  # else no processes were started
+        state = AcceleratorState()
+        local, device = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)), state.device
+        if state.is_fsdp2:
+            mesh = getattr(state, "parallelism_config", None)
+            shards = state.num_processes // (1 if mesh is None else mesh.dp_replicate_size)
+    host = Room(devices.memory(torch.device("cpu")), "on this machine", local, shards)
+    if device.type == "cpu":
+        return host, host
+    return Room(devices.memory(device), f"on {devices.name(device)}", 1, shards), host
 
 
 def _check_layers(config: PreTrainedConfig, where: str) -> None:
@@ -67,11 +111,13 @@ def _made(config: PreTrainedConfig) -> PreTrainedModel:
 def _counted(most: float, where: str, memory: int) -> Iterator[None]:
     """Within this context, no more than `most` weights can be made."""
     weights = tensors = 0
+    counted: dict[int, torch.Tensor] = {}  # holds them, so that no other gets the same id
 
     def count(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
         nonlocal weights, tensors
-        if tensor is None:
+        if tensor is None or id(tensor) in counted:  # it is registered once more to be tied
             return
+        counted[id(tensor)] = tensor
         weights, tensors = weights + tensor.numel(), tensors + 1
         if weights > most or tensors > _MOST_TENSORS:
             size = f"{weights * _BYTES / 1e9:,.0f} GB or more in fp32"

@@ -91,13 +91,14 @@ def memory(positions: int, weight: tuple[int, int], types: tuple[torch.dtype, to
     `types` are those of the weight and of the products. Bytes are kept until the backward pass, and are taken at most.
     """
     (vocabulary, width), (held, computed) = weight, types
-    chunk = min(positions, chunk_size(device, vocabulary))
-    plain = computed == torch.float32 and device == "cpu"
-    rounded = computed.itemsize if held != computed else 0
-    product = 0 if plain or (chunk == positions and computed == torch.float32) else computed.itemsize
-    gradient = computed.itemsize if computed != torch.float32 else 0
-    most = vocabulary * width * (4 + rounded + product) + chunk * vocabulary * (4 + gradient)
-    return Memory(vocabulary * width * held.itemsize, most)
+    size, chunk = computed.itemsize, min(positions, chunk_size(device, vocabulary))
+    matrix, logits = vocabulary * width, vocabulary * chunk
+    if computed == torch.float32 and device == "cpu":
+        return Memory(held.itemsize * matrix, 4 * (matrix + logits))
+    first = chunk == positions  # and only: there is no sum yet that its gradient is added to
+    adding = (size if first and size == 4 else 4 + size) * matrix + size * logits
+    rounded = size * matrix if held != computed else 0
+    return Memory(held.itemsize * matrix, rounded + max(adding, (0 if first else 4 * matrix) + (4 + size) * logits))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
