@@ -7,7 +7,7 @@
 Each type gets a configuration of a few ten thousand weights (`small`) and a run of four steps on made-up text. It is
 looked whether its earlier logits move if later tokens change, what of it decays, whether `evaluate` finds the logged
 loss again, whether the exported model passes its verification, whether tokens sampled with a cache are those sampled
-without, and whether a run that is resumed from step 2 ends in the same bits.
+without, and whether a run that is resumed from step 2 ends in the same bits. Experts are balanced, if it has some.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architectures.md"
-COLUMNS = ("train", "causal", "decay", "evaluate", "export", "sample", "resume")
+COLUMNS = ("train", "causal", "decay", "evaluate", "export", "sample", "resume", "experts")
 ENTRIES = 300  # of the vocabulary
 SECONDS = 180  # at most, for one type
 
@@ -72,13 +72,16 @@ UNSET = {
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 NEEDS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "beam": {"mlp_layer_types": ["dense", "sparse"]},
     "codegen": {"n_head": 4, "rotary_dim": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 1, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1},
     "dots3_note_text": {"head_dim": 16},
     "falcon_h1": {"mamba_d_ssm": 32},
+    "flint": {"mlp_only_layers": []},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_text": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -207,6 +210,7 @@ def attempt(model_type: str, folder: Path, verify: bool = True) -> dict[str, str
         "evaluate": cell(lambda: evaluated(run, settings)),
         "sample": cell(lambda: sampled(run)),
         "resume": cell(lambda: resumed(run, settings)),
+        "experts": cell(lambda: balanced(run, sheet["experts"], settings)),
     }
 
 
@@ -311,6 +315,24 @@ def resumed(run: Path, settings: list[str]) -> str:
     return "yes, to the bit" if contents(run) == before else "no: other weights"
 
 
+def balanced(run: Path, experts: dict[str, Any] | None, settings: list[str]) -> str:
+    """How many experts a token gets, and how they are scored, if another run can balance them."""
+    if experts is None:
+        return "-"
+    other = run.with_name(f"{run.name}-balanced")
+    changes = {"run.output_dir": other, "train.max_steps": 2, "model.balance_weight": 0.1, "export.verify": "false"}
+    given = dict(zip(settings[::2], settings[1::2], strict=True)) | {f"--{key}": changes[key] for key in changes}
+    code, _, err = call("train", *(str(part) for pair in given.items() for part in pair))
+    events = [] if code else [json.loads(each) for each in (other / "metrics.jsonl").read_text("utf-8").splitlines()]
+    shutil.rmtree(other, ignore_errors=True)
+    if code:
+        return "no: " + err.strip().splitlines()[-1]
+    if not all(event["balance_loss"] >= min(experts["top"]) * 0.5 for event in events if event["event"] == "step"):
+        return "no: a balance that cannot be"
+    top, number, kind = ("/".join(map(str, experts[name])) for name in ("top", "experts", "kind"))
+    return f"{top} of {number}, {kind}"
+
+
 def contents(run: Path) -> dict[Path, str]:
     """SHA-256 of all weights and moments."""
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in run.rglob("*.safetensors")}
@@ -372,6 +394,8 @@ steps, on a CPU:
 - **export**: a clean process without train_loop finds the exported model's weights, loss and greedy tokens.
 - **sample**: greedy tokens with a cache are those without one; if the model takes positions, also in a batch.
 - **resume**: set back to a checkpoint, the run ends in the same bits.
+- **experts**: how many of a layer's experts a token gets, and what makes scores of the router's output. All these types
+  can be [balanced](own-data.md#mixtures-of-experts).
 
 Types that have `is_decoder` (BERT and its relatives) are causal only with `is_decoder: true`, XLNet with
 `attn_type: uni`, XLM with `causal: true`. Without it, they are refused.

@@ -165,8 +165,12 @@ def test_what_is_recomputed_has_one_name_in_all_places(
     assert value == expected and type(value) is type(expected)
     named = config_from_arguments(["--config", str(file), "--model.activation_checkpointing", str(expected)])
     assert shared_settings(named) == shared_settings(typed)
+    stored = to_dict(typed)["model"]["activation_checkpointing"]
+    assert stored == {"full": True, "none": False}.get(str(expected), expected)  # older versions read these
+    written.write_text(to_yaml(typed), encoding="utf-8")
+    assert config_from_arguments(["--config", str(written)]) == typed
     old = to_dict(typed)
-    old["model"]["activation_checkpointing"] = given == "true"  # as a checkpoint of before has it
+    old["model"]["activation_checkpointing"] = not stored  # a run may go on with another value
     assert differences(old, to_dict(typed)) == []
 
 

@@ -1,6 +1,7 @@
 """The balance of experts on one, two and three processes, with DDP and FSDP2, in micro-batches of any size."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,10 @@ def test_shares_of_experts_do_not_depend_on_processes(runs: Path, world: str) ->
 
     assert len(shares("1")) == 2 * 2 * 2 * 4  # steps, layers, kinds, experts
     assert shares(world) == pytest.approx(shares("1"), abs=1e-5)
+
+
+def test_a_weight_for_a_model_without_experts_is_one_line(settings: Callable[..., list[str]]) -> None:
+    (outcome,) = several(2, [["train", *settings(model__balance_weight=0.1)]])
+    assert outcome.codes == [2, 2]
+    lines = [line for line in outcome.err.splitlines() if line.startswith("train-loop: ")]
+    assert len(lines) == 1 and "model.balance_weight: GPT2LMHeadModel has no router" in lines[0]

@@ -41,7 +41,10 @@ def test_processes_that_agree_have_no_difference() -> None:
     ("changes", "expected"),
     [
         ({"versions": {"torch": "1.0"}}, "the version of torch is"),
-        ({"versions": {"nccl": "2.30.0"}}, "the version of nccl is None on process 0 (alpha) and 2.30.0 on process 2"),
+        (
+            {"versions": {"nccl": "2.30.0"}},
+            "the version of nccl is None on process 0 (alpha) and 2.30.0 on process 2",
+        ),
         (
             {"settings": {"optimizer.eps": 0.5}},
             "the configuration differs: optimizer.eps is 1e-08 on process 0 (alpha)",
@@ -79,6 +82,20 @@ def test_two_processes_on_one_device_are_named(
     ]
     found = preflight.verdict(told)
     assert "roster" in found if expected is None else expected in found["mistake"]
+
+
+def test_a_launcher_has_to_choose_the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("WORLD_SIZE", "3"),
+        ("ACCELERATE_USE_FSDP", "true"),
+        ("PARALLELISM_CONFIG_DP_SHARD_SIZE", "2"),
+    ):
+        plain = preflight.report({})
+        monkeypatch.setenv(name, value)
+        found = preflight.difference([plain, preflight.report({})])
+        assert (
+            found is not None and f"{name} is not set on process 0 (" in found and f"and {value} on process 1" in found
+        )
 
 
 def test_paths_may_differ_between_hosts_and_nothing_else() -> None:

@@ -39,6 +39,7 @@ def test_a_sharded_run_is_exported_and_replayed(
     assert [trained.codes, replayed.codes, changed.codes] == [[0, 0]] * 3, (trained, replayed, changed)
 
     assert "exported model verified in a clean process: all weights, loss " in trained.err
+    assert "export         files of at most 40KB; a clean process compares all weights, and loss and" in trained.err
     assert len(list((run / "model").glob("model-*.safetensors"))) > 3
     weights = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).state_dict()
     found, _ = storage.newest(run / "checkpoints")
@@ -46,7 +47,8 @@ def test_a_sharded_run_is_exported_and_replayed(
     parts = storage.opened(found)
     assert all(torch.equal(weights[name], parts.read(name)) for name in parts.shapes)
 
-    at_8, at_3 = map(json.loads, replayed.out.splitlines())  # once, though two processes found it
+    at_8, at_3 = map(json.loads, replayed.out.splitlines())
+    assert replayed.others == changed.others == ""
     assert "bit for bit" in page.read_text()
     for each in (at_8, at_3):
         assert each["verification"]["verdict"] == "bits" and each["verification"]["kind"] == []

@@ -83,6 +83,9 @@ def test_files_are_those_of_save_pretrained(name: str, tmp_path: Path) -> None:
         sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
         if size == "10KB" and name in MERGED:  # experts are split, too
             assert max(sizes) < 10_000 + 8_000  # and a header
+            total = sum(tensor.nbytes for tensor in tensors_once(model).values())
+            assert json.loads((folder / weights.INDEX).read_text())["metadata"]["total_size"] == total
+            assert len(sizes) < 2 * total / 10_000
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])

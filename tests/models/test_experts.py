@@ -182,8 +182,9 @@ def test_evaluation_does_not_count() -> None:
     assert found is not None
     objective = Objective(model, experts=found).train()
     with evaluating(objective):
-        objective(inputs, targets, statistics=True)
         objective(inputs, targets)
+        objective(inputs, targets, statistics=True)
+        assert not found._outputs
     with torch.no_grad():
         objective(inputs, targets)
     assert not found.sums
@@ -262,6 +263,18 @@ def test_weight_is_the_configurations_own_by_default(
     found = experts.find(made(name, **changes), asked)
     assert found is not None
     assert found.weight == weight
+
+
+def test_a_model_that_is_trained_again_is_only_watched_once() -> None:
+    model, (inputs, targets) = made("mixtral"), batch()
+    first, second = experts.find(model, 0.5), experts.find(model, 0.5)
+    assert first is not None and second is not None
+    Objective(model, experts=second).train()(inputs, targets)
+    assert not first._outputs and len(second.sums) == 1
+    assert experts.find(model, 0.0) is not None
+    model(input_ids=inputs)
+    hooked = [each for module in model.modules() for each in (module._forward_hooks, module._forward_pre_hooks)]
+    assert not any(hooked)  # nothing stays where nothing is balanced
 
 
 def test_model_without_experts_has_no_balance() -> None:

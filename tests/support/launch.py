@@ -80,12 +80,13 @@ def launchers(number: int, options: Sequence[str], variables: dict[str, str]) ->
 
 
 class Outcome(NamedTuple):
-    """What a command of `several` came to; `codes` are those of all processes, the rest is the first one's."""
+    """What a command of `several` came to: `codes` of all processes, `others` is what all but the first printed."""
 
     code: int
     out: str
     err: str
     codes: list[int]
+    others: str
 
 
 def several(
@@ -149,4 +150,7 @@ def _outcomes(number: int, commands: Sequence[Sequence[Any]], start: Callable[..
         todo.write_text(json.dumps(commands))
         start(str(todo), str(done))
         found = [json.loads(done.with_name(f"{done.name}.{rank}").read_text()) for rank in range(number)]
-        return [Outcome(*each[0], codes=[code for code, _, _ in each]) for each in zip(*found, strict=True)]
+        return [
+            Outcome(*each[0], codes=[code for code, _, _ in each], others="".join(out for _, out, _ in each[1:]))
+            for each in zip(*found, strict=True)
+        ]

@@ -26,7 +26,7 @@ from train_loop.analysis.trial_step import evaluating, without_effect
 from train_loop.config.schema import Config
 from train_loop.data import duplicates
 from train_loop.data.loader import IGNORED
-from train_loop.distributed import launch, sharding
+from train_loop.distributed import hsdp, launch
 from train_loop.distributed.collectives import describe_ranks, unsharded
 from train_loop.errors import InputError, one_line
 from train_loop.models import activation_checkpointing, causality, experts
@@ -70,8 +70,8 @@ def measure(run: Run) -> dict[str, Any]:
         "processes": {
             "asked": launch.asked_for() or 1,
             "present": accelerator.num_processes,
-            "parallelism": sharding.parallelism(accelerator),
-            **sharding.sizes(accelerator),
+            "parallelism": hsdp.parallelism(accelerator),
+            **hsdp.sizes(accelerator),
             "each": describe_ranks(accelerator),
         },
         "precision": {
@@ -95,6 +95,7 @@ def measure(run: Run) -> dict[str, Any]:
             "compiled": config.model.compile,
             "activation_checkpointing": activation_checkpointing.recomputed(model) or False,
         },
+        "export": {"max_shard_size": config.export.max_shard_size, "sharded": accelerator.is_fsdp2},
         "operations_per_token": context.clock.operations,
         "products": products.told(accelerator.device),
         "data": run.data.fingerprint,
@@ -138,8 +139,8 @@ def check(sheet: dict[str, Any]) -> None:
     if not loss["difference"] <= loss["tolerance"]:
         raise InputError(
             f"truth sheet: the training loss is {loss['value']:.6f} ({loss['path']}), but the model's own is "
-            f"{loss['own']:.6f}; the model adds something to its loss (for its experts, say) that train_loop does not "
-            "know about; turn that off in its configuration"
+            f"{loss['own']:.6f}; the model adds something to its loss that train_loop does not know about; turn "
+            "that off in its configuration"
         )
     if sheet["documents"]["isolated"] and sheet["documents"]["cross"]:
         raise InputError(cannot_isolate(sheet["model"]["class"], sheet["model"]["attention"]))
@@ -175,7 +176,7 @@ def table(sheet: dict[str, Any]) -> str:
     weights, gradients, moments = (" and ".join(precision[name]) for name in ("parameters", "gradients", "moments"))
     bitwise = sheet["reproducible"] == "bitwise"
     idle = max(0, found["present"] - batch["micro_batches_per_step"])
-    sizes = " x ".join(f"{name} {found[name]}" for name in sharding.SIZES if name in found)
+    sizes = " x ".join(f"{name} {found[name]}" for name in hsdp.SIZES if name in found)
     rows = {
         "processes": f"{found['present']} of {found['asked']} asked for, "
         + (f"{found['parallelism']} ({sizes})" if sizes else found["parallelism"])
@@ -216,6 +217,11 @@ def table(sheet: dict[str, Any]) -> str:
         f"{min(rates['warmup_steps'], batch['steps'] - 1)} steps of warm-up, {rates['last_step']:.3g} at the end "
         f"({rates['schedule']})",
     }
+    if sheet["export"]["sharded"]:
+        rows["export"] = (
+            f"files of at most {sheet['export']['max_shard_size']}; a clean process compares all weights, and loss and "
+            f"tokens if more than {4 * parameters['total'] / 1e9:,.1f} GB of memory are free at the end"
+        )
     rows = {name: text for name, text in rows.items() if text}
     lines = [*rows.items(), *(("careful", remark) for remark in sheet["remarks"])]
     return "\n".join(f"{name:13}  {text}" for name, text in lines)

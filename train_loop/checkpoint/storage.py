@@ -46,7 +46,7 @@ _NAME = re.compile(r"step-\d{8,}")
 _OLD_TEMPORARY = re.compile(r"tmp-(removed-)?step-\d{8,}")  # as 0.1.0 named what it had not finished
 _FILE = re.compile(r"(model|optimizer)-\d{5}-of-\d{5}\.safetensors|state\.json|manifest\.json")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_MOST_SEEN_BYTES = 1 << 28  # of mapped files
+_MOST_SEEN_BYTES = 1 << 26  # of mapped files
 
 
 class Shard(NamedTuple):

@@ -158,7 +158,11 @@ def check_config(config: Config) -> None:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The settings as plain nested dictionaries."""
-    return dataclasses.asdict(config, dict_factory=lambda pairs: {key_of(name): value for name, value in pairs})
+    values = dataclasses.asdict(config, dict_factory=lambda pairs: {key_of(name): value for name, value in pairs})
+    recompute = values["model"]["activation_checkpointing"]
+    # As older versions call it, so that they can go on with a run.
+    values["model"]["activation_checkpointing"] = {"none": False, "full": True}.get(recompute, recompute)
+    return values
 
 
 def to_yaml(config: Config) -> str:

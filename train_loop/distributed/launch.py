@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from train_loop import compat, devices
 from train_loop.config.schema import RunConfig
 from train_loop.console import say
-from train_loop.distributed import sharding, shards
+from train_loop.distributed import hsdp, shards
 from train_loop.distributed.heartbeat import Heartbeat
 from train_loop.errors import InputError, one_line
 
@@ -31,7 +31,7 @@ def start(run: RunConfig, heartbeat: Heartbeat, project_dir: Path | None = None)
     processes don't reach each other in time.
     """
     _check_launcher(run)
-    mesh = sharding.mesh()
+    mesh = hsdp.mesh()
     # Without `cpu`, each of several processes would work alone where there are only CPUs.
     cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.accelerator.current_accelerator(True) is None
     if cpu or parse_flag_from_env("ACCELERATE_USE_CPU"):

@@ -22,8 +22,13 @@ from train_loop.errors import InputError, LostError, one_line
 GOES_ON = "the same command resumes from the newest checkpoint"
 
 
+# Variables in which a launcher chooses how many processes there are, and what they share.
+_CHOICES = ("WORLD_SIZE", "ACCELERATE_USE_FSDP", "FSDP_", "PARALLELISM_CONFIG_")
+
+
 def report(settings: dict[str, Any]) -> dict[str, Any]:
     """What a process reports about itself before it trains."""
+    chosen = {name: value for name, value in os.environ.items() if name.startswith(_CHOICES)}
     told, kind = os.environ.get("LOCAL_RANK"), torch.accelerator.current_accelerator(check_available=True)
     found = versions.installed() | {"python": ".".join(platform.python_version_tuple()[:2])}
     if torch.distributed.is_nccl_available() and kind is not None and kind.type == "cuda":
@@ -34,7 +39,7 @@ def report(settings: dict[str, Any]) -> dict[str, Any]:
         "local": None if told is None else int(told),
         "devices": [] if kind is None or parse_flag_from_env("ACCELERATE_USE_CPU") else devices.identities(kind),
         "versions": found,
-        "settings": settings,
+        "settings": settings | chosen,
     }
 
 
@@ -42,12 +47,12 @@ def difference(reports: list[dict[str, Any]]) -> str | None:
     """The first thing that two processes must share but don't, as a line that names both; None if all agree."""
     first = reports[0]
     for process, other in enumerate(reports):
-        for kind, what, cure in (
-            ("versions", "the version of", "install the same on every host (pip install -c constraints.txt)"),
-            ("settings", "the configuration differs:", "give every host the same settings"),
+        for kind, what, cure, absent in (
+            ("versions", "the version of", "install the same on every host (pip install -c constraints.txt)", None),
+            ("settings", "the configuration differs:", "give every host the same settings", "not set"),
         ):
             for key in sorted(first[kind].keys() | other[kind].keys()):
-                one, two = first[kind].get(key), other[kind].get(key)
+                one, two = (each[kind].get(key, absent) for each in (first, other))
                 if one != two:
                     return (
                         f"{what} {key} is {one} on process 0 ({first['host']}) and {two} on process {process} "

@@ -70,7 +70,7 @@ def other_in_files(folder: Path, files: dict[str, dict[str, str]]) -> list[str]:
 
 def sha256(tensor: torch.Tensor) -> str:
     """The hash of a tensor's bytes."""
-    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def computed(model_folder: str, probe_folder: Path, probe: dict[str, Any], device: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import split_state_dict_into_shards_factory
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -73,8 +73,11 @@ def write(folder: Path, model: PreTrainedModel, parts: Parts, size: str, stop: S
     # Tensors that hold nothing, like the weights.
     empty = {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in _saved(model).items()}
     made, renamed, groups = _conversion(model, empty)
-    split = split_torch_state_dict_into_shards(
-        made, filename_pattern="model{suffix}.safetensors", max_shard_size=bytes_of(size)
+    split = split_state_dict_into_shards_factory(
+        made,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=bytes_of(size),
     )
     dtypes = {empty[name].dtype: parts.dtypes[name] for name in empty}
     places: dict[str, tuple[Path, int]] = {}
@@ -93,7 +96,7 @@ def write(folder: Path, model: PreTrainedModel, parts: Parts, size: str, stop: S
         for name, tensor in ({alone: tensors.pop(group[0])} if alone else _reverted(model, tensors)).items():
             path, first = places[name]
             tensor = tensor.contiguous()
-            found.files[path.name][name] = _sha256(tensor)
+            found.files[path.name][name] = found.weights[group[0]] if alone else _sha256(tensor)
             with open(path, "r+b") as file:
                 file.seek(first)
                 file.write(_bytes(tensor))

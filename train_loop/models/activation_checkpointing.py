@@ -60,7 +60,8 @@ def recompute(model: PreTrainedModel, choice: int | str) -> None:
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for stack in stacks:
         for layer in stack[:: choice if isinstance(choice, int) else 1]:
-            layer.forward = MethodType(_forward_of(type(layer), choice), layer)  # type: ignore[method-assign]
+            kind: Any = type(layer)
+            layer.forward = MethodType(_forward_of(kind, choice), layer)
 
 
 def recomputed(model: PreTrainedModel) -> int | str | None:
@@ -111,7 +112,7 @@ def _chosen(layer: nn.Module) -> Any:
 
 
 @functools.cache
-def _forward_of(kind: type[nn.Module], choice: int | str) -> Callable[..., Any]:
+def _forward_of(kind: Any, choice: int | str) -> Callable[..., Any]:
     """The forward pass of a layer's class, recomputed. All layers share it, so that they are compiled once."""
     forward = kind.forward
 

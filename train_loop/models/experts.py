@@ -45,7 +45,7 @@ class Experts:
         self.sums: list[torch.Tensor] = []
         self._name = type(model).__name__
         self._top = _setting(model, "num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_experts")
-        self._learning = ExitStack()
+        self._hooks, self._learning = ExitStack(), ExitStack()
         self._listening = False
         self._inputs: torch.Tensor | None = None
         self._outputs: list[tuple[str, Any]] = []
@@ -56,9 +56,8 @@ class Experts:
             base.register_forward_hook(self._end),
             *(each.module.register_forward_hook(partial(self._take, name)) for name, each in routers.items()),
         ]
-        if not weight:  # then nothing needs them after the first pass
-            for hook in hooks:
-                self._learning.callback(hook.remove)
+        for hook in hooks:  # without a weight, nothing needs them after the first pass
+            (self._hooks if weight else self._learning).callback(hook.remove)
         for name, module in model.named_modules():
             if name.rpartition(".")[2] == "experts":
                 hook = module.register_forward_pre_hook(self._pass, with_kwargs=True)
@@ -69,7 +68,7 @@ class Experts:
     @torch.compiler.disable
     def _begin(self, module: nn.Module, arguments: Any, named: dict[str, Any]) -> None:
         self._outputs, self._passed = [], []
-        self._inputs = named.get("input_ids")
+        self._inputs = named.get("input_ids", arguments[0] if arguments else None)
         # Layers that run again in the backward pass, to recompute activations, come after `_end`.
         training = module.training and torch.is_grad_enabled() and self.weight > 0
         self._listening = training or not self.is_known
@@ -107,6 +106,11 @@ class Experts:
         self._outputs = [each for each in self._outputs if each[0] in seen]
         if self.weight and not self.routers:
             raise InputError(_no_routers(self._name))
+
+    def leave(self) -> None:
+        """Remove all hooks from the model."""
+        self._hooks.close()
+        self._learning.close()
 
     def attach(self, nll_sum: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The summed nll [] of the forward pass before, unchanged, but with the gradient of its weighted balance, too.
@@ -194,6 +198,9 @@ def find(model: PreTrainedModel, asked: float | None = None) -> Experts | None:
     `asked` is the weight of their balance; by default the configuration's own, if it asks for router logits, else 0.
     Raises InputError for a weight if there is no router, and for an own one that is no number.
     """
+    for hook in list(model.base_model._forward_pre_hooks.values()):
+        if isinstance(earlier := getattr(hook, "__self__", None), Experts):  # of a run before, with the same model
+            earlier.leave()
     weight = _own_weight(model) if asked is None else asked
     routers = routers_of(model)
     if weight and not routers:

@@ -110,7 +110,9 @@ def outline_of(
         del model.config.auto_map
 
     def weights(place: Place) -> None:
-        load(name_or_path, attention, place)
+        loaded: Any = load(name_or_path, attention, place)
+        if hasattr(loaded, "_weight_conversions"):  # which Transformers reverses on saving
+            model._weight_conversions = loaded._weight_conversions
 
     return model, weights
 

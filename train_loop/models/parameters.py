@@ -57,7 +57,7 @@ def tensors_once(model: nn.Module) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        memory = id(tensor) if isinstance(tensor, DTensor) else tensor.data_ptr()
+        memory = id(tensor) if isinstance(tensor, DTensor) or tensor.is_meta else tensor.data_ptr()
         if memory not in seen or tensor.numel() == 0:
             seen.add(memory)
             tensors[name] = tensor

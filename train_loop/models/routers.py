@@ -133,7 +133,7 @@ def _recorded(model: PreTrainedModel) -> Iterator[tuple[nn.Module, int]]:
         recorders = getattr(owner, "_can_record_outputs", None) if isinstance(owner, PreTrainedModel) else None
         given = (recorders or {}).get("router_logits", ())
         for recorder in given if isinstance(given, list | tuple) else [given]:
-            kind = getattr(recorder, "target_class", None) or recorder  # before, only the class was given
+            kind: Any = getattr(recorder, "target_class", None) or recorder  # before, only the class was given
             inside = getattr(recorder, "layer_name", None) or ""
             for name, module in owner.named_modules():
                 if isinstance(kind, type) and isinstance(module, kind) and f".{inside}".rstrip(".") in f".{name}":
