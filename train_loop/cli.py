@@ -393,5 +393,5 @@ def estimate(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    command.__name__: command for command in (prepare, estimate, train, evaluate, sample, inspect, report)
+    command.__name__: command for command in (prepare, train, evaluate, sample, inspect, report, estimate)
 }
