@@ -294,7 +294,7 @@ def set_up(
         check_prompt(language_model, prompt_ids(data.tokenizer, prompt))
     objective = Objective(language_model, experts=experts.find(language_model, config.model.balance_weight))
     prepared = _prepared(accelerator, objective, weights)
-    linear, keep_memory = not config.model.compile, config.run.keep_memory
+    linear, keep_memory = not config.model.compile, config.run.keep_memory and not accelerator.is_fsdp2
     objective.tied = cpu.speed_up(language_model, training=True, linear=linear, keep_memory=keep_memory)
     adamw = optimizer.build(objective, config.optimizer)
     size = config.micro_batch_size
@@ -420,7 +420,8 @@ def evaluate(model: str | Path | PreTrainedModel, config: Config) -> dict[str, A
         data = _data(accelerator, config, tokenizer)
         building.check_fits(language_model, data.tokenizer, config.data.block_size, source)
         objective = _prepared(accelerator, Objective(language_model), weights, training=False)
-        cpu.speed_up(language_model, training=False, keep_memory=config.run.keep_memory)
+        keep_memory = config.run.keep_memory and not accelerator.is_fsdp2
+        cpu.speed_up(language_model, training=False, keep_memory=keep_memory)
         truth_sheet.check_reading(accelerator, objective, config, source)
         batch_size = config.evaluation.batch_size or config.micro_batch_size
         windows = _windows(data.validation, config, data.tokenizer)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from train_loop.errors import InputError, TrainingError, one_line
+from train_loop.ops import cpu
 
 
 def shard(accelerator: Accelerator, module: nn.Module) -> nn.Module:
@@ -21,6 +22,7 @@ def shard(accelerator: Accelerator, module: nn.Module) -> nn.Module:
 
     Raises InputError if it is not known which of its parts are layers, which are gathered one by one.
     """
+    cpu.hand_back_freed_memory()
     plugin = accelerator.state.fsdp_plugin
     layers = plugin.transformer_cls_names_to_wrap or getattr(module, "_no_split_modules", [])
     if plugin.auto_wrap_policy is transformer_auto_wrap_policy and not layers:

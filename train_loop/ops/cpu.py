@@ -18,6 +18,8 @@ from train_loop.ops import products
 from train_loop.ops.cross_entropy import TiedGradient
 from train_loop.ops.dropout import use_cheap_dropout
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of malloc.h
+
 
 def fits(*tensors: torch.Tensor | None) -> bool:
     """Whether `products` takes these tensors: fp32 on the CPU, outside of autocast."""
@@ -148,8 +150,18 @@ def keep_freed_memory() -> bool:
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
-    trim_threshold, mmap_max = -1, -4  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
-    return bool(library.mallopt(mmap_max, 0) and library.mallopt(trim_threshold, -1))
+    return bool(library.mallopt(_M_MMAP_MAX, 0) and library.mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+def hand_back_freed_memory() -> None:
+    """Let the C library, if it is glibc, hand the memory of a tensor back to the kernel as soon as it is freed.
+
+    Otherwise it keeps what several threads have freed in pieces, of which none may be large enough for the next tensor:
+    a sharded step, which gathers and lets go of one layer after another, would take twice the memory that it needs.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "gnu_get_libc_version"):
+        library.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def speed_up(

@@ -74,9 +74,9 @@ def forward_backward(context: StepContext, batch: StepBatch) -> list[torch.Tenso
     losses = []
     for number, micro_batch in enumerate(batch.micro_batches, 1):
         seed_torch(accelerator.device, "dropout", context.seed, batch.index, micro_batch.number)
-        # The ranks' gradients are summed once, after the last micro-batch.
-        last = number == len(batch.micro_batches) and accumulator.sums_ranks
-        with nullcontext() if last else accelerator.no_sync(context.objective):
+        # The ranks' gradients are summed once, after the last micro-batch; in shards, after each, to hold no more.
+        sums = accelerator.is_fsdp2 or (number == len(batch.micro_batches) and accumulator.sums_ranks)
+        with nullcontext() if sums else accelerator.no_sync(context.objective):
             with clock("forward"):
                 micro_batch = micro_batch.to(accelerator.device)
                 nll_sum = context.objective(micro_batch.inputs, micro_batch.targets, micro_batch.positions)
