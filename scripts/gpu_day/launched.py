@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import DistributedType, PartialState
 
 from train_loop.cli import main
+from train_loop.distributed import preflight
 
 
 def over_gloo() -> None:
@@ -19,6 +20,7 @@ def over_gloo() -> None:
         return "gloo", DistributedType.MULTI_GPU
 
     PartialState._prepare_backend = prepare_backend
+    preflight.shared_device = lambda *_: None  # which is a mistake otherwise
 
 
 def shard_on_cpu() -> None:

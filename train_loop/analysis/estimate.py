@@ -51,6 +51,11 @@ class Plan:
         """Of a process in a step, at most."""
         return math.ceil(math.ceil(self.sequences_per_step / self.micro_batch_size) / self.processes)
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether a backward pass adds to gradients that are there, instead of making them."""
+        return self.sharding == "none" and self.micro_batches > 1
+
 
 class Unit(NamedTuple):
     """What FSDP2 gathers at once: its weights, and those that one of `shards` processes holds, as it pads them."""
@@ -115,8 +120,6 @@ class Estimate:
         held, total = sum(unit.held for unit in units), self.parameters
         peak = self.peak(plan)
         found = {"weights": 4.0 * held, "gradients": 4.0 * held, "moments": 8.0 * held}
-        if sharded and plan.micro_batches > 1:
-            found["gradients of several micro-batches"] = 4.0 * total
         if not sharded and plan.processes > 1:
             found["gradients' copy for DDP"] = 4.0 * total
         if self.config.run.reproducible == "bitwise":
@@ -132,16 +135,16 @@ class Estimate:
 
     def _places(self, plan: Plan) -> Iterator[Peak]:
         """The bytes at each place of a step from the second one on, when there are moments."""
-        sharded, rows, accumulates = plan.sharding != "none", plan.micro_batch_size, plan.micro_batches > 1
+        sharded, rows, again = plan.sharding != "none", plan.micro_batch_size, plan.micro_batches > 1
         *units, rest = self.units(plan.shards)
         held, total = sum(each.held for each in (*units, rest)), self.parameters
-        found, tail = self.measured(sharded, accumulates), self._loss(plan)
+        found, tail = self.measured(sharded, plan.accumulates), self._loss(plan)
         wide = self.dtype.itemsize if sharded else 0  # bytes of a number that is gathered
         state = 12.0 * held + (8.0 * total if self.config.run.reproducible == "bitwise" else 0.0)
         if not sharded and plan.processes > 1:
             state += 4.0 * total  # buckets, which DDP sums over the processes
-        # Gradients of earlier micro-batches: FSDP2, too, adds them up whole, and shares them with the last one.
-        grads = 4.0 * total if accumulates else 0.0
+        # Gradients of earlier micro-batches; with FSDP2, a layer's are shared out as soon as they are there.
+        grads = 4.0 * (held if sharded else total) if again else 0.0
         outside = wide * rest.weights  # is gathered first, and stays until the end
         kept = found.before(rows)
 
@@ -164,9 +167,8 @@ class Estimate:
             yield place(layer.backward(rows) + sent, wide * (unit.weights + ahead), loss)
             kept -= layer.kept(rows)
             if sharded:
-                yield place((wide * (not accumulates) + 4) * unit.weights + sent, wide * ahead, loss)
-            grads += 4.0 * unit.held if sharded or not accumulates else 0.0
-            grads -= 4.0 * unit.weights if sharded and accumulates else 0.0
+                yield place((wide + 4) * unit.weights + sent, wide * ahead, loss)
+            grads += 0.0 if again else 4.0 * unit.held
             after = unit.weights
         head, embeddings = self.outline.get_output_embeddings(), self.outline.get_input_embeddings()
         table = 4.0 * sum(each.numel() for each in embeddings.parameters())
@@ -174,14 +176,14 @@ class Estimate:
         joins = tied and self.target == "cpu" and not self.config.model.compile and found.fused
         yield place(0.0 if joins else table, 0.0, loss)
         if sharded:
-            yield place(4.0 * rest.weights * (1 if accumulates else 2), 0.0, 0.0)
+            yield place(8.0 * rest.weights, 0.0, 0.0)
         yield Peak(state + 4.0 * held)
 
     def _loss(self, plan: Plan) -> cross_entropy.Memory:
         """What the output layer takes by itself, if the loss is train_loop's own."""
         sharded = plan.sharding != "none"
         head = self.outline.get_output_embeddings()
-        if head is None or not self.measured(sharded, plan.micro_batches > 1).fused:
+        if head is None or not self.measured(sharded, plan.accumulates).fused:
             return cross_entropy.Memory(0, 0)
         vocabulary, width = head.weight.shape
         held = self.dtype if sharded else torch.float32
