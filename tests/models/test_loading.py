@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GPT2Model, PreTrainedModel
 
 import train_loop
+from scripts.architectures import small
 from tests.support.runs import PATHS, TINY_MODELS, configured
 from train_loop.config.load import load_config
 from train_loop.data import tokenizer
+from train_loop.distributed.shards import Shards
 from train_loop.errors import InputError
-from train_loop.models import building, loading
+from train_loop.models import building, loading, parameters
 
 Tensors = dict[str, torch.Tensor]
 TINY = {"vocab_size": 320, "max_position_embeddings": 64}
@@ -48,10 +50,25 @@ def change(folder: Path, tensors: Callable[[Tensors], Tensors] | None = None, **
 
 
 def refusal(folder: Path) -> str:
+    """Why a folder's model is not loaded, whole or weight by weight."""
     with pytest.raises(InputError, match=r"^[^\n]*$") as error:
         loading.load(str(folder))
     assert str(error.value).startswith(f"model {folder}: ")
+    with pytest.raises(InputError) as in_shards:
+        one_by_one(folder)
+    assert str(in_shards.value) == str(error.value)
     return str(error.value)
+
+
+def one_by_one(folder: Path) -> tuple[PreTrainedModel, str]:
+    """A model that gets its weights as a sharded one does, and their digest."""
+    model, weights = loading.outline_of(str(folder))
+    assert all(each.is_meta for each in [*model.parameters(), *model.buffers()])
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    held = Shards(model)
+    weights(held.place)
+    return model, held.digest()
 
 
 def only(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], Tensors]:
@@ -179,6 +196,27 @@ def test_what_was_saved_is_loaded(kind: str, tokenizer_folder: Path, tmp_path: P
     loaded = loading.load(str(tmp_path)).state_dict()
     assert loaded.keys() == built.state_dict().keys()
     assert all(torch.equal(weight, loaded[name]) for name, weight in built.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mixtral", "qwen3_moe", "gemma2", "mamba"])
+def test_weight_by_weight_it_is_the_same_model(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Transformers converts it (experts are merged), and none of it stays in the model that Transformers fills."""
+    config = CONFIG_MAPPING[kind](**{"vocab_size": 300, "pad_token_id": 0} | small(kind))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    whole = loading.load(str(tmp_path))
+    model, digest = one_by_one(tmp_path)
+    assert digest == parameters.digest(whole)
+    for found, expected in (
+        (model.named_parameters(), whole.named_parameters()),
+        (model.named_buffers(), whole.named_buffers()),
+    ):
+        assert all(one[0] == two[0] and torch.equal(one[1], two[1]) for one, two in zip(found, expected, strict=True))
+    assert model.generation_config.to_dict() == whole.generation_config.to_dict()
+    left = loading.load(str(tmp_path), place=lambda name, values: None)
+    assert all(each.is_meta for each in left.parameters())
+    model.save_pretrained(tmp_path / "again")
+    again, saved = (load_file(folder / "model.safetensors") for folder in (tmp_path / "again", tmp_path))
+    assert again.keys() == saved.keys() and all(torch.equal(again[name], saved[name]) for name in saved)
 
 
 def test_a_model_without_a_head_is_whole_if_the_head_is_tied(copy: Path, model_folder: Path, tmp_path: Path) -> None:

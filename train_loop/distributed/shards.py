@@ -86,10 +86,9 @@ class Shards:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         hashed = int(torch.hash_tensor(whole).item())
         if self._hashes.setdefault(id(tensor), hashed) != hashed:
-            cure = "set tie_word_embeddings to false in config.json"
-            raise InputError(
-                f"config.json ties {name} to another weight, but the files hold other values for it; {cure}"
-            )
+            head = [each for each, other in self._tensors.items() if other is tensor][-1]
+            problem = f"config.json ties {head} to the embeddings, but the files hold other values for it"
+            raise InputError(f"{problem}; set tie_word_embeddings to false in config.json")
         local.copy_(_part(tensor, whole))
 
     def digest(self) -> str:

@@ -51,7 +51,7 @@ def load(
     where = f"model {name_or_path}"
     settings = _settings(name_or_path)
     held = stored(name_or_path)
-    placing = _Placing(place)
+    placing = _Placing(place, where)
 
     def build(attention: str | None) -> tuple[PreTrainedModel, dict[str, Any]]:
         check_size(settings, where, trained)
@@ -135,8 +135,8 @@ class _Placing:
     it replaces the parameters, which FSDP2 then would not know.
     """
 
-    def __init__(self, place: Place | None) -> None:
-        self._place = place
+    def __init__(self, place: Place | None, where: str) -> None:
+        self._place, self._where = place, where
         self._placed: set[str] = set()
         self.infinite: list[str] = []
 
@@ -145,7 +145,10 @@ class _Placing:
         if value.is_floating_point() and value.numel() and not all(each.isfinite() for each in value.aminmax()):
             self.infinite.append(name)
         self._placed.add(name)
-        self._place(name, value)
+        try:
+            self._place(name, value)
+        except InputError as error:
+            raise InputError(f"{self._where}: {error}") from None
 
     @contextmanager
     def instead(self) -> Iterator[None]:
