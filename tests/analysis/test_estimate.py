@@ -103,7 +103,8 @@ def test_a_long_block_is_extrapolated_to_what_it_really_takes(monkeypatch: pytes
 def test_more_processes_take_less_and_longer_micro_batches_more() -> None:
     found = estimate.run(sized(SHAPES["gpt2"]), 4, "fsdp2", 10**9)
     peaks = [each["peak_bytes"] for each in found["micro_batches"]]
-    assert peaks == sorted(peaks)
+    assert peaks[1:] == sorted(peaks[1:])
+    assert peaks[0] > peaks[1]  # two micro-batches on each process: the first one's gradients are there, in shards
     assert [each["micro_batch_size"] for each in found["micro_batches"]] == [1, 2, 4, 8]
     spread = {each["processes"]: each["peak_bytes"] for each in found["spread"]}
     assert spread[1] > spread[2] > spread[4]
