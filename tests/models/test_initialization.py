@@ -81,6 +81,18 @@ def test_a_weight_depends_on_the_seed_and_its_module_alone() -> None:
     assert len(set(drawn)) == len(drawn)  # layers of equal shape start differently
 
 
+@pytest.mark.parametrize(("kind", "table"), [("gpt2", "transformer.wte"), ("gemma2", "model.embed_tokens")])
+def test_a_tied_weight_is_that_of_the_embedding(kind: str, table: str) -> None:
+    """As in Transformers, which ties the output layer after both were made."""
+    found: dict[str, torch.Tensor] = {}
+    initialise(outline(kind), 5, lambda name, values: found.update({name: values.clone()}))
+    assert "lm_head.weight" not in found
+    alone = outline(kind, tie_word_embeddings=False)
+    initialise(alone, 5)
+    assert torch.equal(found[f"{table}.weight"], alone.get_input_embeddings().weight)
+    assert not torch.equal(found[f"{table}.weight"], alone.get_output_embeddings().weight)
+
+
 def test_some_of_them_can_be_made() -> None:
     model, found = outline("llama"), []
     buffers = [name for name, _ in model.named_buffers()]
