@@ -31,7 +31,6 @@ def shard(accelerator: Accelerator, module: nn.Module) -> nn.Module:
         raise InputError(f"FSDP2 {problem}; {cure}")
     parameters = dict(module.named_parameters())
     noted = {name: vars(each) for name, each in parameters.items() if vars(each)}
-    ties = _ties(module)
     on_meta = any(each.is_meta for each in parameters.values())
     # Accelerate wants an optimizer with the module. AdamW comes afterwards, when the parameters are what they will be:
     # on the meta device, Accelerate could not tell them apart.
@@ -40,11 +39,7 @@ def shard(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     except ValueError as error:  # of settings that are the launcher's
         raise InputError(f"FSDP2: {one_line(error)}") from None
     if on_meta:
-        prepared.to_empty(device=accelerator.device)
-        for (owner, key), *others in ties:
-            for other, name in others:
-                other._parameters[name] = owner._parameters[key]
-        prepared.to(accelerator.device)  # moves nothing, but FSDP2 looks again which parameters there are
+        prepared.to_empty(device=accelerator.device)  # shards are exchanged in place, so tied ones stay tied
     for name, parameter in prepared.named_parameters():
         vars(parameter).update(noted.get(name, {}))
     return prepared
@@ -55,16 +50,6 @@ def reshard(module: nn.Module) -> None:
     for each in module.modules():
         if isinstance(each, FSDPModule):
             each.reshard()
-
-
-def _ties(module: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """The places of each tied parameter, the first one first."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for owner in module.modules():
-        for key, parameter in owner._parameters.items():
-            if parameter is not None:
-                places.setdefault(id(parameter), []).append((owner, key))
-    return [each for each in places.values() if len(each) > 1]
 
 
 class Shards:
