@@ -78,14 +78,6 @@ def in_words(choice: int | str | bool) -> str:
     return f", activations recomputed{one_in}" if choice != ATTENTION else ", attention recomputed"
 
 
-def recomputing() -> bool:
-    """Whether this is a backward pass, in which layers run only to be recomputed: whoever counts must not count here.
-
-    A recomputation ends as soon as all that is needed is there, so not every part of a layer runs twice.
-    """
-    return torch._C._current_graph_task_id() != -1
-
-
 def layers(model: nn.Module) -> list[list[nn.Module]]:
     """A model's layers, by the list that they stand in; those inside of other layers are left out.
 
