@@ -37,6 +37,7 @@ def test_a_sharded_model_starts_with_the_bits_of_a_whole_one(
     runs: dict[str, list[str]], tmp_path: Path, number: int
 ) -> None:
     todo, done = tmp_path / "todo.json", tmp_path / "done.json"
+    runs = {name: arguments for name, arguments in runs.items() if number == 3 or "loaded" not in name}
     todo.write_text(json.dumps(runs))
     options = ["--config_file", str(CONFIGS / "fsdp2.yaml"), "--num_processes", str(number)]
     each = launchers(number, options, ON_CPU | {"TESTS_FSDP2_ON_CPU": "true"})
