@@ -87,7 +87,7 @@ def test_a_layer_may_change_what_a_product_returned() -> None:
 def test_a_layer_may_occur_twice_in_half_precision() -> None:
     def gradients(choice: str) -> list[torch.Tensor]:
         model = built(SHAPES["llama"], choice)
-        inner = model.base_model.layers
+        inner: Any = model.base_model.layers
         model.base_model.layers = nn.ModuleList([inner[0], inner[1], inner[0]])
         objective = Objective(model)
         seed_torch(torch.device("cpu"), "dropout", 1)
