@@ -282,12 +282,11 @@ class Parts:
     Files are mapped, not read: what is looked at stays in memory until they are closed, which is done now and then.
 
     Attributes:
-        shapes, dtypes: of all tensors, by name; types in safetensors' words (F32, ...).
+        shapes: of all tensors, by name.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
         self._where: dict[str, list[tuple[int, int | None, Path]]] = {}  # first row, end, file
         self._open: dict[Path, Any] = {}
         self._seen_bytes = 0  # since files were last closed
@@ -295,8 +294,7 @@ class Parts:
             file = self._file(path)
             rows = json.loads((file.metadata() or {}).get("rows", "{}"))
             for name in file.keys():
-                piece = file.get_slice(name)
-                shape, self.dtypes[name] = tuple(piece.get_shape()), piece.get_dtype()
+                shape = tuple(file.get_slice(name).get_shape())
                 first, of = rows.get(name, (0, None))
                 self.shapes[name] = shape if of is None else (of, *shape[1:])
                 self._where.setdefault(name, []).append((first, None if of is None else first + shape[0], path))

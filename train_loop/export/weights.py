@@ -7,24 +7,21 @@
 Transformers renames some weights and takes others apart when it saves them (experts that it has merged), and Hugging
 Face's library says which goes into which file. Both are asked first, with tensors that have shapes, but no memory. So
 every tensor's place is known before the first is read, and nothing has to be kept for later.
-
-A safetensors file is the length of its header (8 bytes, little-endian), the header in JSON, padded with spaces to a
-multiple of 8 bytes, and the tensors' bytes in the header's order (github.com/huggingface/safetensors#format).
 """
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from train_loop.checkpoint import tensor_file
 from train_loop.checkpoint.storage import Parts
 from train_loop.config.parsing import bytes_of
 from train_loop.models.parameters import tensors_once
@@ -32,24 +29,6 @@ from train_loop.signals import StopRequest
 
 INDEX = "model.safetensors.index.json"
 
-# The library sorts by type, the widest first, then by name.
-_TYPES = (
-    "BOOL",
-    "U8",
-    "I8",
-    "F8_E5M2",
-    "F8_E4M3",
-    "I16",
-    "U16",
-    "F16",
-    "BF16",
-    "I32",
-    "U32",
-    "F32",
-    "C64",
-    "F64",
-    "I64",
-)
 _LAYER = re.compile(r".*?\.\d+\.")
 
 
@@ -79,10 +58,10 @@ def write(folder: Path, model: PreTrainedModel, parts: Parts, size: str, stop: S
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=bytes_of(size),
     )
-    dtypes = {empty[name].dtype: parts.dtypes[name] for name in empty}
     places: dict[str, tuple[Path, int]] = {}
     for file, names in split.filename_to_tensors.items():
-        places |= _begin(folder / file, {name: made[name] for name in names}, dtypes)
+        firsts = tensor_file.begin(folder / file, {name: made[name] for name in names}, {"format": "pt"})
+        places |= {name: (folder / file, first) for name, first in firsts.items()}
     if split.is_sharded:
         total = {"total_parameters": model.num_parameters(), **split.metadata}
         index = {"metadata": total, "weight_map": split.tensor_to_filename}
@@ -99,7 +78,7 @@ def write(folder: Path, model: PreTrainedModel, parts: Parts, size: str, stop: S
             found.files[path.name][name] = found.weights[group[0]] if alone else _sha256(tensor)
             with open(path, "r+b") as file:
                 file.seek(first)
-                file.write(_bytes(tensor))
+                file.write(tensor_file.bytes_of(tensor))
 
     for group in groups:
         if stop.asked:
@@ -161,27 +140,5 @@ def _reverted(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[
     return dict(revert_weight_conversion(model, tensors))
 
 
-def _begin(path: Path, tensors: dict[str, torch.Tensor], dtypes: dict[torch.dtype, str]) -> dict[str, tuple[Path, int]]:
-    """Write a file with a header and room for its tensors; returns where the bytes of each have to be."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    first, firsts = 0, {}
-    for name in sorted(tensors, key=lambda name: (-_TYPES.index(dtypes[tensors[name].dtype]), name)):
-        shape, dtype = list(tensors[name].shape), tensors[name].dtype
-        end = first + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": dtypes[dtype], "shape": shape, "data_offsets": [first, end]}
-        firsts[name], first = first, end
-    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
-    with open(path, "xb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + first)
-    return {name: (path, 8 + len(header) + each) for name, each in firsts.items()}
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    """The bytes of a contiguous tensor on the CPU, not copied."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()
-
-
 def _sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(_bytes(tensor.contiguous())).hexdigest()
+    return hashlib.sha256(tensor_file.bytes_of(tensor.contiguous())).hexdigest()
