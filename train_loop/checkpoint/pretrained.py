@@ -15,6 +15,7 @@ from train_loop.data import tokenizer
 from train_loop.errors import InputError, one_line
 from train_loop.models import ends, loading
 from train_loop.models.initialization import Place, Weights, initialise, on_meta
+from train_loop.models.parameters import tensors_once
 from train_loop.models.size import check_size
 
 Loaded: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerFast, Weights | None]
@@ -67,30 +68,41 @@ def _from_run(run: RunFolder, step: int | None, attention: str | None, in_shards
         built = _untrained(run, attention).eval()
         ends.restore(built, run.architecture)
         if in_shards:
-            return built, tokenizer.load(str(run.architecture)), _weights(found, built, attention)
+            return built, tokenizer.load(str(run.architecture)), _weights(run, found, built, attention)
         initialise(built, 0)  # for the buffers that are in no file
         try:
             storage.load_weights(found, built)
         except (OSError, SafetensorError):
             continue
-        except ValueError as error:
-            raise InputError(f"run {run.path}: {error}: they don't fit {run.architecture.name}/config.json") from None
+        except ValueError:
+            raise InputError(_another(run, found)) from None
         loading.check_finite(built, f"checkpoint {found.folder}")
         return built, tokenizer.load(str(run.architecture)), None
     raise InputError(f"run {run.path}: new checkpoints replace old ones faster than they can be read; try again")
 
 
-def _weights(found: storage.CheckpointRef, model: PreTrainedModel, attention: str | None) -> Weights:
+def _weights(run: RunFolder, found: storage.CheckpointRef, model: PreTrainedModel, attention: str | None) -> Weights:
     """What gives a model the weights of a checkpoint."""
     config, names = model.config, {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors_once(model).items()}
 
     def weights(place: Place) -> None:
+        placing = loading.Placing(place, f"checkpoint {found.folder}")
         saved = storage.opened(found)
+        if saved.shapes != shapes:
+            raise InputError(_another(run, found))
         for name in saved.shapes:
-            place(name, saved.read(name))
+            placing.take(name, saved.read(name))
+        placing.refuse_infinite()
         initialise(on_meta(config, attention), 0, place, only=names - saved.shapes.keys())
 
     return weights
+
+
+def _another(run: RunFolder, found: storage.CheckpointRef) -> str:
+    """The error message for a checkpoint whose weights are not those of the run's architecture."""
+    problem = f"{found.folder} holds another model's weights"
+    return f"run {run.path}: {problem}: they don't fit {run.architecture.name}/config.json"
 
 
 def _untrained(run: RunFolder, attention: str | None) -> PreTrainedModel:

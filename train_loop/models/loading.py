@@ -51,7 +51,7 @@ def load(
     where = f"model {name_or_path}"
     settings = _settings(name_or_path)
     held = stored(name_or_path)
-    placing = _Placing(place, where)
+    placing = Placing(place, where)
 
     def build(attention: str | None) -> tuple[PreTrainedModel, dict[str, Any]]:
         check_size(settings, where, trained)
@@ -75,15 +75,14 @@ def load(
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         blame_attention(attention, build, error)
-        problem = f"cannot be loaded from safetensors ({one_line(error)}){paths.no_folder(name_or_path)}"
-        raise InputError(f"{where}: {problem}") from None
+        raise InputError(_unloadable(name_or_path, error)) from None
     if place is not None:
         model.tie_weights()
     _account(model, found, held, where)
     if place is None:
         check_finite(model, where)
     else:
-        _refuse_infinite(placing.infinite, where)
+        placing.refuse_infinite()
         placing.rest(model)
     notes = []
     if (code := unused_code(name_or_path)) is not None:
@@ -97,13 +96,22 @@ def load(
     return model
 
 
+def _unloadable(name: str, error: Exception) -> str:
+    return f"model {name}: cannot be loaded from safetensors ({one_line(error)}){paths.no_folder(name)}"
+
+
 def outline_of(
     name_or_path: str, attention: str | None = None, trained: bool = False
 ) -> tuple[PreTrainedModel, Weights]:
     """Like `load`, but on torch's meta device, to be sharded before it gets its weights; and what gives it those."""
     settings = _settings(name_or_path)
-    check_size(settings, f"model {name_or_path}", trained)
-    model = on_meta(settings, attention)
+    try:
+        check_size(settings, f"model {name_or_path}", trained)
+        model = on_meta(settings, attention)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a library raises if numbers don't fit together
+        raise InputError(_unloadable(name_or_path, error)) from None
     with suppress(OSError):  # then it keeps what its configuration says, as in Transformers
         model.generation_config = GenerationConfig.from_pretrained(name_or_path)
     if hasattr(model.config, "auto_map"):
@@ -128,7 +136,7 @@ def _settings(name_or_path: str) -> PreTrainedConfig:
     return settings
 
 
-class _Placing:
+class Placing:
     """Takes each weight from Transformers as soon as it is converted, instead of the model that it is meant for.
 
     Transformers can load into shards by itself, but only into those of its own FSDP2 setup, in its newest versions; and
@@ -138,12 +146,13 @@ class _Placing:
     def __init__(self, place: Place | None, where: str) -> None:
         self._place, self._where = place, where
         self._placed: set[str] = set()
-        self.infinite: list[str] = []
+        self._infinite: list[str] = []
 
-    def _take(self, name: str, value: torch.Tensor) -> None:
+    def take(self, name: str, value: torch.Tensor) -> None:
+        """Hand a weight on. Raises InputError if it is tied to one that had other values."""
         assert self._place is not None
         if value.is_floating_point() and value.numel() and not all(each.isfinite() for each in value.aminmax()):
-            self.infinite.append(name)
+            self._infinite.append(name)
         self._placed.add(name)
         try:
             self._place(name, value)
@@ -159,7 +168,7 @@ class _Placing:
         def take(model: PreTrainedModel, name: str, value: torch.Tensor, *rest: Any, **more: Any) -> None:
             wanted = getattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], None)
             if wanted is not None and wanted.shape == value.shape:
-                self._take(name, value.detach())
+                self.take(name, value.detach())
             original(model, name, value.detach().to("meta"), *rest, **more)
 
         one_by_one = {"HF_DEACTIVATE_ASYNC_LOAD": "1"}
@@ -173,11 +182,15 @@ class _Placing:
             for name, value in kept.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
 
+    def refuse_infinite(self) -> None:
+        """Refuse weights that were NaN or infinite. Raises InputError, which names some."""
+        _refuse_infinite(self._infinite, self._where)
+
     def rest(self, model: PreTrainedModel) -> None:
         """Place the buffers that are in no file; the model has made them."""
         for name, buffer in model.named_buffers():
             if name not in self._placed:
-                self._take(name, buffer)
+                self.take(name, buffer)
 
 
 def configuration(folder: str, where: str) -> PreTrainedConfig:
