@@ -1,6 +1,7 @@
 """Weights from a seed: keyed by (seed, module), as Transformers draws them, whole or handed on one by one."""
 
 import hashlib
+import math
 from typing import Any
 
 import pytest
@@ -113,3 +114,9 @@ def test_at_most_a_layer_is_whole_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     initialise(model, 0, lambda name, values: None)
     largest = max(sum(each.numel() for each in layer.parameters()) for layer in model.model.layers)
     assert max(alive) <= max(largest, 300 * model.config.hidden_size)
+
+
+def test_what_has_a_value_everywhere_counts_as_made() -> None:
+    infinite = torch.tensor([1.0, math.inf, -math.inf])  # its sum is NaN
+    assert initialization._is_made(infinite) and initialization._is_made(torch.full((3,), 3e38))
+    assert not initialization._is_made(torch.tensor([1.0, math.nan, math.inf]))

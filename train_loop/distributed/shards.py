@@ -13,6 +13,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from train_loop.distributed import gloo
 from train_loop.errors import InputError, TrainingError, one_line
 from train_loop.ops import cpu
 
@@ -38,6 +39,8 @@ def shard(accelerator: Accelerator, module: nn.Module) -> nn.Module:
         prepared, _ = accelerator.prepare(module, torch.optim.SGD([next(iter(parameters.values()))], lr=0.0))
     except ValueError as error:  # of settings that are the launcher's
         raise InputError(f"FSDP2: {one_line(error)}") from None
+    if accelerator.device.type == "cpu" and "gloo" in torch.distributed.get_backend():
+        gloo.use(prepared)
     if on_meta:
         prepared.to_empty(device=accelerator.device)  # shards are exchanged in place, so tied ones stay tied
     for name, parameter in prepared.named_parameters():

@@ -148,7 +148,10 @@ def _blank(empty: torch.Tensor) -> torch.Tensor:
 
 
 def _is_made(value: torch.Tensor) -> bool:
-    return not bool(value.isnan().any()) if value.is_floating_point() else value._version > 0
+    if not value.is_floating_point():
+        return value._version > 0
+    # A sum is ten times as fast; without NaN it is NaN only if there are infinities of both signs.
+    return not bool(value.sum().isnan()) or not bool(value.isnan().any())
 
 
 def _make(model: PreTrainedModel, modules: list[tuple[str, nn.Module]], seed: int) -> None:
