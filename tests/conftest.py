@@ -30,9 +30,21 @@ RUNS = {
     "test_devices.py",
     "test_golden.py",
     "test_old_runs.py",
+    "test_estimate.py",
+    "test_sharded_memory.py",
 }
 """Files whose tests start whole runs in ways of their own."""
-LAUNCHED = ("test_experts.py", "test_launching.py", "test_processes.py", "test_study.py")
+LAUNCHED = {
+    "test_launching.py",
+    "test_processes.py",
+    "test_study.py",
+    "test_hsdp.py",
+    "test_experts.py",
+    "test_shards.py",
+    "test_gloo.py",
+    "test_survival.py",
+}
+"""Files of `distributed` whose tests start several processes."""
 SECONDS = {"cluster": 30.0, "distributed": 8.0, "slow": 15.0, "browser": 2.0, "run": 1.5, "unit": 0.05}
 """What a test takes, roughly, by its marks: long files are begun first, so that no worker is left alone with one."""
 
@@ -56,12 +68,13 @@ def pytest_collection_finish() -> None:
 def place_of(nodeid: str) -> str:
     """What a test stays together with, on one worker."""
     file = nodeid.partition("::")[0]
-    return "processes" if file.split("/")[1] in ("cluster", "distributed") else file
+    folder = file.split("/")[1]
+    return folder if folder in ("cluster", "distributed") else file
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several workers a file stays together, and tests that start processes come one after the other."""
+    """With several workers a file stays together, and so do tests of clusters, and those that start processes."""
     from xdist.scheduler import LoadScopeScheduling
 
     config.option.loadscopereorder = False  # see `SECONDS`
@@ -83,12 +96,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             kind = "cluster"
         elif (folder, file) == ("report", "test_page.py"):
             kind = "browser"
-        elif folder == "distributed" and file in (
-            *("test_launching.py", "test_processes.py", "test_study.py", "test_hsdp.py", "test_experts.py"),
-            "test_shards.py",
-        ):
-            kind = "distributed"
-        elif (folder, file) in (("distributed", "test_survival.py"), ("scripts", "test_one_file_loop.py")):
+        elif (folder == "distributed" and file in LAUNCHED) or file == "test_one_file_loop.py":
             kind = "distributed"
         else:
             kind = "run" if fixtures & {"command", "settings", "run"} or file in RUNS else "unit"

@@ -119,6 +119,7 @@ def test_long_documents_are_one_document(
     assert prepared.train.tokens[first:second].tolist() == [*ids, loaded.eos_token_id]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_a_document(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,7 +120,7 @@ def test_cached_is_uncached(narrow: Narrow, sampling: dict[str, Any], new: int) 
     assert cached == uncached and len(cached) == new
 
 
-@pytest.mark.parametrize("new", [10, LONG])
+@pytest.mark.parametrize("new", [10, pytest.param(LONG, marks=pytest.mark.slow)])
 def test_a_ragged_batch_is_each_alone(narrow: Narrow, new: int) -> None:
     model = narrow.model
     for sampling in (Sampling(new, seed=7), Sampling(new, temperature=0, repetition_penalty=1.3)):
@@ -141,7 +141,7 @@ needs_static_cache = pytest.mark.skipif(
 
 
 @needs_static_cache
-@pytest.mark.parametrize("new", [10, LONG])
+@pytest.mark.parametrize("new", [10, pytest.param(LONG, marks=pytest.mark.slow)])
 def test_a_static_cache_is_a_growing_one(narrow: Narrow, new: int) -> None:
     assert StaticDecoder.fits(narrow.model)
     sampling = Sampling(new, seed=7)
@@ -204,6 +204,7 @@ def test_a_step_that_cannot_be_recorded_is_taken_as_it_is(built: Any, monkeypatc
                 generate(feed, RAGGED, Sampling(20, seed=7), None)
 
 
+@pytest.mark.slow
 @needs_onednn
 @pytest.mark.parametrize("way", [Way(0, ONEDNN), Way(2, ONEDNN), Way(1, TORCH)], ids=str)
 def test_matrices_in_another_order_give_the_same_text(built: Any, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,6 +178,7 @@ def test_recomputed_activations_count_once_with_the_same_gradient(choice: int | 
         torch.testing.assert_close(plain, again, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_compiled_layers_are_balanced_alike_and_share_their_code() -> None:
     """There are more layers than torch would compile the same code for."""
     found_gradients = []

@@ -9,6 +9,7 @@ import pytest
 from tests.support.runs import ROOT
 
 
+@pytest.mark.slow
 def test_what_one_process_does_grows_only_where_the_table_says_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
