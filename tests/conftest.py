@@ -68,13 +68,12 @@ def pytest_collection_finish() -> None:
 def place_of(nodeid: str) -> str:
     """What a test stays together with, on one worker."""
     file = nodeid.partition("::")[0]
-    folder = file.split("/")[1]
-    return folder if folder in ("cluster", "distributed") else file
+    return "processes" if file.split("/")[1] in ("cluster", "distributed") else file
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several workers a file stays together, and so do tests of clusters, and those that start processes."""
+    """With several workers a file stays together, and tests that start processes come one after the other."""
     from xdist.scheduler import LoadScopeScheduling
 
     config.option.loadscopereorder = False  # see `SECONDS`
