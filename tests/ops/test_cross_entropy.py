@@ -1,5 +1,6 @@
 """The output layer's loss: that of all logits, and its gradients, with the logits of one chunk at a time."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,13 +33,14 @@ def test_cross_entropy_is_torchs_in_chunks_of_any_size(chunk: int, biased: bool)
     assert torch.equal(again, mine)
 
 
+@pytest.mark.parametrize("way", ["_in_place", "_rounded", "_compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_that_is_almost_certain_still_has_a_gradient(dtype: torch.dtype) -> None:
+def test_a_token_that_is_almost_certain_still_has_a_gradient(dtype: torch.dtype, way: str) -> None:
     """p - 1 is -0.002 there, and 1 - 0.998 would be 0 or -0.004 in bf16."""
     logits, target = torch.randn(50, 300).to(dtype), torch.randint(0, 300, (50, 1))
     logits.scatter_(1, target, 12.0)
     exact = logits.double().softmax(-1).scatter_add_(1, target, torch.full((50, 1), -1.0).double())
-    nll, gradient = cross_entropy._rounded(logits.clone(), target, torch.ones(50, 1), True)
+    nll, gradient = getattr(cross_entropy, way)(logits.clone(), target, torch.ones(50, 1), True)
     assert gradient is not None and gradient.dtype == dtype
     expected = F.cross_entropy(logits.double(), target[:, 0], reduction="none")
     torch.testing.assert_close(nll[:, 0].double(), expected, rtol=1e-4, atol=1e-6)
@@ -73,7 +75,7 @@ def test_under_autocast_it_is_the_plain_one_to_rounding(
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_it_holds_the_logits_of_a_chunk_only(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None) -> None:
     monkeypatch.setattr(products, "choice", lambda: products.by_one(products.TORCH))  # calls `F.linear`
-    monkeypatch.setattr(cross_entropy, "_CPU_CHUNK", 32)
+    monkeypatch.setattr(cross_entropy, "_CPU_CHUNK", 16 if dtype else 32)  # of fp32; twice as many in 16 bits
     sizes: list[int] = []
     linear = F.linear
     monkeypatch.setattr(F, "linear", lambda *arguments: sizes.append(len(arguments[0])) or linear(*arguments))
@@ -88,3 +90,52 @@ def test_it_holds_the_logits_of_a_chunk_only(monkeypatch: pytest.MonkeyPatch, dt
     nll.backward()
     again = [4, 32, 32, 32] if dtype == torch.float16 else []
     assert sorted(sizes[4:]) == again
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_is_not_a_product_is_compiled_for_gradients(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """torch's meta device stands for a GPU; a CPU computes in place."""
+    chunks: list[int] = []
+
+    def told(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        chunks.append(len(logits))
+        return logits[:, :1].float(), logits
+
+    monkeypatch.setattr(cross_entropy, "_compiled", told)
+    hidden = torch.randn(128, 8, device=device, dtype=torch.bfloat16, requires_grad=True)
+    given = hidden, torch.randn(50, 8, device=device), None, torch.zeros(128, dtype=torch.int64, device=device)
+    _LinearCrossEntropy.apply(*given, IGNORED, 32, None, True)
+    assert chunks == ([32] * 4 if device == "meta" else [])
+    _LinearCrossEntropy.apply(*given, IGNORED, 32, None, False)
+    _LinearCrossEntropy.apply(hidden.detach(), *given[1:], IGNORED, 32, None, True)
+    assert len(chunks) == (4 if device == "meta" else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_16_bits_are_compiled(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Larger chunks than these would not fit."""
+    given: list[Any] = []
+    told = SimpleNamespace(apply=lambda *arguments: given.extend(arguments))
+    monkeypatch.setattr(cross_entropy, "_LinearCrossEntropy", told)
+    hidden, weight = torch.randn(20, 8, dtype=dtype), torch.randn(50, 8)
+    linear_cross_entropy(hidden, weight, None, torch.zeros(20, dtype=torch.int64), IGNORED, None, True)
+    assert given[-1] is (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("vocabulary", [7, 50_257, 128_256, 1 << 31])
+def test_compiled_chunks_are_alike_where_positions_are_a_power_of_two(vocabulary: int) -> None:
+    size = cross_entropy.chunk_size("cuda", vocabulary, torch.bfloat16, True)
+    assert size == 1 or (2 * size * vocabulary <= 1 << 30 and 1 << 16 << 20 == size * ((1 << 16 << 20) // size))
+
+
+def test_sums_in_16_bits_are_added_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_BLOCK", 16)
+    generator = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(9, 50, generator=generator), torch.randn(9, 8, generator=generator)) for _ in range(200)]
+    total = None
+    for a, b in pairs:
+        total = products.add_rounded(total, a.bfloat16(), b.bfloat16())
+    assert total is not None and total.dtype == torch.float32
+    exact = sum(a.bfloat16().double().t() @ b.bfloat16().double() for a, b in pairs)
+    # Each product is rounded to bf16; a total in bf16 would be off by ten times as much.
+    assert float((total - exact).norm() / torch.as_tensor(exact).norm()) < 0.003

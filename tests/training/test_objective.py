@@ -11,6 +11,7 @@ from tests.support.runs import PATHS, TINY_MODELS, batch, configured
 from train_loop.data import tokenizer
 from train_loop.data.loader import IGNORED
 from train_loop.models import building
+from train_loop.training import objective as objective_module
 from train_loop.training.objective import Objective, head_is_plain
 
 
@@ -85,3 +86,17 @@ def test_a_head_that_is_wider_than_the_hidden_states_is_the_models_own_business(
     logits = built.eval()(input_ids=inputs).logits.flatten(0, 1)
     expected = F.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=IGNORED)
     torch.testing.assert_close(Objective(built)(inputs, targets), expected, rtol=1e-6, atol=0)
+
+
+def test_the_loss_is_compiled_for_the_shapes_that_layers_are_compiled_for(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(objective_module, "linear_cross_entropy", lambda *given: told.append(given[-1]))
+    objective = Objective(building.build(configured(TINY_MODELS["gpt2"]), tokenizer.load(str(tokenizer_folder))))
+    inputs, targets = batch()
+    objective(inputs, targets)
+    objective.compiled = {(True, *inputs.shape)}
+    for training, rows in ((True, len(inputs)), (True, 1), (False, len(inputs))):
+        objective.train(training)(inputs[:rows], targets[:rows])
+    assert told == [False, True, False, False]

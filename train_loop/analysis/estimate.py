@@ -188,7 +188,8 @@ class Estimate:
         vocabulary, width = head.weight.shape
         held = self.dtype if sharded else torch.float32
         positions = plan.micro_batch_size * self.config.data.block_size
-        return cross_entropy.memory(positions, (vocabulary, width), (held, self.dtype), self.target)
+        types, compiled = (held, self.dtype), self.config.model.compile
+        return cross_entropy.memory(positions, (vocabulary, width), types, self.target, compiled)
 
 
 def outline(config: Config) -> PreTrainedModel:

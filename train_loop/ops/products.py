@@ -98,6 +98,15 @@ def add(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     _ADD[choice().add](total, a.t(), b)
 
 
+def add_rounded(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """A total in fp32 [m, n], or nothing yet, and A^T B for A [rows, m], B [rows, n] in 16 bits on the CPU."""
+    if total is None:
+        return (a.t() @ b).float()
+    for first in range(0, len(total), _BLOCK):  # so few that they stay in the cache until they are added
+        total[first : first + _BLOCK] += (a[:, first : first + _BLOCK].t() @ b).float()
+    return total
+
+
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 

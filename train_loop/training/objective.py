@@ -131,7 +131,8 @@ class Objective(nn.Module):
         hidden, head = self._hidden(inputs, positions), self._head()
         weight: torch.Tensor = head.weight
         bias: torch.Tensor | None = head.bias
-        return linear_cross_entropy(hidden, weight, bias, targets, IGNORED, self.tied)
+        compiled = self.compiled is not None and (self.training, *inputs.shape) in self.compiled
+        return linear_cross_entropy(hidden, weight, bias, targets, IGNORED, self.tied, compiled)
 
     def _hidden(self, inputs: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         """Last hidden states [batch * block, width]."""
