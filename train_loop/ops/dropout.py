@@ -6,7 +6,6 @@ torch's own dropout draws from MKL, whose random numbers took 4 % of a training 
 generator, cut into 16 bits each. p is rounded to 1/65,536, and the rounded p scales what is kept: the mean stays x.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -88,9 +87,14 @@ def _dropped(x: torch.Tensor, bits: torch.Tensor, threshold: int) -> torch.Tenso
     """x without the numbers whose bits are below the threshold; the others are scaled."""
     if torch.compiler.is_compiling():  # torch 2.11 compiles what follows into a gradient of zeros
         return torch.where(bits >= threshold - _STEPS // 2, x, 0) * (_STEPS / (_STEPS - threshold))
+    return _factors(x, bits, threshold).mul_(x)
+
+
+def _factors(like: torch.Tensor, bits: torch.Tensor, threshold: int) -> torch.Tensor:
+    """What dropout multiplies each number by: 0, or the scale."""
     # The comparison writes numbers, because converting a mask of booleans takes four times as long.
-    keep = torch.ge(bits, threshold - _STEPS // 2, out=torch.empty_like(x))
-    return keep.mul_(x).mul_(_STEPS / (_STEPS - threshold))
+    keep = torch.ge(bits, threshold - _STEPS // 2, out=torch.empty_like(like))
+    return keep.mul_(_STEPS / (_STEPS - threshold))
 
 
 def attention(  # noqa: PLR0913  Transformers' own signature
@@ -158,7 +162,8 @@ class _Attention(torch.autograd.Function):
         output = query.new_empty(batch, queries, heads, width)
         for row in range(batch):
             probabilities = _probabilities(query[row], key[row], masks[row], scaling)
-            output[row] = torch.bmm(_dropped(probabilities, bits[row], threshold), value[row]).transpose(0, 1)
+            probabilities *= _factors(probabilities, bits[row], threshold)
+            output[row] = torch.bmm(probabilities, value[row]).transpose(0, 1)
         context.save_for_backward(query, key, value, bits, *([] if mask is None else masks))
         context.scaling, context.threshold = scaling, threshold
         return output
@@ -172,10 +177,10 @@ class _Attention(torch.autograd.Function):
             for each in (query, key, value)
         )
         for row, gradient in enumerate(gradients[0].transpose(1, 2)):
-            kept = functools.partial(_dropped, bits=bits[row], threshold=context.threshold)
             probabilities = _probabilities(query[row], key[row], masks[row] if masks else None, context.scaling)
-            to_value[row] = torch.bmm(kept(probabilities).transpose(1, 2), gradient)
-            to_probabilities = kept(torch.bmm(gradient, value[row].transpose(1, 2)))
+            factors = _factors(probabilities, bits[row], context.threshold)
+            to_probabilities = torch.bmm(gradient, value[row].transpose(1, 2)).mul_(factors)
+            to_value[row] = torch.bmm(factors.mul_(probabilities).transpose(1, 2), gradient)
             to_scores = torch._softmax_backward_data(to_probabilities, probabilities, -1, torch.float32)
             to_scores *= context.scaling
             to_query[row] = torch.bmm(to_scores, key[row])
