@@ -68,8 +68,8 @@ class ModelConfig:
             path of a config.json. Of a pasted config.json, names that mean nothing any more are left out.
         attention: attention implementation (sdpa, eager, flash_attention_2, ...); null leaves the choice to
             Transformers.
-        compile: compile the model's layers with torch.compile, which makes steps faster after a minute or more of
-            compiling.
+        compile: compile the model's layers, and the loss in bf16 on a GPU, with torch.compile, which makes steps faster
+            after a minute or more of compiling.
         activation_checkpointing: what the backward pass computes again instead of keeping it, which takes less memory
             and more time. "full": each layer, for about a third more time. A number: every so many-th layer, beginning
             with the first. "attention": all of a layer but its matrix products with weights, that is, attention, norms,
