@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from train_loop.ops import products
 
 _CPU_CHUNK = 256  # positions whose logits are held at once in fp32: fewer take more time, more take more memory
+_CPU_LOGITS = 1 << 24  # and how many numbers these may be at most
 _CHUNK = 4096  # the same on a GPU
 _LOGITS = 1 << 27  # and how many numbers these may be at most, in fp32: half a gigabyte
 _COMPILED = 1 << 29  # how many where they are held in 16 bits only: a gigabyte
@@ -89,12 +90,17 @@ def linear_cross_entropy(  # noqa: PLR0913
 
 
 def chunk_size(device: str, vocabulary: int, dtype: torch.dtype, compiled: bool = False) -> int:
-    """Positions whose logits are held at once; if compiled, a power of two, so that most often all chunks are alike."""
+    """Positions whose logits are held at once.
+
+    A power of two where chunks that are alike take less time: on a CPU, and if compiled.
+    """
     if device == "cpu":
-        return _CPU_CHUNK * 4 // dtype.itemsize
-    if compiled:
-        return 1 << max(1, _COMPILED // vocabulary).bit_length() - 1
-    return max(1, min(_CHUNK, _LOGITS // vocabulary))
+        return min(_CPU_CHUNK, _power_of_two(_CPU_LOGITS // vocabulary)) * 4 // dtype.itemsize
+    return _power_of_two(_COMPILED // vocabulary) if compiled else max(1, min(_CHUNK, _LOGITS // vocabulary))
+
+
+def _power_of_two(most: int) -> int:
+    return 1 << max(1, most).bit_length() - 1
 
 
 def memory(
