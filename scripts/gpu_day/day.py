@@ -218,7 +218,8 @@ def day(
 
     Args:
         parts: in their order.
-        command: of a part; --json FILE and --seconds N are added.
+        command: of a part; --json FILE and --wait are added. It gets a line with its seconds when it is its turn, and
+            is started while the part before it is at work, because on some hosts its libraries take half a minute.
         output: the folder that results go to.
         ends: the moment, of the monotonic clock, at which the day is over.
         environment: of the parts.
@@ -231,12 +232,26 @@ def day(
     for part in parts:
         for kind in ("json", "txt", "log"):  # an earlier day's
             (output / f"{part.name}.{kind}").unlink(missing_ok=True)
-    for part in parts:
-        due += part.seconds  # what a part leaves is there for those after it
-        seconds = min(due, ends - PATIENCE_SECONDS) - time.monotonic()
-        print(f"{part.name}: {part.about}", flush=True)
-        told.append(run(part, command(part), output, seconds, environment))
-        print((output / f"{part.name}.txt").read_text(encoding="utf-8"), flush=True)
+
+    def start(part: Part) -> subprocess.Popen[bytes]:
+        started = [*command(part), "--json", str(output / f"{part.name}.json"), "--wait"]
+        with open(output / f"{part.name}.log", "wb") as log:
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
+            return subprocess.Popen(started, **pipes, cwd=ROOT, env=environment, start_new_session=True)
+
+    processes = {part: start(part) for part in parts[:1]}
+    try:
+        for part, following in zip(parts, [*parts[1:], None], strict=True):
+            if following is not None:
+                processes[following] = start(following)
+            due += part.seconds  # what a part leaves is there for those after it
+            seconds = min(due, ends - PATIENCE_SECONDS) - time.monotonic()
+            print(f"{part.name}: {part.about}", flush=True)
+            told.append(run(part, processes.pop(part), output, seconds))
+            print((output / f"{part.name}.txt").read_text(encoding="utf-8"), flush=True)
+    finally:
+        for process in processes.values():
+            _end(process)
     whole = {"python": sys.executable, "seconds": round(time.monotonic() - began, 1), "parts": told}
     _write(output / "day.json", json.dumps(whole, indent=1))
     print(summary(told), flush=True)
@@ -244,16 +259,11 @@ def day(
     return int(any(each["ended"] != DONE or each["no"] or each["failed"] for each in told))
 
 
-def run(part: Part, command: list[str], output: Path, seconds: float, environment: dict[str, str]) -> dict[str, Any]:
-    """Run one part, and tell how it ended and what its checks said."""
-    file, log = output / f"{part.name}.json", output / f"{part.name}.log"
+def run(part: Part, process: subprocess.Popen[bytes], output: Path, seconds: float) -> dict[str, Any]:
+    """Let one part begin, and tell how it ended and what its checks said."""
+    file = output / f"{part.name}.json"
     began = time.monotonic()
-    ended = "no time was left for it"
-    if seconds > 1:
-        with open(log, "wb") as printed:
-            ended = _until(
-                [*command, "--json", str(file), "--seconds", f"{seconds:.1f}"], printed, seconds, environment
-            )
+    ended = _until(process, seconds)
     taken = round(time.monotonic() - began, 1)
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
@@ -266,11 +276,15 @@ def run(part: Part, command: list[str], output: Path, seconds: float, environmen
     return {"part": part.name, "ended": ended, **said, "figures": counts["None"], "seconds": taken}
 
 
-def _until(command: list[str], printed: Any, seconds: float, environment: dict[str, str]) -> str:
-    """Run a command and all that it starts until it ends or its time is up; how it ended."""
-    output: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": printed, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, **output, cwd=ROOT, env=environment, start_new_session=True)
+def _until(process: subprocess.Popen[bytes], seconds: float) -> str:
+    """Let a process begin, and it and all that it starts end when it has, or when its time is up; how it ended."""
     try:
+        if seconds <= 1:
+            return "no time was left for it"
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended
+            process.stdin.write(f"{seconds:.1f}\n".encode())
+            process.stdin.close()
         code = process.wait(seconds)
         return DONE if code == 0 else f"ended with exit code {code}; see its log"
     except subprocess.TimeoutExpired:

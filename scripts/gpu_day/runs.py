@@ -12,17 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gpu_day.rows import one_line
+from gpu_day.rows import LIBRARIES, one_line
 
 STEPS = {True: 24, False: 60}  # on a CPU, and elsewhere
-_LIBRARIES = [
-    "accelerate",
-    "evaluate",
-    "train_loop.job",
-    "train_loop.metrics.language_model",
-    "transformers.models.gpt2.modeling_gpt2",
-    "transformers.pipelines",
-]
 _PAUSE_SECONDS = 0.002  # a step on a GPU takes about ten milliseconds
 
 
@@ -126,7 +118,7 @@ class _Fork:
 
     def __init__(self, module: str, arguments: list[str], log: Path, variables: dict[str, str]) -> None:
         processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload([*_LIBRARIES, __name__])
+        processes.set_forkserver_preload([*LIBRARIES, __name__])
         self._process = processes.Process(target=_work, args=(module, arguments, str(log), variables))
         self._process.start()
         self.kill, self.terminate = self._process.kill, self._process.terminate

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -98,13 +99,16 @@ FAKES = {
     "failing": "rows.check('broken', lambda: 1 / 0)\n" + FINE,
     "saying_no": "rows.check('wrong', same, 1, 2)",
     "hanging": f"{FINE}\nprint(subprocess.Popen(['sleep', '60']).pid, flush=True)\ntime.sleep(60)",
+    "slow": "time.sleep(2)",
+    "early": "rows.check('early', same, time.time() - psutil.Process().create_time() > 1.5, True)",
     "deaf": f"{FINE}\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)",
 }
 PROLOGUE = """
 import os, signal, subprocess, sys, time
+import psutil
 from pathlib import Path
 from gpu_day.rows import Rows, same
-rows = Rows(Path(sys.argv[sys.argv.index("--json") + 1]), float(sys.argv[sys.argv.index("--seconds") + 1]))
+rows = Rows(Path(sys.argv[sys.argv.index("--json") + 1]), float(sys.stdin.readline()))
 """
 
 
@@ -163,6 +167,29 @@ def test_a_day_that_is_over_starts_no_more_parts(gpu_day: Callable[[str], Any], 
     code, told = fake_day(gpu_day("day"), tmp_path, "fine", whole=0)
     assert code == 1
     assert told["fine"]["yes"] == 0 and "no time" in told["fine"]["ended"]
+
+
+def test_a_part_is_there_before_it_is_its_turn(gpu_day: Callable[[str], Any], tmp_path: Path) -> None:
+    _, told = fake_day(gpu_day("day"), tmp_path, "slow", "early")
+    assert told["early"]["yes"] == 1, (tmp_path / "early.txt").read_text()
+
+
+def test_a_day_that_is_stopped_leaves_no_part_behind(
+    gpu_day: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    day, before = gpu_day("day"), psutil.Process().children()
+    wait = subprocess.Popen.wait
+
+    def stopped(process: Any, timeout: float | None = None) -> int:
+        if timeout is not None:  # while the first part is at work
+            raise SystemExit(1)
+        return wait(process)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", stopped)
+    with pytest.raises(SystemExit):
+        fake_day(day, tmp_path, "fine", "slow")
+    left = [each for each in psutil.Process().children() if each not in before]
+    assert not [each.cmdline() for each in left if each.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_a_row_says_what_became_of_its_check(gpu_day: Callable[[str], Any], tmp_path: Path) -> None:
