@@ -11,6 +11,8 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import resource
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -121,12 +123,24 @@ def together(
 
 
 class Popen:
-    """Stands in for `subprocess.Popen` where that starts `python -m train_loop ...` in a session of its own."""
+    """Stands in for `subprocess.Popen` where that starts `python -m train_loop ...` in a session of its own.
 
-    def __init__(self, command: Sequence[str], stdout: IO[bytes], env: dict[str, str], **options: Any) -> None:
-        module, *arguments = command[command.index("-m") + 1 :]
+    With `environments`, one for each process, it stands in for a launcher that does so.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        stdout: IO[bytes],
+        env: dict[str, str],
+        environments: Sequence[dict[str, str]] = (),
+        **options: Any,
+    ) -> None:
+        module, *arguments = command[len(command) - command[::-1].index("-m") :]
         assert module == "train_loop" and options == {"stderr": stdout, "start_new_session": True}
-        self._process = _context().Process(target=_led, args=(arguments, env, stdout.name))
+        told = [env | each for each in environments]
+        target, given = (_launch, told) if told else (_led, env)
+        self._process = _context().Process(target=target, args=(arguments, given, stdout.name))
         self._process.start()
         self.pid = self._process.pid
 
@@ -137,8 +151,10 @@ class Popen:
     def poll(self) -> int | None:
         return self._process.exitcode
 
-    def wait(self) -> int | None:
-        self._process.join()
+    def wait(self, seconds: float | None = None) -> int | None:
+        self._process.join(seconds)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("train-loop", seconds or 0)
         return self._process.exitcode
 
 
@@ -146,6 +162,32 @@ def _led(arguments: list[str], environment: dict[str, str], said: str) -> None:
     os.setsid()
     _settle(environment, said)
     sys.exit(importlib.import_module("train_loop.cli").main(arguments))
+
+
+def _launch(arguments: list[str], environments: list[dict[str, str]], said: str) -> None:
+    """What torch's launcher does: each process in a session of its own; when one fails, the others are asked to end."""
+    os.setsid()
+    processes = set()
+    for environment in environments:
+        process = os.fork()
+        if not process:
+            code = 1
+            try:
+                _led(arguments, environment, said)
+            except SystemExit as exit:
+                code = exit.code if isinstance(exit.code, int) else 0
+            finally:
+                os._exit(code)
+        processes.add(process)
+    failed = False
+    while processes:
+        process, status = os.wait()
+        processes.discard(process)
+        if status and not failed:
+            failed = True
+            for each in processes:
+                os.kill(each, signal.SIGTERM)
+    sys.exit(int(failed))
 
 
 def _member(module: str, arguments: list[str], environment: dict[str, str], said: str) -> None:
