@@ -104,6 +104,7 @@ def _check_layers(config: PreTrainedConfig, where: str) -> None:
 
 def _made(config: PreTrainedConfig) -> PreTrainedModel:
     made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    made.tie_weights()  # Transformers 5.0 leaves that to whoever fills a model without values
     return made
 
 
