@@ -122,6 +122,16 @@ def test_only_16_bits_are_compiled(monkeypatch: pytest.MonkeyPatch, dtype: torch
     assert given[-1] is (dtype == torch.bfloat16)
 
 
+def test_without_gradients_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head = torch.randn(20, 8, requires_grad=True), nn.Linear(8, 50)
+    given = hidden, head.weight, head.bias, torch.randint(0, 50, (20,)), IGNORED
+    expected = linear_cross_entropy(*given)
+    monkeypatch.setattr(products, "to_inputs", None)
+    monkeypatch.setattr(cross_entropy, "_added", None)
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(*given), expected)
+
+
 @pytest.mark.parametrize("vocabulary", [7, 50_257, 128_256, 1 << 31])
 def test_chunks_that_should_be_alike_are_powers_of_two_and_hold_a_gigabyte_at_most(vocabulary: int) -> None:
     bf16 = cross_entropy.chunk_size("cuda", vocabulary, torch.bfloat16, True)

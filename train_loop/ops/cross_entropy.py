@@ -71,6 +71,9 @@ def linear_cross_entropy(  # noqa: PLR0913
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     compiled = compiled and dtype == torch.bfloat16
     chunk = chunk_size(device, weight.shape[0], dtype, compiled)
+    if not torch.is_grad_enabled():  # or torch would say of the weights that they need a gradient
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        hidden = hidden.detach()
     with torch.autocast(device, enabled=False):
         hidden = hidden.to(dtype)
         if dtype != torch.float16:
