@@ -277,7 +277,7 @@ def run(part: Part, process: subprocess.Popen[bytes], output: Path, seconds: flo
 
 
 def _until(process: subprocess.Popen[bytes], seconds: float) -> str:
-    """Let a process begin, and it and all that it starts end when it has, or when its time is up; how it ended."""
+    """Let a process begin; when it ends or its time is up, all that it started ends, too. Returns how it ended."""
     try:
         if seconds <= 1:
             return "no time was left for it"

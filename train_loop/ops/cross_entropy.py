@@ -8,8 +8,8 @@ needs only the probabilities, which are there anyway:
 Products have the type of the hidden states, all sums are in fp32. In fp16 such a gradient would come to nothing,
 because it is small and not yet scaled: there the backward pass computes each chunk's logits again.
 
-What is not a product takes as long as memory is passed over. On a CPU it is computed in place and in fp32, on a GPU in
-the logits' own type, and with half as many passes if it is compiled.
+Whatever is not a product spends its time on passes over memory. A CPU makes them in place and in fp32, a GPU in the
+logits' own type, and half as many of them if this is compiled.
 """
 
 import functools
